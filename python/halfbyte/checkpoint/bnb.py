@@ -1,0 +1,74 @@
+"""The parts of bitsandbytes' 4-bit folder format that lie outside one layer's tensors."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from halfbyte.errors import CheckpointError
+
+COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+STATE = "quant_state.bitsandbytes__"
+# `bnb_4bit_quant_storage`: the dtypes under which the packed bytes may be stored.
+STORAGE_DTYPES = ("U8", "BF16", "F16", "F32")
+
+
+def quantization_config(config: dict[str, Any], location: str) -> dict[str, Any] | None:
+    """The bitsandbytes 4-bit settings of a config.json; None when it is not quantized.
+
+    Raises CheckpointError for another method or for bitsandbytes' 8-bit mode.
+    """
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    method = stored.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise CheckpointError(
+            f"{location}: quantization_config.quant_method: expected 'bitsandbytes', got "
+            f"{method!r}. Hint: use the unquantized model, halfbyte quantizes it while loading"
+        )
+    if stored.get("load_in_8bit") or not stored.get("load_in_4bit"):
+        raise CheckpointError(
+            f"{location}: quantization_config: expected load_in_4bit, got load_in_8bit = "
+            f"{stored.get('load_in_8bit')!r}, load_in_4bit = {stored.get('load_in_4bit')!r}. "
+            "Hint: use the unquantized model or its 4-bit version"
+        )
+    return stored
+
+
+def new_quantization_config(quant_type: str, double_quant: bool, dtype: str) -> dict[str, Any]:
+    """What transformers writes into config.json for a model quantized to 4 bits."""
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def is_skipped(module: str, stored: dict[str, Any]) -> bool:
+    """Whether `llm_int8_skip_modules` leaves the module in 16 bits, by transformers' rule.
+
+    A pattern matches from the start of the path up to a component's end, or as a suffix.
+    """
+    patterns = stored.get("llm_int8_skip_modules") or []
+    return any(
+        re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(pattern)
+        for pattern in patterns
+    )
+
+
+def companion_of(name: str) -> str | None:
+    """The packed weight that the tensor `name` belongs to: "P.weight" of "P.weight.absmax"."""
+    weight, dot, part = name.partition(".weight.")
+    known = part in COMPANIONS or part in (f"{STATE}nf4", f"{STATE}fp4")
+    return f"{weight}.weight" if dot and known else None

@@ -1,0 +1,21 @@
+"""Exceptions of halfbyte: each names the thing, what was expected, what came, and a hint."""
+
+
+class HalfbyteError(Exception):
+    """Base of every error that halfbyte itself raises."""
+
+
+class CheckpointError(HalfbyteError, ValueError):
+    """A model folder, tensor or adapter that cannot be read or written as asked."""
+
+
+class UnsupportedModelError(HalfbyteError, ValueError):
+    """A config that asks for something the decoder does not implement."""
+
+
+class DataError(HalfbyteError, ValueError):
+    """Training data that cannot be used."""
+
+
+class ContextLengthError(HalfbyteError, ValueError):
+    """A sequence longer than the model or its cache can hold."""

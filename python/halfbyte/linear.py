@@ -1,0 +1,145 @@
+"""Linear4bit: a frozen linear layer whose weight is packed 4-bit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import CheckpointError
+from halfbyte.ops import QuantState, dequantize_4bit, gemm_4bit, quantize_4bit
+
+
+class Linear4bit(nn.Linear):
+    """y = x W^T + b with W [out_features, in_features] in 4 bits; gradients reach x and b only.
+
+    A fresh layer holds no weight until `quantize_`, `set_quantized` or `load_state_dict` gives
+    it one. `weight` is then uint8 [(N * K + 1) // 2, 1] and `quant_state` its QuantState; the
+    state dict has exactly the keys that bitsandbytes writes.
+
+    quant_type ("nf4", "fp4", "int4"), blocksize and double_quant say how `quantize_` works.
+    dtype, device: of the bias.
+    """
+
+    quant_state: QuantState | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        nbytes = (in_features * out_features + 1) // 2
+        self._set_weight(torch.empty(nbytes, 1, dtype=torch.uint8, device="meta"))
+        self.quant_state = None
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+
+    def _set_weight(self, packed: Tensor) -> None:
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def quantize_(self, weight: Tensor, name: str = "weight") -> Linear4bit:
+        """Quantize a float [out_features, in_features] tensor into this layer, on its device.
+
+        Raises ValueError naming the tensor for another shape or dtype, or a NaN or Inf in it.
+        """
+        expected = (self.out_features, self.in_features)
+        if tuple(weight.shape) != expected:
+            raise ValueError(f"{name}: expected {list(expected)}, got {list(weight.shape)}")
+        packed, state = quantize_4bit(
+            weight, self.quant_type, self.blocksize, self.double_quant, name
+        )
+        return self.set_quantized(packed, state)
+
+    def set_quantized(self, packed: Tensor, quant_state: QuantState) -> Linear4bit:
+        """Take over stored codes as they are.
+
+        packed: uint8 [(N * K + 1) // 2, 1], on quant_state's device.
+        Raises ValueError when codes or state belong to another shape.
+        """
+        if quant_state.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"Linear4bit: quant_state.shape: expected "
+                f"{[self.out_features, self.in_features]}, got {list(quant_state.shape)}"
+            )
+        if packed.dtype != torch.uint8 or packed.numel() != (quant_state.numel + 1) // 2:
+            raise ValueError(
+                f"Linear4bit: packed: expected uint8 [{(quant_state.numel + 1) // 2}, 1], "
+                f"got {packed.dtype} {list(packed.shape)}"
+            )
+        self._set_weight(packed.reshape(-1, 1))
+        self.quant_state = quant_state
+        self.quant_type, self.blocksize = quant_state.quant_type, quant_state.blocksize
+        self.double_quant = quant_state.nested is not None
+        return self
+
+    def _state(self) -> QuantState:
+        if self.quant_state is None:
+            raise RuntimeError(
+                "Linear4bit holds no weight yet. Hint: call quantize_(weight), "
+                "set_quantized(packed, quant_state) or load_state_dict(...) first"
+            )
+        return self.quant_state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features], fp32, fp16 or bf16. Returns [..., out_features] of its dtype."""
+        y = gemm_4bit(x, self.weight, self._state())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out_features, in_features] in `dtype` (default: that of the original)."""
+        return dequantize_4bit(self.weight, self._state(), dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Linear4bit:
+        super()._apply(fn, recurse)
+        # Scales follow the codes across devices and, unlike ordinary buffers, never change dtype.
+        if self.quant_state is not None:
+            self.quant_state = self.quant_state.to(self.weight.device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quant_state is not None:
+            destination.update(self.quant_state.as_tensors(f"{prefix}weight"))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        key = f"{prefix}weight"
+        if key in state_dict:
+            try:
+                state = QuantState.from_tensors(key, state_dict)
+                packed = state_dict[key].view(torch.uint8).reshape(-1, 1)
+                device = packed.device if self.weight.is_meta else self.weight.device
+                self.set_quantized(packed.to(device, copy=True), state.to(device))
+            except (CheckpointError, ValueError) as error:
+                error_msgs.append(str(error))
+        elif strict:
+            missing_keys.append(key)
+        if self.bias is not None and f"{prefix}bias" in state_dict:
+            with torch.no_grad():
+                self.bias.copy_(state_dict[f"{prefix}bias"])
+        elif self.bias is not None and strict:
+            missing_keys.append(f"{prefix}bias")
+        if strict:
+            known = (f"{key}.", key, f"{prefix}bias")
+            unexpected_keys += [
+                k for k in state_dict if k.startswith(prefix) and not k.startswith(known)
+            ]
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, quant_type={self.quant_type}, "
+            f"blocksize={self.blocksize}, double_quant={self.double_quant}"
+        )

@@ -1,0 +1,495 @@
+"""LoRA: low-rank adapters over frozen linear layers, on disk exactly as PEFT writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfbyte.errors import CheckpointError
+from halfbyte.linear import Linear4bit
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+BASE_FILE = "halfbyte_base.json"
+PREFIX = "base_model.model."
+OUTPUT_LAYER = "lm_head"
+# Config entries whose tensors or arithmetic the layers below do not implement.
+UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "fan_in_fan_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What to adapt and how; names and meanings are PEFT's, defaults are QLoRA's.
+
+    target_modules: "all-linear" (every linear layer but the output layer), one regular
+    expression that matches whole module paths, or a list of path suffixes or full paths.
+    use_rslora: scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).
+    bias: "none", "all" or "lora_only": which biases train too.
+    modules_to_save: suffixes of modules trained in full beside the adapters.
+    """
+
+    r: int = 64
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self):
+        if not (isinstance(self.r, int) and self.r > 0):
+            raise ValueError(f"LoraConfig: r: expected a positive int, got {self.r!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"LoraConfig: lora_dropout: expected [0, 1), got {self.lora_dropout}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(
+                f"LoraConfig: bias: expected 'none', 'all' or 'lora_only', got {self.bias!r}"
+            )
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + scaling * B(A(dropout(x))), A [r, in], B [out, r] (Hu et al. 2021).
+
+    A and B are fp32 and multiply in x's dtype; A starts uniform in +-1/sqrt(in), B at zero, so
+    that the first output is the base's.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.dropout = nn.Dropout(lora_dropout)
+        device = base_layer.weight.device
+        k, n = base_layer.in_features, base_layer.out_features
+        # Drawn on the CPU, so that a seed gives the same adapter on every device.
+        a = torch.empty(r, k).uniform_(-1, 1, generator=generator) / math.sqrt(k)
+        self.lora_A = nn.Linear(k, r, bias=False, device="meta")
+        self.lora_B = nn.Linear(r, n, bias=False, device="meta")
+        self.lora_A.weight = nn.Parameter(a.to(device))
+        self.lora_B.weight = nn.Parameter(torch.zeros(n, r, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features]. Returns [..., out_features] in the base layer's output dtype."""
+        y = self.base_layer(x)
+        hidden = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
+        delta = F.linear(hidden, self.lora_B.weight.to(hidden.dtype))
+        return y + (delta * self.scaling).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """scaling * B A, fp32 [out_features, in_features]."""
+        return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+
+class SavedModule(nn.Module):
+    """A module trained in full (modules_to_save) beside its untouched original.
+
+    The copy is fp32, so that small updates are not lost, and is used in the original's dtype.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.trained = nn.ParameterDict(
+            {
+                name: nn.Parameter(value.detach().float().clone())
+                for name, value in base_layer.named_parameters()
+            }
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        return self.trained["weight"].to(self.base_layer.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtypes = {name: value.dtype for name, value in self.base_layer.named_parameters()}
+        values = {name: value.to(dtypes[name]) for name, value in self.trained.items()}
+        return torch.func.functional_call(self.base_layer, values, (x,))
+
+
+def target_names(model: nn.Module, target_modules: str | list[str]) -> list[str]:
+    """Paths of the linear layers that `target_modules` names, in module order.
+
+    Raises ValueError when an entry matches nothing.
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith((".lora_A", ".lora_B"))
+    ]
+    if target_modules == "all-linear":
+        return [name for name in linear if name.rpartition(".")[2] != OUTPUT_LAYER]
+    if isinstance(target_modules, str):
+        found = [name for name in linear if re.fullmatch(target_modules, name)]
+        missing = [] if found else [target_modules]
+    else:
+        found = [n for n in linear if any(_is_suffix(entry, n) for entry in target_modules)]
+        missing = [e for e in target_modules if not any(_is_suffix(e, n) for n in linear)]
+    if missing or not found:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(
+            f"LoraConfig: target_modules: no linear layer matches {missing or target_modules}. "
+            f"Hint: the model's linear layers are named {known}"
+        )
+    return found
+
+
+def _is_suffix(suffix: str, name: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def inject(
+    model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None
+) -> nn.Module:
+    """Freeze `model`, wrap its target layers in LoRALinear, in place; returns the model.
+
+    generator: source of A's initial values (a CPU generator).
+    Raises ValueError when the model already carries an adapter or a target matches nothing.
+    """
+    if hasattr(model, "lora_config"):
+        raise ValueError("inject: the model already carries an adapter. Hint: load the base again")
+    names = target_names(model, config.target_modules)
+    saved = _saved_names(model, config.modules_to_save or [])
+    if both := sorted(set(names) & set(saved)):
+        raise ValueError(f"inject: {both} stand in target_modules and in modules_to_save")
+    model.requires_grad_(False)
+    for name in names:
+        _wrap(model, name, config.r, config.lora_alpha, config, generator)
+    for name in saved:
+        _replace(model, name, SavedModule(model.get_submodule(name)))
+    _train_biases(model, config.bias)
+    model.lora_config = config
+    return model
+
+
+def _saved_names(model: nn.Module, suffixes: list[str]) -> list[str]:
+    names = [n for n, _ in model.named_modules() if any(_is_suffix(s, n) for s in suffixes)]
+    if missing := [s for s in suffixes if not any(_is_suffix(s, n) for n in names)]:
+        raise ValueError(f"LoraConfig: modules_to_save: no module matches {missing}")
+    if packed := [n for n in names if isinstance(model.get_submodule(n), Linear4bit)]:
+        raise ValueError(f"LoraConfig: modules_to_save: {packed} are 4-bit and cannot train in full")
+    return names
+
+
+def _wrap(model, name: str, r: int, alpha: float, config: LoraConfig, generator=None) -> None:
+    layer = LoRALinear(
+        model.get_submodule(name), r, alpha, config.lora_dropout, config.use_rslora, generator
+    )
+    _replace(model, name, layer)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _train_biases(model: nn.Module, which: str) -> None:
+    for module in model.modules():
+        if which == "all" and isinstance(getattr(module, "bias", None), nn.Parameter):
+            module.bias.requires_grad_(True)
+        if which == "lora_only" and isinstance(module, LoRALinear):
+            if module.base_layer.bias is not None:
+                module.base_layer.bias.requires_grad_(True)
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Everything that trains, in module order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter under PEFT's names: A, B, modules_to_save, trained biases."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = name.replace(".trained.", ".").replace(".base_layer.", ".")
+            tensors[PREFIX + plain] = parameter.detach()
+    return tensors
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    base_name: str | None = None,
+    base_record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapter as PEFT reads it: adapter_config.json, adapter_model.safetensors (fp32).
+
+    base_name: the base model's path or hub id, recorded in the config. base_record: what the
+    base was (hash, quantization), written beside as halfbyte_base.json; PEFT ignores it.
+    Raises ValueError when the model carries no adapter.
+    """
+    from safetensors.torch import save_file
+
+    config = getattr(model, "lora_config", None)
+    if config is None:
+        raise ValueError("save_adapter: the model carries no adapter. Hint: lora.inject it first")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.float().cpu().contiguous() for k, v in adapter_tensors(model).items()}
+    _write_aside(
+        folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+    fields = json.dumps(_peft_config(model, config, base_name), indent=2, sort_keys=True)
+    _write_aside(folder / CONFIG_FILE, lambda path: path.write_text(fields + "\n"))
+    if base_record is not None:
+        record = json.dumps(dict(base_record), indent=2, sort_keys=True)
+        _write_aside(folder / BASE_FILE, lambda path: path.write_text(record + "\n"))
+
+
+def _write_aside(path: Path, write) -> None:
+    """A crash leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _peft_config(model: nn.Module, config: LoraConfig, base_name: str | None) -> dict[str, Any]:
+    """The minimal adapter_config.json: older PEFT versions refuse keys they do not know."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    ranks = {n: m.r for n, m in layers.items() if m.r != config.r}
+    alphas = {n: m.lora_alpha for n, m in layers.items() if m.lora_alpha != config.lora_alpha}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name or getattr(model, "source", None),
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "bias": config.bias,
+        "target_modules": _shortest_targets(model, list(layers)),
+        "modules_to_save": config.modules_to_save,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": config.use_rslora,
+        "use_dora": False,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "revision": None,
+    }
+
+
+def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """Last path components if they name exactly these layers, else the full paths."""
+    suffixes = sorted({name.rpartition(".")[2] for name in names})
+    matched = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear | nn.Linear)
+        and not name.endswith((".base_layer", ".lora_A", ".lora_B"))
+        and any(_is_suffix(suffix, name) for suffix in suffixes)
+    }
+    return suffixes if matched == set(names) else sorted(names)
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    trainable: bool = False,
+    base_record: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Wrap `model` with the PEFT LoRA adapter in `folder`, in place; returns the model.
+
+    The layers, their ranks and the modules trained in full are those whose tensors the file
+    holds, so every spelling of target_modules loads. base_record: what the model at hand is;
+    a difference from the record beside the adapter is a warning that says what differs.
+
+    Raises CheckpointError naming file and tensor for a missing or corrupt file, a tensor that
+    does not fit the model, and adapter kinds other than LoRA.
+    """
+    folder = Path(folder)
+    fields = _read_config(folder)
+    tensors = _read_tensors(folder)
+    if hasattr(model, "lora_config"):
+        raise ValueError("load_adapter: the model already carries an adapter")
+    _compare_base(folder, base_record)
+    config = LoraConfig(
+        r=fields["r"],
+        lora_alpha=fields.get("lora_alpha", 8),
+        lora_dropout=fields.get("lora_dropout", 0.0) if trainable else 0.0,
+        target_modules=fields.get("target_modules") or "all-linear",
+        use_rslora=fields.get("use_rslora", False),
+        bias=fields.get("bias", "none"),
+        modules_to_save=fields.get("modules_to_save"),
+    )
+    model.requires_grad_(False)
+    for name in sorted(n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n):
+        _check_target(model, name, folder)
+        rank = tensors[f"{name}.lora_A.weight"].shape[0]
+        alpha = _pattern_value(fields.get("alpha_pattern"), name, config.lora_alpha)
+        _wrap(model, name, rank, alpha, config)
+    for name in _saved_names(model, config.modules_to_save or []):
+        _replace(model, name, SavedModule(model.get_submodule(name)))
+    _train_biases(model, config.bias)
+    model.lora_config = config
+    _fill(model, tensors, folder)
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file. Hint: expected a folder that PEFT or halfbyte saved"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if fields.get("peft_type") != "LORA" or not isinstance(fields.get("r"), int):
+        raise CheckpointError(
+            f"{path}: expected peft_type LORA with a rank r, got peft_type "
+            f"{fields.get('peft_type')!r}, r {fields.get('r')!r}"
+        )
+    if refused := [key for key in UNSUPPORTED if fields.get(key)]:
+        raise CheckpointError(f"{path}: {refused} are not supported, only plain LoRA is")
+    return fields
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors under the model's own names. Pickled adapters are never opened."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        hint = ""
+        if (folder / "adapter_model.bin").exists():
+            hint = ". Hint: adapter_model.bin is a pickle; save it again with PEFT as safetensors"
+        raise CheckpointError(f"{path}: no such file{hint}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: corrupt or truncated: {error}") from None
+    plain = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+    if odd := [n for n in plain if "lora_" in n and not n.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise CheckpointError(f"{path}: {odd[0]}: only lora_A.weight and lora_B.weight are supported")
+    return plain
+
+
+def _check_target(model: nn.Module, name: str, folder: Path) -> None:
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.Linear):
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: {name}: the model has no such linear layer. "
+            "Hint: the adapter belongs to another base model"
+        )
+
+
+def _pattern_value(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
+    """PEFT's rank_pattern and alpha_pattern: a regular expression or suffix of the path."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy every stored tensor into its parameter; anything left over or absent is an error."""
+    slots = {n.removeprefix(PREFIX): n for n in adapter_tensors(model)}
+    parameters = {
+        name.replace(".trained.", ".").replace(".base_layer.", "."): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    path = folder / WEIGHTS_FILE
+    missing = sorted(set(slots) - set(tensors))
+    unexpected = sorted(set(tensors) - set(slots))
+    if missing or unexpected:
+        raise CheckpointError(f"{path}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for name, value in tensors.items():
+        if parameters[name].shape != value.shape:
+            raise CheckpointError(
+                f"{path}: {name}: expected {list(parameters[name].shape)}, got {list(value.shape)}"
+            )
+        parameters[name].data.copy_(value)
+
+
+def _compare_base(folder: Path, base_record: Mapping[str, Any] | None) -> None:
+    path = folder / BASE_FILE
+    if base_record is None or not path.exists():
+        return
+    stored = json.loads(path.read_text())
+    differences = [
+        f"{key}: trained on {stored[key]!r}, loaded on {base_record.get(key)!r}"
+        for key in stored
+        if stored[key] != base_record.get(key)
+    ]
+    if differences:
+        warnings.warn(
+            f"{folder}: this adapter was trained on another base; outputs will differ. "
+            + "; ".join(differences),
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    dtype: torch.dtype = torch.bfloat16,
+    original: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Fold the adapter into 16-bit linear layers, in place; returns the model.
+
+    By default W = dequantize(W4) + scaling * B A, what training saw. original: 16-bit weights
+    by parameter name ("model.layers.0.self_attn.q_proj.weight") to add the delta to instead;
+    the result then differs from the trained model by the quantization error. Never re-quantizes:
+    a second rounding to 4 bits drops nearly all of a normal fine-tune.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear | Linear4bit) and not name.endswith(".base_layer"):
+            _replace(model, name, _merged_linear(module, name, dtype, original))
+        elif isinstance(module, SavedModule):
+            for key, value in module.trained.items():
+                parent = module.base_layer.get_parameter(key)
+                # A tied table is shared with the embedding, which keeps its own values.
+                setattr(module.base_layer, key, nn.Parameter(value.to(parent.dtype)))
+            _replace(model, name, module.base_layer)
+    if hasattr(model, "lora_config"):
+        del model.lora_config
+    return model
+
+
+def _merged_linear(module, name: str, dtype: torch.dtype, original) -> nn.Linear:
+    base = module.base_layer if isinstance(module, LoRALinear) else module
+    if original is not None:
+        weight = original[f"{name}.weight"].to(base.weight.device, torch.float32)
+    elif isinstance(base, Linear4bit):
+        weight = base.dequantize(torch.float32)
+    else:
+        weight = base.weight.float()
+    if isinstance(module, LoRALinear):
+        weight = weight + module.delta()
+    merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    merged.weight = nn.Parameter(weight.to(dtype))
+    merged.bias = None if base.bias is None else nn.Parameter(base.bias.to(dtype))
+    return merged

@@ -1,0 +1,127 @@
+"""Grouped-query attention over a forward's own keys or over cached ones."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfbyte.kv_cache import KVCache
+from halfbyte.models.config import DecoderConfig
+from halfbyte.models.norm import RMSNorm
+from halfbyte.models.rope import rotate
+
+
+class Span(NamedTuple):
+    """Which keys the queries of a forward see, the same for all layers of one window.
+
+    cached: the cache positions to attend over; None for the forward's own keys.
+    mask: bool [B or 1, 1, T, S], True where a query sees a key; None for all keys, or for those at
+    or before the query if is_causal.
+    """
+
+    cached: slice | None
+    mask: Tensor | None
+    is_causal: bool
+
+
+class Step(NamedTuple):
+    """What every layer of one forward shares, computed once."""
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    spans: dict[int | None, Span]
+    cache: KVCache | None
+
+
+def spans(
+    windows: Iterable[int | None], positions: Tensor, cache: KVCache | None
+) -> dict[int | None, Span]:
+    """The Span of each distinct window for queries at `positions` [B or 1, T]."""
+    past = cache.lengths if cache is not None else [0]
+    if max(past) == 0:
+        return {window: _own_span(window, positions) for window in set(windows)}
+    return {window: _cached_span(window, positions, past) for window in set(windows)}
+
+
+def _own_span(window: int | None, positions: Tensor) -> Span:
+    tokens = positions.shape[1]
+    if window is None or tokens <= window:
+        return Span(None, None, is_causal=tokens > 1)
+    return Span(None, _mask(window, positions[:1], positions[0]), is_causal=False)
+
+
+def _cached_span(window: int | None, positions: Tensor, past: list[int]) -> Span:
+    tokens = positions.shape[1]
+    last = max(past) + tokens
+    if tokens == 1 and min(past) == max(past):
+        first = 0 if window is None else max(0, last - window)
+        return Span(slice(first, last), None, is_causal=False)
+    keys = torch.arange(last, device=positions.device)
+    return Span(slice(0, last), _mask(window, positions, keys), is_causal=False)
+
+
+def _mask(window: int | None, positions: Tensor, keys: Tensor) -> Tensor:
+    """bool [B or 1, 1, T, S]: key at or before the query, fewer than `window` tokens back."""
+    behind = positions[:, None, :, None] - keys
+    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, span: Span, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v for q [B, T, heads, D], k and v [B, S, kv_heads, D]."""
+    batch, tokens, heads, head_dim = q.shape
+    groups = heads // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if groups > 1 and tokens == 1:
+        # One token's query heads of a group are queries of one key head: keys are not repeated.
+        q = q.reshape(batch, -1, groups, head_dim)
+        out = F.scaled_dot_product_attention(q, k, v, span.mask, dropout_p)
+        return out.reshape(batch, 1, heads, head_dim)
+    if groups > 1 and span.mask is not None:
+        # CUDA's memory-efficient kernel takes a mask, but no grouped heads.
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, span.mask, dropout_p, span.is_causal, enable_gqa=k.shape[1] != heads
+    )
+    return out.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer; `layer` is its place in the cache."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_size, kv_size = (
+            heads * head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(hidden, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, hidden, bias=config.o_bias)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.layer = layer
+        self.head_dim = head_dim
+        self.window = config.sliding_windows[layer]
+        self.attention_dropout = config.attention_dropout
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x [B, T, hidden_size] -> the same shape."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).reshape(heads)
+        k = self.k_proj(x).reshape(heads)
+        v = self.v_proj(x).reshape(heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        span = step.spans[self.window]
+        if step.cache is not None:
+            step.cache.write(self.layer, step.positions, k, v)
+        if span.cached is not None:
+            k = step.cache.keys[self.layer][:, span.cached]
+            v = step.cache.values[self.layer][:, span.cached]
+        out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))

@@ -1,0 +1,191 @@
+"""The decoder: one forward for training, prefill and decode."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from halfbyte.kv_cache import KVCache
+from halfbyte.models.attention import Attention, Step, spans
+from halfbyte.models.config import DecoderConfig
+from halfbyte.models.norm import RMSNorm
+from halfbyte.models.rope import RotaryEmbedding
+from halfbyte.ops import cross_entropy
+
+IGNORE = -100
+HEAD_CHUNK = 256
+
+
+class Output(NamedTuple):
+    """loss: fp32 scalar, given labels; logits: [B, T or 1, vocab_size], without labels."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Token ids to the hidden states that the head reads."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
+        self.windows = config.sliding_windows
+
+    def forward(self, ids: Tensor, cache: KVCache | None, checkpointed: bool) -> Tensor:
+        x = self.embed_tokens(ids)
+        step = self._step(ids, cache, x.dtype)
+        for layer in self.layers:
+            if checkpointed:
+                x = checkpoint(layer, x, step, use_reentrant=False)
+            else:
+                x = layer(x, step)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.norm(x)
+
+    def _step(self, ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> Step:
+        tokens = ids.shape[1]
+        if cache is None:
+            positions = torch.arange(tokens, device=ids.device)[None]
+        else:
+            cache.check(ids.shape[0], tokens)
+            positions = cache.positions(tokens)
+        cos, sin = self.rotary_emb(positions, dtype)
+        return Step(cos, sin, positions, spans(self.windows, positions, cache), cache)
+
+
+class Decoder(nn.Module):
+    """A causal language model of the Llama, Mistral, Qwen2 or Qwen3 family.
+
+    Parameters have the names of transformers' checkpoints. `gradient_checkpointing = True` makes a
+    training forward keep one activation per layer and recompute the rest in the backward.
+    """
+
+    generate: Callable[..., Any]
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self.tokenizer: Any = None
+        self.source = ""
+        self.generation_config: dict[str, Any] = {}
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share the embedding with the head if the config ties them; needed after assignment."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        num_items: Tensor | int | None = None,
+        last_only: bool = False,
+    ) -> Output:
+        """Logits of every token, or the language-model loss where labels are given.
+
+        ids: int64 [B, T]. labels: int64 [B, T], the ids themselves (they are shifted here), -100
+        where a token is not to be learned; rows padded on the right need no mask, as no token sees
+        a later one. num_items: divisor of the summed loss (default: labels that count). cache:
+        holds the earlier tokens, and these afterwards. last_only: logits of each row's last token,
+        [B, 1, vocab_size].
+
+        Raises ValueError for shapes or arguments that do not fit, ContextLengthError when the cache
+        would overflow.
+        """
+        self._check(ids, labels, cache, last_only)
+        counts = cache.counts if cache is not None else None
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        hidden = self.model(ids, cache, checkpointed)
+        if labels is not None:
+            return Output(self._loss(hidden, labels, num_items), None)
+        if last_only:
+            hidden = _last(hidden, counts)
+        return Output(None, self.lm_head(hidden))
+
+    def _check(
+        self, ids: Tensor, labels: Tensor | None, cache: KVCache | None, last_only: bool
+    ) -> None:
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids: expected [B, T] with T >= 1, got {list(ids.shape)}")
+        if labels is None:
+            return
+        if labels.shape != ids.shape:
+            raise ValueError(
+                f"labels: expected the shape of ids {list(ids.shape)}, got {list(labels.shape)}"
+            )
+        if cache is not None or last_only:
+            raise ValueError("labels: expected neither cache nor last_only beside them")
+
+    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        hidden = hidden.flatten(0, 1)
+        if type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
+            return cross_entropy(hidden, self.lm_head.weight, labels, num_items)
+        if num_items is None:
+            num_items = (labels != IGNORE).sum().clamp(min=1)
+        return self._replaced_head_loss(hidden, labels) / num_items
+
+    def _replaced_head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Summed loss under a quantized or adapted head, whose matrix is not there to be read."""
+
+        def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(
+                self.lm_head(rows).float(), targets, ignore_index=IGNORE, reduction="sum"
+            )
+
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for rows, targets in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
+            loss = loss + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
+        return loss
+
+
+def _last(hidden: Tensor, counts: list[int] | None) -> Tensor:
+    """hidden [B, T, d] -> [B, 1, d], each row's last token that is not padding."""
+    if counts is None:
+        return hidden[:, -1:]
+    last = torch.tensor(counts, device=hidden.device) - 1
+    rows = torch.arange(len(counts), device=hidden.device)
+    return hidden[rows, last][:, None]

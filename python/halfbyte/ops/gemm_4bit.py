@@ -1,0 +1,95 @@
+"""gemm_4bit: y = x W^T and grad_x = grad_y W through one frozen 4-bit weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte import _core
+from halfbyte.ops.dequantize_4bit import dequantize_4bit
+from halfbyte.ops.library import define
+from halfbyte.ops.quant_state import Nested, QuantState
+from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
+
+# Up to here reading each code once beats writing and re-reading a dequantized W.
+GEMV_ROWS = 8
+
+
+def _state(absmax, nested_absmax, nested_map, offset, quant_type, blocksize, shape) -> QuantState:
+    nested = None if nested_absmax is None else Nested(nested_absmax, nested_map)
+    return QuantState(absmax, nested, offset, blocksize, quant_type, shape, torch.float32)
+
+
+def _weight(packed: Tensor, state: QuantState, like: Tensor) -> Tensor:
+    """W for a library matmul: in x's dtype on the GPU, fp32 on the CPU, where 16-bit is slow."""
+    return dequantize_4bit(packed, state, like.dtype if like.is_cuda else torch.float32)
+
+
+def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
+    *scales, quant_type, blocksize, n = scales_and_sizes
+    m, k = x.shape
+    if m <= GEMV_ROWS:
+        out = x.new_empty(m, n)
+        _core.gemv_4bit(x.contiguous(), packed, *scales, quant_type, blocksize, out)
+        return out
+    weight = _weight(packed, _state(*scales, quant_type, blocksize, (n, k)), x)
+    return torch.mm(x.to(weight.dtype), weight.t()).to(x.dtype)
+
+
+def _forward_fake(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
+    return x.new_empty(x.shape[0], scales_and_sizes[-1])
+
+
+def _grad_x(grad_y: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
+    *scales, quant_type, blocksize, k = scales_and_sizes
+    shape = (grad_y.shape[1], k)
+    weight = _weight(packed, _state(*scales, quant_type, blocksize, shape), grad_y)
+    return torch.mm(grad_y.to(weight.dtype), weight).to(grad_y.dtype)
+
+
+_SCALES = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, float offset, "
+    "str quant_type, int blocksize"
+)
+define(f"gemm_4bit(Tensor x, {_SCALES}, SymInt n) -> Tensor", _forward, _forward_fake)
+define(f"gemm_4bit_grad_x(Tensor grad_y, {_SCALES}, SymInt k) -> Tensor", _grad_x, _forward_fake)
+
+
+class _Gemm4bit(torch.autograd.Function):
+    """Saves nothing of x: the weight is frozen, so grad_x needs the packed bytes alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.state = state
+        return torch.ops.halfbyte.gemm_4bit(
+            x, packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape[0]
+        )
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        (packed,), state = ctx.saved_tensors, ctx.state
+        grad_x = torch.ops.halfbyte.gemm_4bit_grad_x(
+            grad_y, packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape[1]
+        )
+        return grad_x, None, None
+
+
+def gemm_4bit(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+    """y = x W^T with W [N, K] held as (packed, state); differentiable in x.
+
+    x: [..., K], fp32, fp16 or bf16, any strides; under autocast it is cast to autocast's dtype.
+    Returns [..., N] in the (cast) dtype of x, accumulated in fp32. Nothing 16-bit of W is kept
+    between forward and backward.
+
+    Raises ValueError naming K when x does not fit W, or for another dtype.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    n, k = state.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"gemm_4bit: x: expected [..., {k}] for W {[n, k]}, got {list(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"gemm_4bit: x: expected fp32, fp16 or bf16, got {x.dtype}")
+    y = _Gemm4bit.apply(x.reshape(-1, k), packed, state)
+    return y.reshape(*x.shape[:-1], n)

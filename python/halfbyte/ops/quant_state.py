@@ -1,0 +1,181 @@
+"""QuantState: everything beside the packed bytes that gives a 4-bit tensor its values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+from torch import Tensor
+
+from halfbyte import _core
+from halfbyte.errors import CheckpointError
+
+NESTED_BLOCKSIZE = 256
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+QUANT_TYPES = ("nf4", "fp4", "int4")
+# int4 is ours alone, for comparison: bitsandbytes' files know these two.
+FILE_QUANT_TYPES = ("nf4", "fp4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """Second level of double quantization: absmax of the absmax.
+
+    absmax: fp32 [ceil(nblocks / 256)]; map: fp32 [256], the 8-bit codebook.
+    """
+
+    absmax: Tensor
+    map: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantState:
+    """Scales and shape of one 4-bit tensor, named as in bitsandbytes.
+
+    absmax: fp32 [nblocks], or uint8 [nblocks] with double quantization (then `nested` is set
+    and a block's scale is `nested.map[absmax] * nested.absmax[i // 256] + offset`, in fp32).
+    offset: the fp32 mean of all scales, as a float; 0.0 without double quantization.
+    blocksize: weights per scale. quant_type: "nf4", "fp4" or "int4".
+    shape, dtype: of the tensor before quantization.
+    """
+
+    absmax: Tensor
+    nested: Nested | None
+    offset: float
+    blocksize: int
+    quant_type: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def scale_args(self) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+        """(absmax, nested_absmax, nested_map, offset): the order every kernel takes them in."""
+        if self.nested is None:
+            return self.absmax, None, None, 0.0
+        return self.absmax, self.nested.absmax, self.nested.map, self.offset
+
+    def to(self, device: torch.device | str) -> QuantState:
+        """The same state on `device`; dtypes never change."""
+        nested = self.nested and Nested(self.nested.absmax.to(device), self.nested.map.to(device))
+        return dataclasses.replace(self, absmax=self.absmax.to(device), nested=nested)
+
+    def as_tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The bitsandbytes tensors that stand beside `prefix` (e.g. "...q_proj.weight").
+
+        Raises CheckpointError for int4, which bitsandbytes' format does not have.
+        """
+        if self.quant_type not in FILE_QUANT_TYPES:
+            raise CheckpointError(
+                f"{prefix}: quant_type {self.quant_type!r} has no on-disk format; expected one of "
+                f"{FILE_QUANT_TYPES}. Hint: quantize with quant_type='nf4' to save"
+            )
+        tensors = {
+            f"{prefix}.absmax": self.absmax,
+            f"{prefix}.quant_map": torch.tensor(_core.codebook(self.quant_type)),
+        }
+        if self.nested is not None:
+            tensors[f"{prefix}.nested_absmax"] = self.nested.absmax
+            tensors[f"{prefix}.nested_quant_map"] = self.nested.map
+        blob = json.dumps(self._json()).encode()
+        tensors[f"{prefix}.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
+            list(blob), dtype=torch.uint8
+        )
+        return tensors
+
+    def _json(self) -> dict[str, object]:
+        """The blob's fields in bitsandbytes' order."""
+        fields: dict[str, object] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        if self.nested is not None:
+            fields["nested_blocksize"] = NESTED_BLOCKSIZE
+            fields["nested_dtype"] = "float32"
+            fields["nested_offset"] = self.offset
+        return fields
+
+    @classmethod
+    def from_tensors(cls, prefix: str, tensors: dict[str, Tensor]) -> QuantState:
+        """Read the tensors that `as_tensors` (or bitsandbytes) wrote under `prefix`.
+
+        Raises CheckpointError naming the tensor that is missing or does not fit.
+        """
+        fields = _read_blob(prefix, tensors)
+        blocksize, quant_type = fields["blocksize"], fields["quant_type"]
+        shape = tuple(fields["shape"])
+        nblocks = -(-torch.Size(shape).numel() // blocksize)
+        nested_on = f"{prefix}.nested_absmax" in tensors
+        absmax_dtype = torch.uint8 if nested_on else torch.float32
+        absmax = _take(tensors, f"{prefix}.absmax", absmax_dtype, nblocks)
+        _check_codebook(prefix, tensors, quant_type)
+        nested = None
+        if nested_on:
+            nested = Nested(
+                _take(
+                    tensors,
+                    f"{prefix}.nested_absmax",
+                    torch.float32,
+                    -(-nblocks // NESTED_BLOCKSIZE),
+                ),
+                _take(tensors, f"{prefix}.nested_quant_map", torch.float32, 256),
+            )
+            if fields.get("nested_blocksize") != NESTED_BLOCKSIZE:
+                raise CheckpointError(
+                    f"{prefix}: nested_blocksize: expected {NESTED_BLOCKSIZE}, "
+                    f"got {fields.get('nested_blocksize')}"
+                )
+        offset = float(fields.get("nested_offset") or 0.0) if nested_on else 0.0
+        dtype = getattr(torch, fields["dtype"])
+        return cls(absmax, nested, offset, blocksize, quant_type, shape, dtype)
+
+
+def _read_blob(prefix: str, tensors: dict[str, Tensor]) -> dict:
+    """Parse and check the one JSON blob of a quantized tensor."""
+    marker = f"{prefix}.quant_state.bitsandbytes__"
+    keys = [key for key in tensors if key.startswith(marker)]
+    if len(keys) != 1:
+        raise CheckpointError(
+            f"{prefix}: expected exactly one tensor {marker}nf4 or {marker}fp4, got {keys}"
+        )
+    try:
+        fields = json.loads(bytes(tensors[keys[0]].tolist()))
+        quant_type, blocksize = fields["quant_type"], fields["blocksize"]
+        shape, dtype = fields["shape"], fields["dtype"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{keys[0]}: not a bitsandbytes quant state: {error!r}") from None
+    if quant_type not in FILE_QUANT_TYPES or keys[0] != marker + quant_type:
+        raise CheckpointError(f"{keys[0]}: unknown quant_type {quant_type!r}")
+    if blocksize not in BLOCKSIZES:
+        raise CheckpointError(f"{keys[0]}: blocksize: expected {BLOCKSIZES}, got {blocksize}")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise CheckpointError(f"{keys[0]}: dtype: expected a float dtype, got {dtype!r}")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise CheckpointError(f"{keys[0]}: shape: expected a list of sizes, got {shape!r}")
+    return fields
+
+
+def _take(tensors: dict[str, Tensor], key: str, dtype: torch.dtype, numel: int) -> Tensor:
+    """One stored tensor, checked against what the shape and block size imply."""
+    if key not in tensors:
+        raise CheckpointError(f"{key}: missing from the checkpoint")
+    tensor = tensors[key]
+    if tensor.dtype != dtype or tensor.numel() != numel:
+        raise CheckpointError(
+            f"{key}: expected {dtype} [{numel}], got {tensor.dtype} {list(tensor.shape)}"
+        )
+    return tensor
+
+
+def _check_codebook(prefix: str, tensors: dict[str, Tensor], quant_type: str) -> None:
+    """The kernels hold the codebook as constants, so another one must not pass unnoticed."""
+    stored = _take(tensors, f"{prefix}.quant_map", torch.float32, 16).tolist()
+    if stored != torch.tensor(_core.codebook(quant_type)).tolist():
+        raise CheckpointError(
+            f"{prefix}.quant_map: expected the {quant_type} codebook, got {stored}"
+        )

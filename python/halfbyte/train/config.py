@@ -1,0 +1,210 @@
+"""Everything that a fine-tuning run is told, with the defaults of qlora.py."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from halfbyte.data import check_format
+from halfbyte.train.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    from halfbyte.models import Decoder
+
+DEFAULT_STEPS = 10_000
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+QUANT_TYPES = ("nf4", "fp4", "int4", None)
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass
+class TrainConfig:
+    """A fine-tuning run; names and defaults follow qlora.py where it has them.
+
+    model: folder, hub id or GGUF file, or a loaded Decoder, which is then trained in place.
+    data: a file of rows (jsonl, json, csv, tsv, parquet) or a list of dicts.
+    dataset_format: how rows are read; None tells it from the columns, and says which.
+    quant_type: "nf4", "fp4", "int4", or None for a 16-bit base.
+    source_max_len, target_max_len: tokens kept of source and target; max_seq_len: of chats and
+        plain text. Rows longer than the model's context are cut to it.
+    eval_data, eval_dataset_size: a file or rows to evaluate on, or how many training rows to
+        hold out (seed 42). eval_steps: how often; None evaluates at the end only.
+    strict: a row that cannot be used is an error instead of a counted skip.
+    lr_scheduler_type: "constant" (which has no warm-up, as in transformers),
+        "constant_with_warmup", "linear" or "cosine"; warmup_ratio is of all steps.
+    max_steps or num_epochs: give at most one; neither means 10,000 steps.
+    optim: "fp32" or "8bit" AdamW state.
+    max_grad_norm: gradients are clipped to this global norm; 0 or None does not clip.
+    report_to: "none", "tensorboard", "wandb", or several of them.
+    resume: "auto" continues from the newest complete checkpoint in output_dir if there is one,
+        True demands one, False demands that there is none, a path names one.
+    deterministic: use only kernels that give the same bits again (slower attention on GPUs).
+    """
+
+    model: str | Path | Decoder
+    data: str | Path | Sequence[dict[str, Any]]
+    output_dir: str | Path = "output"
+
+    quant_type: str | None = "nf4"
+    double_quant: bool = True
+    dtype: str | torch.dtype = "bfloat16"
+    device: str | torch.device | None = None
+
+    lora_r: int = 64
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    use_rslora: bool = False
+    lora_bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+
+    dataset_format: str | None = None
+    source_max_len: int = 1024
+    target_max_len: int = 256
+    max_seq_len: int = 2048
+    train_on_source: bool = False
+    strict: bool = False
+    eval_data: str | Path | Sequence[dict[str, Any]] | None = None
+    eval_dataset_size: int = 0
+
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant"
+    warmup_ratio: float = 0.03
+    max_steps: int | None = None
+    num_epochs: float | None = None
+    per_device_batch_size: int = 1
+    gradient_accumulation_steps: int = 16
+    max_grad_norm: float | None = 0.3
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
+    optim: str = "fp32"
+    group_by_length: bool = True
+    gradient_checkpointing: bool = True
+    seed: int = 42
+    data_seed: int | None = None
+    deterministic: bool = True
+
+    logging_steps: int = 10
+    save_steps: int = 250
+    save_total_limit: int | None = 40
+    eval_steps: int | None = None
+    report_to: str | Sequence[str] = "none"
+    progress: bool = True
+    resume: bool | str | Path = "auto"
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError naming the first setting that cannot be."""
+        _check_choices(self)
+        _check_numbers(self)
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise ValueError("max_steps and num_epochs are both set; give one of them")
+        if self.eval_data is not None and self.eval_dataset_size:
+            raise ValueError("eval_data and eval_dataset_size are both set; give one of them")
+        if self.eval_steps is not None and self.eval_data is None and not self.eval_dataset_size:
+            raise ValueError("eval_steps is set but there are no eval_data and no eval_dataset_size")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        names = (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)
+        return tuple(name for name in names if name != "none")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype] if isinstance(self.dtype, str) else self.dtype
+
+    @property
+    def order_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.num_epochs is not None:
+            return max(1, math.ceil(self.num_epochs * steps_per_epoch))
+        return DEFAULT_STEPS if self.max_steps is None else self.max_steps
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON values; a loaded model or list of rows by its kind only."""
+        return {one.name: _json_value(getattr(self, one.name)) for one in fields(self)}
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike | torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, list | tuple) and all(isinstance(one, str | float) for one in value):
+        return list(value)
+    return f"<{type(value).__name__}>"
+
+
+def _check_choices(config: TrainConfig) -> None:
+    choices = {
+        "quant_type": QUANT_TYPES,
+        "lr_scheduler_type": tuple(SCHEDULES),
+        "optim": ("fp32", "8bit"),
+        "lora_bias": ("none", "all", "lora_only"),
+        "dtype": (*DTYPES, *DTYPES.values()),
+    }
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            names = ", ".join(str(one) for one in allowed if not isinstance(one, torch.dtype))
+            raise ValueError(f"{name}: expected one of {names}, got {value!r}")
+    for tracker in config.trackers:
+        if tracker not in TRACKERS:
+            raise ValueError(f"report_to: expected none, tensorboard or wandb, got {tracker!r}")
+    if config.dataset_format is not None:
+        check_format(config.dataset_format)
+
+
+_AT_LEAST_ONE = (
+    "lora_r",
+    "source_max_len",
+    "target_max_len",
+    "max_seq_len",
+    "per_device_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_steps",
+)
+_AT_LEAST_ONE_OR_NONE = ("max_steps", "save_total_limit", "eval_steps")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name in _AT_LEAST_ONE + _AT_LEAST_ONE_OR_NONE:
+        value = getattr(config, name)
+        if value is None and name in _AT_LEAST_ONE_OR_NONE:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a whole number, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    bounds = {
+        "learning_rate": (0.0, math.inf),
+        "lora_alpha": (0.0, math.inf),
+        "weight_decay": (0.0, math.inf),
+        "adam_epsilon": (0.0, math.inf),
+        "warmup_ratio": (0.0, 1.0),
+        "lora_dropout": (0.0, 1.0),
+        "max_grad_norm": (0.0, math.inf),
+        "num_epochs": (0.0, math.inf),
+        "eval_dataset_size": (0, math.inf),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if value is None and name in ("max_grad_norm", "num_epochs"):
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not low <= value <= high or math.isinf(value):
+            raise ValueError(f"{name}: expected {low:g} to {high:g}, got {value}")
+    if config.num_epochs == 0 or config.lora_dropout == 1:
+        name = "num_epochs" if config.num_epochs == 0 else "lora_dropout"
+        raise ValueError(f"{name}: {getattr(config, name)} leaves nothing to train")

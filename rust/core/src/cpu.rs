@@ -1,0 +1,78 @@
+//! The CPU backend: the plain loops, or their SIMD siblings where the processor has them.
+
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::ops::adamw::Adamw;
+use crate::ops::adamw_8bit::Adamw8bit;
+use crate::ops::dequantize_4bit::Dequantize4bit;
+use crate::ops::dequantize_blockwise::DequantizeBlockwise;
+use crate::ops::double_quantize::DoubleQuantize;
+use crate::ops::gemv_4bit::Gemv4bit;
+use crate::ops::quantize_4bit::Quantize4bit;
+use crate::ops::quantize_blockwise::QuantizeBlockwise;
+use crate::simd::Simd;
+
+#[derive(Debug, Clone, Copy)]
+pub struct CpuBackend {
+    simd: Simd,
+}
+
+impl CpuBackend {
+    /// The fastest loops that this processor can run.
+    pub fn new() -> Self {
+        Self { simd: Simd::detect() }
+    }
+
+    /// The plain loops: what every other backend is compared with.
+    pub fn oracle() -> Self {
+        Self { simd: Simd::Scalar }
+    }
+}
+
+impl Default for CpuBackend {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Backend for CpuBackend {
+    fn quantize_4bit(&self, args: Quantize4bit<'_>) -> Result<()> {
+        args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn dequantize_4bit(&self, args: Dequantize4bit<'_>) -> Result<()> {
+        args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn double_quantize(&self, args: DoubleQuantize<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn quantize_blockwise(&self, args: QuantizeBlockwise<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
+        args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn adamw(&self, args: Adamw<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+}

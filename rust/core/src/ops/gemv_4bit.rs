@@ -1,0 +1,170 @@
+//! `gemv_4bit`: y = x Wᵀ with W `[N, K]` in 4 bits, for a few rows x.
+//!
+//! ```text
+//! out[m, n] = sum_k x[m, k] * table[code(n K + k)] * scale[(n K + k) / blocksize]
+//! ```
+//!
+//! Products and sums are fp32, rounded once to out's dtype. The order of the sum is the backend's own, but fixed: a
+//! row of out depends on its row of x only, never on M, on the other rows or on the number of threads.
+
+use crate::check::{arg, blocksize_4bit};
+use crate::error::Result;
+use crate::ops::dequantize_4bit::dequantize_block;
+use crate::parallel;
+use crate::quant_state::{Absmax, QuantType, Scales};
+use crate::simd::Simd;
+use crate::tensor::{DType, Float, TensorMut, TensorRef, with_float};
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+const OP: &str = "gemv_4bit";
+
+/// M rows of x, N rows of W, K elements a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GemvShape {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+}
+
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Gemv4bit<'a> {
+    /// f32, f16 or bf16 `[M, K]`
+    pub x: TensorRef<'a>,
+    /// u8 `[ceil(N K / 2)]`
+    pub packed: TensorRef<'a>,
+    /// one scale a block, `[ceil(N K / blocksize)]`
+    pub absmax: Absmax<'a>,
+    pub quant_type: QuantType,
+    pub blocksize: usize,
+    /// x's dtype `[M, N]`
+    pub out: TensorMut<'a>,
+    pub shape: GemvShape,
+}
+
+impl<'a> Gemv4bit<'a> {
+    pub fn new(
+        x: TensorRef<'a>,
+        packed: TensorRef<'a>,
+        absmax: Absmax<'a>,
+        quant_type: QuantType,
+        blocksize: usize,
+        out: TensorMut<'a>,
+        shape: GemvShape,
+    ) -> Result<Self> {
+        blocksize_4bit(OP, blocksize)?;
+        let GemvShape { m, n, k } = shape;
+        let device = packed.device();
+        arg(OP, "x", x).float()?.numel(m * k, "M x K")?.on(device, "packed")?;
+        arg(OP, "packed", packed).dtype(DType::U8)?.numel((n * k).div_ceil(2), "N x K, two codes a byte")?;
+        absmax.check(OP, (n * k).div_ceil(blocksize), device)?;
+        arg(OP, "out", out.as_ref()).dtype(x.dtype())?.numel(m * n, "M x N")?.on(device, "packed")?;
+        Ok(Self { x, packed, absmax, quant_type, blocksize, out, shape })
+    }
+}
+
+/// Weights below which waking a second thread costs more than it saves.
+const CHUNK_WEIGHTS: usize = 1 << 17;
+
+impl Gemv4bit<'_> {
+    pub(crate) fn run_on_cpu(self, simd: Simd) {
+        let GemvShape { m, n, k } = self.shape;
+        if m == 0 || n == 0 {
+            return;
+        }
+        // Rows of W are the outer index, so that a thread's results are contiguous.
+        let mut sums = vec![0.0; n * m];
+        if k > 0 {
+            with_float!(self.x.dtype(), T => self.accumulate::<T>(&mut sums, simd));
+        }
+        with_float!(self.out.dtype(), T => store_transposed::<T>(&sums, self.out.into_slice(), self.shape));
+    }
+
+    fn accumulate<T: Float>(&self, sums: &mut [f32], simd: Simd) {
+        let x: Vec<f32> = self.x.as_slice::<T>().iter().map(|x| x.to_f32()).collect();
+        let weight = Weight {
+            packed: self.packed.as_slice(),
+            scales: self.absmax.scales(),
+            table: self.quant_type.table(),
+            blocksize: self.blocksize,
+            k: self.shape.k,
+        };
+        #[cfg(target_arch = "x86_64")]
+        if simd == Simd::Avx512 && weight.k % weight.blocksize == 0 {
+            let x = avx512::SplitRows::new(&x, weight.k);
+            // SAFETY: the level was detected.
+            return self.for_each_chunk(sums, |first, sums| unsafe { avx512::rows_of_blocks(&weight, &x, first, sums) });
+        }
+        self.for_each_chunk(sums, |first, sums| weight.any_rows(simd, &x, first, sums));
+    }
+
+    /// Splits the rows of W: `work(first, sums)` fills `sums` `[rows, M]` for the rows from `first` on.
+    fn for_each_chunk(&self, sums: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
+        let GemvShape { m, n, k } = self.shape;
+        let rows = CHUNK_WEIGHTS.div_ceil(k);
+        let chunks = sums.chunks_mut(rows * m).enumerate();
+        parallel::for_each(chunks, n.div_ceil(rows), |(chunk, sums)| work(chunk * rows, sums));
+    }
+}
+
+/// W as the CPU loops read it.
+struct Weight<'a> {
+    packed: &'a [u8],
+    scales: Scales<'a>,
+    table: &'static [f32; 16],
+    blocksize: usize,
+    k: usize,
+}
+
+impl Weight<'_> {
+    /// Rows of any length: the blocks that cover them are decoded, then each row is a dot product.
+    fn any_rows(&self, simd: Simd, x: &[f32], first: usize, sums: &mut [f32]) {
+        let (k, m) = (self.k, x.len() / self.k);
+        let rows = sums.len() / m;
+        let (begin, end) = (first * k, (first + rows) * k);
+        let first_block = begin / self.blocksize;
+        let decoded = self.decode(simd, first_block, end);
+        let start = begin - first_block * self.blocksize;
+        for (w, sums) in decoded[start..].chunks(k).zip(sums.chunks_mut(m)) {
+            for (x, sum) in x.chunks(k).zip(sums) {
+                *sum = dot(x, w);
+            }
+        }
+    }
+
+    /// The flat elements from the start of `first_block` to `end`.
+    fn decode(&self, simd: Simd, first_block: usize, end: usize) -> Vec<f32> {
+        let begin = first_block * self.blocksize;
+        let mut decoded = vec![0.0; end - begin];
+        let packed = self.packed[begin / 2..].chunks(self.blocksize / 2);
+        for (i, (out, packed)) in decoded.chunks_mut(self.blocksize).zip(packed).enumerate() {
+            dequantize_block(simd, packed, out, self.table, self.scales.get(first_block + i));
+        }
+        decoded
+    }
+}
+
+/// Sixteen partial sums, so that the compiler can use vector registers of any width.
+fn dot(x: &[f32], w: &[f32]) -> f32 {
+    let mut lanes = [0.0; 16];
+    let (x_chunks, w_chunks) = (x.chunks_exact(16), w.chunks_exact(16));
+    let rest = x_chunks.remainder().iter().zip(w_chunks.remainder());
+    let tail: f32 = rest.map(|(x, w)| x * w).sum();
+    for (x, w) in x_chunks.zip(w_chunks) {
+        for lane in 0..16 {
+            lanes[lane] += x[lane] * w[lane];
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// `sums` `[N, M]` to `out` `[M, N]`, rounded.
+fn store_transposed<T: Float>(sums: &[f32], out: &mut [T], shape: GemvShape) {
+    for (row, out) in out.chunks_mut(shape.n).enumerate() {
+        for (out, sums) in out.iter_mut().zip(sums.chunks(shape.m)) {
+            *out = T::from_f32(sums[row]);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+// Bound by bytes: 0.516 B in, 2 B out per 16-bit weight; 28672 x 8192 takes 137 us at 4.3 TB/s.
+#include "absmax.cuh"
+#include "codes.cuh"
+#include "memory.cuh"
+
+constexpr int THREADS = 256;
+constexpr int GROUPS = 4;  // 16-byte stores a thread, all their loads in flight at once
+
+// The codes of one 16-byte store: eight (4 bytes) or four (2 bytes).
+template <int COUNT>
+__device__ uint32_t load_codes(const uint8_t* p) {
+    if constexpr (COUNT == 8) return __ldg(reinterpret_cast<const uint32_t*>(p));
+    return __ldg(reinterpret_cast<const uint16_t*>(p));
+}
+
+template <typename T>
+__device__ void dequantize_tile(const uint8_t* packed, const Absmax& absmax, T* out, int64_t tile,
+                                int log2_blocksize, float entry) {
+    constexpr int COUNT = 16 / sizeof(T);
+    uint32_t codes[GROUPS];
+    RawScale scales[GROUPS];
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        const int64_t first = tile + (j * THREADS + threadIdx.x) * COUNT;
+        codes[j] = load_codes<COUNT>(packed + first / 2);
+        scales[j] = load_scale(absmax, first >> log2_blocksize);
+    }
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        const float scale = decode_scale(absmax, scales[j]);
+        float v[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            v[i] = __fmul_rn(lookup16(entry, codes[j] >> nibble_shift(i)), scale);
+        store16(out + tile + (j * THREADS + threadIdx.x) * COUNT, v);
+    }
+}
+
+// The last tile, and any tile of unaligned tensors.
+template <typename T>
+__device__ void dequantize_edge(const uint8_t* packed, const Absmax& absmax, T* out, int64_t first,
+                                int64_t end, int log2_blocksize, const float (&table)[16]) {
+    for (int64_t i = first + threadIdx.x; i < end; i += THREADS) {
+        const uint32_t code = packed[i / 2] >> nibble_shift(i % 2) & 15;
+        const float scale = decode_scale(absmax, load_scale(absmax, i >> log2_blocksize));
+        out[i] = narrow<T>(__fmul_rn(table[code], scale));
+    }
+}
+
+template <typename T>
+__device__ void dequantize_4bit(const uint8_t* packed,  // [ceil(n / 2)]
+                                const Absmax& absmax,   // [ceil(n / blocksize)]
+                                T* out,                 // [n]
+                                int64_t n,              //
+                                int log2_blocksize,     // 5..12
+                                int quant_type,         // row of the codebook tables
+                                bool vector) {          // packed is 4-byte, out 16-byte aligned
+    constexpr int TILE = THREADS * GROUPS * 16 / sizeof(T);
+    const float(&table)[16] = CODEBOOK_4BIT[quant_type];
+    const int64_t tile = int64_t(blockIdx.x) * TILE;
+    if (vector && tile + TILE <= n)
+        dequantize_tile(packed, absmax, out, tile, log2_blocksize, table[lane_id() % 16]);
+    else
+        dequantize_edge(packed, absmax, out, tile, min(tile + TILE, n), log2_blocksize, table);
+}
+
+#define DEQUANTIZE_4BIT(T, dtype)                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                     \
+        dequantize_4bit_##dtype(const uint8_t* packed, Absmax absmax, T* out, int64_t n,      \
+                                int log2_blocksize, int quant_type, bool vector) {            \
+        dequantize_4bit(packed, absmax, out, n, log2_blocksize, quant_type, vector);          \
+    }
+
+DEQUANTIZE_4BIT(float, f32)
+DEQUANTIZE_4BIT(f16, f16)
+DEQUANTIZE_4BIT(bf16, bf16)

@@ -1,0 +1,50 @@
+// Vector loads and stores. Pointers are aligned to the whole access unless said otherwise.
+#pragma once
+#include "scalars.cuh"
+
+// Weights are read once: they must not push x and the scales out of L1.
+__device__ inline uint4 load_stream(const uint4* p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+    return v;
+}
+
+__device__ inline void load8(const float* p, float (&v)[8]) {
+    const float4 a = reinterpret_cast<const float4*>(p)[0];
+    const float4 b = reinterpret_cast<const float4*>(p)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+    v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+// Eight 16-bit values: one 16-byte load.
+template <typename T>
+__device__ void load8(const T* p, float (&v)[8]) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        v[2 * i] = widen(T{uint16_t(words[i])});
+        v[2 * i + 1] = widen(T{uint16_t(words[i] >> 16)});
+    }
+}
+
+// x[first .. first+8) as fp32, zeros past n; any alignment unless `vector`.
+template <typename T>
+__device__ void load8_or_zero(const T* x, int64_t first, int64_t n, bool vector, float (&v)[8]) {
+    if (vector && first + 8 <= n) return load8(x + first, v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = first + i < n ? widen(x[first + i]) : 0.0f;
+}
+
+// One 16-byte store: four fp32 or eight 16-bit values.
+__device__ inline void store16(float* p, const float (&v)[4]) {
+    *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+}
+
+template <typename T>
+__device__ void store16(T* p, const float (&v)[8]) {
+    *reinterpret_cast<uint4*>(p) = make_uint4(narrow2<T>(v[0], v[1]), narrow2<T>(v[2], v[3]),
+                                              narrow2<T>(v[4], v[5]), narrow2<T>(v[6], v[7]));
+}

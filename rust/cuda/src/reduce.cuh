@@ -1,0 +1,38 @@
+// Reductions over warps and thread groups; every order is fixed, nothing is atomic.
+#pragma once
+#include <stdint.h>
+
+constexpr uint32_t FULL_WARP = 0xffffffffu;
+
+__device__ inline int lane_id() { return threadIdx.x % 32; }
+
+// Bits of |value|. Unsigned order is that of magnitudes, with Inf and then NaN on top,
+// so that the largest magnitude of a block reports what must not be quantized.
+__device__ inline uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+
+// Sum over the warp in butterfly order, in every lane.
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    return value;
+}
+
+// Largest value among `group` neighbouring lanes (a power of two <= 32), in every lane.
+__device__ inline uint32_t lanes_max(uint32_t value, int group) {
+    for (int step = group / 2; step > 0; step /= 2)
+        value = max(value, __shfl_xor_sync(FULL_WARP, value, step));
+    return value;
+}
+
+// The same for groups of a power of two of threads, up to the whole CTA; called once per kernel.
+__device__ inline uint32_t threads_max(uint32_t value, int group) {
+    value = lanes_max(value, min(group, 32));
+    if (group <= 32) return value;
+    __shared__ uint32_t of_warp[32];
+    const int warp = threadIdx.x / 32, warps = group / 32;
+    if (lane_id() == 0) of_warp[warp] = value;
+    __syncthreads();
+    const int first = warp / warps * warps;
+    for (int i = 0; i < warps; ++i) value = max(value, of_warp[first + i]);
+    return value;
+}

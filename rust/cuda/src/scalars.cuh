@@ -1,0 +1,71 @@
+// Storage types and their conversions; all rounding is IEEE round-to-nearest-even.
+#pragma once
+#include <stdint.h>
+
+struct f16 {
+    uint16_t bits;
+};
+
+struct bf16 {
+    uint16_t bits;
+};
+
+__device__ inline float widen(float value) { return value; }
+
+__device__ inline float widen(f16 value) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+    return wide;
+}
+
+__device__ inline float widen(bf16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
+
+template <typename T>
+__device__ T narrow(float value);
+
+template <>
+__device__ inline float narrow<float>(float value) {
+    return value;
+}
+
+template <>
+__device__ inline f16 narrow<f16>(float value) {
+    f16 half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
+    return half;
+}
+
+template <>
+__device__ inline bf16 narrow<bf16>(float value) {
+    bf16 half;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
+#else
+    const uint32_t bits = __float_as_uint(value);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    half.bits = value == value ? rounded : 0x7fff;
+#endif
+    return half;
+}
+
+// Two values as one register, `first` in the low half: the order of memory.
+template <typename T>
+__device__ uint32_t narrow2(float first, float second) {
+    return narrow<T>(first).bits | uint32_t(narrow<T>(second).bits) << 16;
+}
+
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ inline uint32_t narrow2<f16>(float first, float second) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+template <>
+__device__ inline uint32_t narrow2<bf16>(float first, float second) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+#endif
