@@ -50,7 +50,9 @@ def test_16_bit_parameters(device, dtype):
     params, grads = problem(device, dtype=dtype)
     ours = run(AdamW(params, 1e-2), params, grads)
     reference = [torch.nn.Parameter(p.float()) for p in problem(device, dtype=dtype)[0]]
-    expected = run(torch.optim.AdamW(reference, 1e-2, weight_decay=0.0), reference, grads_float(grads))
+    expected = run(
+        torch.optim.AdamW(reference, 1e-2, weight_decay=0.0), reference, grads_float(grads)
+    )
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.02)
 

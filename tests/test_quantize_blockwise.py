@@ -26,7 +26,9 @@ def test_figures_of_the_formats_reference(device):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("n, blocksize", [(1, 256), (255, 256), (257, 256), (5000, 64), (4097, 4096)])
+@pytest.mark.parametrize(
+    "n, blocksize", [(1, 256), (255, 256), (257, 256), (5000, 64), (4097, 4096)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_nearest_code(device, signed, n, blocksize, dtype):
     x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)

@@ -186,7 +186,9 @@ def _saved_names(model: nn.Module, suffixes: list[str]) -> list[str]:
     if missing := [s for s in suffixes if not any(_is_suffix(s, n) for n in names)]:
         raise ValueError(f"LoraConfig: modules_to_save: no module matches {missing}")
     if packed := [n for n in names if isinstance(model.get_submodule(n), Linear4bit)]:
-        raise ValueError(f"LoraConfig: modules_to_save: {packed} are 4-bit and cannot train in full")
+        raise ValueError(
+            f"LoraConfig: modules_to_save: {packed} are 4-bit and cannot train in full"
+        )
     return names
 
 
@@ -388,8 +390,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: corrupt or truncated: {error}") from None
     plain = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
-    if odd := [n for n in plain if "lora_" in n and not n.endswith((".lora_A.weight", ".lora_B.weight"))]:
-        raise CheckpointError(f"{path}: {odd[0]}: only lora_A.weight and lora_B.weight are supported")
+    if odd := [
+        n for n in plain if "lora_" in n and not n.endswith((".lora_A.weight", ".lora_B.weight"))
+    ]:
+        raise CheckpointError(
+            f"{path}: {odd[0]}: only lora_A.weight and lora_B.weight are supported"
+        )
     return plain
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from halfbyte.tokenizer import Tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_HINT = (
     "Hint: pickled weights can run code and are never read; convert them with "
@@ -57,9 +59,15 @@ class Folder(Source):
             yield part.view(dtype)
 
     def tokenizer(self) -> Tokenizer | None:
-        if not (self.path / "tokenizer.json").exists():
-            return None
-        return Tokenizer.from_folder(self.path)
+        if (self.path / "tokenizer.json").exists():
+            return Tokenizer.from_folder(self.path)
+        if others := [name for name in OTHER_TOKENIZERS if (self.path / name).exists()]:
+            warnings.warn(
+                f"{self.path}: expected tokenizer.json, got {', '.join(others)}: the model has no "
+                "tokenizer. Hint: AutoTokenizer.from_pretrained(SRC).save_pretrained(OUT) makes it",
+                stacklevel=2,
+            )
+        return None
 
 
 def read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def plan(
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    parts = {} if stored is None else _parts(source, names, linear_layers(model), stored)
+    parts = {} if stored is None else _parts(names, linear_layers(model), stored)
     packed = {name: shapes[name] for name in parts}
     layout = Layout({n: s for n, s in shapes.items() if n not in packed}, packed, parts)
     _check_names(source, names, layout, model.config.tie_word_embeddings, stored)
@@ -58,23 +58,17 @@ def plan(
     return layout
 
 
-def _parts(
-    source: Source, names: set[str], linears: set[str], stored: dict[str, Any]
-) -> dict[str, set[str]]:
+def _parts(names: set[str], linears: set[str], stored: dict[str, Any]) -> dict[str, set[str]]:
     """The tensors of each 4-bit weight; a missing mandatory one is listed all the same."""
     quantized = {name.partition(f".weight.{STATE}")[0] for name in names if STATE in name}
-    if "lm_head" in quantized:
-        raise CheckpointError(
-            f"{source.location}: tensor {HEAD}: expected floating point, got 4 bits. "
-            "Hint: quantize the model again with lm_head in llm_int8_skip_modules"
-        )
+    announced = {name for name in linears if not is_skipped(name, stored)}
     parts: dict[str, set[str]] = {}
-    for linear in sorted(linears):
-        if linear in quantized or not is_skipped(linear, stored):
-            weight = f"{linear}.weight"
-            parts[weight] = {weight, f"{weight}.absmax", f"{weight}.quant_map"}
-            if linear not in quantized:
-                parts[weight].add(f"{weight}.{STATE}{stored.get('bnb_4bit_quant_type', 'fp4')}")
+    # The head is in 4 bits in the rare folder that says so by its tensors.
+    for linear in announced | quantized & {*linears, "lm_head"}:
+        weight = f"{linear}.weight"
+        parts[weight] = {weight, f"{weight}.absmax", f"{weight}.quant_map"}
+        if linear not in quantized:
+            parts[weight].add(f"{weight}.{STATE}{stored.get('bnb_4bit_quant_type', 'fp4')}")
     for name in names:
         if companion_of(name) in parts:
             parts[companion_of(name)].add(name)
@@ -84,6 +78,11 @@ def _parts(
 def _check_names(
     source: Source, names: set[str], layout: Layout, tied: bool, stored: dict[str, Any] | None
 ) -> None:
+    if tied and HEAD in layout.packed:
+        raise CheckpointError(
+            f"{source.location}: tensor {HEAD}: expected the embedding, which config.json ties, "
+            "got 4-bit codes. Hint: set tie_word_embeddings to false"
+        )
     known = set(layout.floats).union(*layout.parts.values())
     missing, unexpected = known - names, names - known
     if tied and len(missing & {HEAD, EMBEDDING}) < 2:

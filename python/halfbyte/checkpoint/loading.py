@@ -78,13 +78,20 @@ def load(
     does not exist, ConnectionError when the hub cannot be reached, ValueError for an argument.
     """
     settings = Settings(quant_type, double_quant, dtype, blocksize)
-    device = default_device() if device is None else torch.device(device)
-    _check_device(device)
-    source = open_source(path)
+    device = checked_device(device)
+    model = load_source(open_source(path), settings, device, progress)
+    model.source = os.fspath(path)
+    return model
+
+
+def load_source(
+    source: Source, settings: Settings, device: torch.device, progress: bool
+) -> Decoder:
+    """`load` for a source that is open already; `source.location` is the model's source."""
     model = _Filling(source, settings, device).run(progress)
     model.tokenizer = source.tokenizer()
     model.generation_config = source.generation_config
-    model.source = os.fspath(path)
+    model.source = source.location
     return model.eval()
 
 
@@ -102,13 +109,18 @@ def default_device() -> torch.device:
     return torch.device("cuda")
 
 
-def _check_device(device: torch.device) -> None:
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """The device that `load` was asked for, or the default one."""
+    if device is None:
+        return default_device()
+    device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"load: device: expected cpu or cuda, got {device}")
     if device.type == "cuda" and _core.cuda_status() != "ok":
         raise RuntimeError(
             f"load: device {device}: {_core.cuda_status()}. Hint: see `halfbyte doctor`"
         )
+    return device
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -175,15 +187,15 @@ class _Filling:
 
     def run(self, progress: bool) -> Decoder:
         total = sum(tensor.nbytes for tensor in self.tensors)
-        with _progress_bar(f"loading {self.source.location}", total, progress) as advance:
+        label = f"loading {Path(self.source.location).name}"
+        with _progress_bar(label, total, progress) as advance:
             for tensor in self.tensors:
                 if tensor.name in self.layout.floats:
                     self._place(tensor)
                 else:
                     self._place_part(tensor)
                 advance(tensor.nbytes)
-        if self.tied:
-            self.model.lm_head.weight = self.model.model.embed_tokens.weight
+        self.model.tie_weights()
         return self.model
 
     def _place(self, tensor: StoredTensor) -> None:
@@ -301,10 +313,11 @@ def _check_finite(where: str, dtype: str, value: Tensor) -> None:
 
 @contextlib.contextmanager
 def _progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` bytes on stderr; yields the function that advances it."""
+    """A bar over `total` bytes on a terminal's stderr; yields the function that advances it."""
     from rich import progress
     from rich.console import Console
 
+    console = Console(stderr=True)
     columns = (
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -312,6 +325,7 @@ def _progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    disable = not (shown and console.is_terminal)
+    with progress.Progress(*columns, console=console, disable=disable) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.advance(task, done)

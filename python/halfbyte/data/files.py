@@ -55,7 +55,9 @@ def _read(path: Path, kind: str, zipped: bool) -> list[Any]:
     if kind == ".parquet":
         return _read_parquet(path)
     opener = gzip.open if zipped else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="" if kind in (".csv", ".tsv") else None) as file:
+    with opener(
+        path, "rt", encoding="utf-8-sig", newline="" if kind in (".csv", ".tsv") else None
+    ) as file:
         if kind in (".csv", ".tsv"):
             return _read_table(file, "," if kind == ".csv" else "\t")
         if kind == ".json":

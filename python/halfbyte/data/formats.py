@@ -112,7 +112,7 @@ def unnatural_instructions(row: dict[str, Any]) -> list[Sample]:
 
 
 def flan(row: dict[str, Any]) -> list[Sample]:
-    """FLAN v2's inputs and targets; P3 dumps call them prompt and completion, with GPT's end mark."""
+    """FLAN v2's inputs and targets; in P3 dumps prompt and completion, with GPT's end mark."""
     fields = ("inputs", "targets") if "inputs" in row else ("prompt", "completion")
     source, target = (_text(row, field) for field in fields)
     return [Pair(source, target.removesuffix("<|endoftext|>"))]

@@ -16,12 +16,13 @@ from halfbyte.models.rope import rotate
 class Span(NamedTuple):
     """Which keys the queries of a forward see, the same for all layers of one window.
 
-    cached: the cache positions to attend over; None for the forward's own keys.
+    cached: first and last (exclusive) cache position to attend over; None for the forward's own
+    keys.
     mask: bool [B or 1, 1, T, S], True where a query sees a key; None for all keys, or for those at
     or before the query if is_causal.
     """
 
-    cached: slice | None
+    cached: tuple[int, int] | None
     mask: Tensor | None
     is_causal: bool
 
@@ -49,7 +50,7 @@ def spans(
 def _own_span(window: int | None, positions: Tensor) -> Span:
     tokens = positions.shape[1]
     if window is None or tokens <= window:
-        return Span(None, None, is_causal=tokens > 1)
+        return Span(None, None, is_causal=True)
     return Span(None, _mask(window, positions[:1], positions[0]), is_causal=False)
 
 
@@ -58,9 +59,9 @@ def _cached_span(window: int | None, positions: Tensor, past: list[int]) -> Span
     last = max(past) + tokens
     if tokens == 1 and min(past) == max(past):
         first = 0 if window is None else max(0, last - window)
-        return Span(slice(first, last), None, is_causal=False)
+        return Span((first, last), None, is_causal=False)
     keys = torch.arange(last, device=positions.device)
-    return Span(slice(0, last), _mask(window, positions, keys), is_causal=False)
+    return Span((0, last), _mask(window, positions, keys), is_causal=False)
 
 
 def _mask(window: int | None, positions: Tensor, keys: Tensor) -> Tensor:
@@ -121,7 +122,8 @@ class Attention(nn.Module):
         if step.cache is not None:
             step.cache.write(self.layer, step.positions, k, v)
         if span.cached is not None:
-            k = step.cache.keys[self.layer][:, span.cached]
-            v = step.cache.values[self.layer][:, span.cached]
+            first, last = span.cached
+            k = step.cache.keys[self.layer][:, first:last]
+            v = step.cache.values[self.layer][:, first:last]
         out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
         return self.o_proj(out.reshape(*x.shape[:2], -1))

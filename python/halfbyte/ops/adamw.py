@@ -27,7 +27,9 @@ class AdamWScalars:
         )
 
 
-def adamw(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: AdamWScalars) -> None:
+def adamw(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: AdamWScalars
+) -> None:
     """torch.optim.AdamW's update (Loshchilov & Hutter 2019), decay first, in place.
 
     param, grad: fp32, fp16 or bf16, same dtype and shape; exp_avg, exp_avg_sq: fp32.

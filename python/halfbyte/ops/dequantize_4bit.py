@@ -42,9 +42,7 @@ define(
 )
 
 
-def dequantize_4bit(
-    packed: Tensor, state: QuantState, dtype: torch.dtype | None = None
-) -> Tensor:
+def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """`codebook[code] * scale` in fp32, rounded once to `dtype` (default: state.dtype).
 
     packed: uint8 [(n + 1) // 2, 1], contiguous. Returns a tensor of state.shape.

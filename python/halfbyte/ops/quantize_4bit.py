@@ -36,7 +36,11 @@ def _double_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, absmax.new_empty(nested), absmax.new_empty(1)
 
 
-define("quantize_4bit(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)", _codes, _codes_fake)
+define(
+    "quantize_4bit(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)",
+    _codes,
+    _codes_fake,
+)
 define("double_quantize(Tensor absmax) -> (Tensor, Tensor, Tensor)", _double, _double_fake)
 
 

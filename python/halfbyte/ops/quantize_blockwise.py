@@ -10,7 +10,9 @@ from halfbyte import _core
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def quantize_blockwise(x: Tensor, signed: bool = True, blocksize: int = 256) -> tuple[Tensor, Tensor]:
+def quantize_blockwise(
+    x: Tensor, signed: bool = True, blocksize: int = 256
+) -> tuple[Tensor, Tensor]:
     """Nearest entry of the dynamic 8-bit map to x / absmax, block by block.
 
     x: fp32, fp16 or bf16, any shape. Returns codes uint8 of x's shape and absmax fp32

@@ -27,24 +27,59 @@ TRACKERS = ("tensorboard", "wandb")
 class TrainConfig:
     """A fine-tuning run; names and defaults follow qlora.py where it has them.
 
-    model: folder, hub id or GGUF file, or a loaded Decoder, which is then trained in place.
-    data: a file of rows (jsonl, json, csv, tsv, parquet) or a list of dicts.
-    dataset_format: how rows are read; None tells it from the columns, and says which.
-    quant_type: "nf4", "fp4", "int4", or None for a 16-bit base.
-    source_max_len, target_max_len: tokens kept of source and target; max_seq_len: of chats and
-        plain text. Rows longer than the model's context are cut to it.
-    eval_data, eval_dataset_size: a file or rows to evaluate on, or how many training rows to
-        hold out (seed 42). eval_steps: how often; None evaluates at the end only.
+    model: folder, hub id or GGUF file; in Python also a loaded Decoder, trained in place.
+    data: file of rows (jsonl, json, csv, tsv, parquet); in Python also a list of dicts.
+    output_dir: where checkpoints, metrics.jsonl, the loss curve and the adapter are written.
+
+    quant_type: "nf4", "fp4" or "int4"; None keeps the base in 16 bits.
+    double_quant: quantize the scales of the blocks too.
+    dtype: of the computation and of everything that is not 4-bit.
+    device: "cuda", "cuda:1", "cpu"; None takes a GPU if there is one.
+
+    lora_r: rank of the adapter.
+    lora_alpha: its scale is lora_alpha / lora_r.
+    lora_dropout: probability that an input of the adapter is dropped.
+    target_modules: "all-linear", a regular expression, or names of layers.
+    use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
+    lora_bias: "none", "all" or "lora_only": biases that train too.
+    modules_to_save: names of modules trained in full beside the adapter.
+
+    dataset_format: how rows are read; None tells it from the columns and says which.
+    source_max_len: tokens kept of a source (prompt).
+    target_max_len: tokens kept of a target (completion), its end mark included.
+    max_seq_len: tokens kept of chats and plain text; the model's context limits every row.
+    train_on_source: learn prompts and user turns too.
     strict: a row that cannot be used is an error instead of a counted skip.
-    lr_scheduler_type: "constant" (which has no warm-up, as in transformers),
-        "constant_with_warmup", "linear" or "cosine"; warmup_ratio is of all steps.
-    max_steps or num_epochs: give at most one; neither means 10,000 steps.
+    eval_data: file of rows to evaluate on; in Python also a list of dicts.
+    eval_dataset_size: training rows held out for evaluation instead, drawn with seed 42.
+
+    learning_rate: of AdamW.
+    lr_scheduler_type: "constant" (without warm-up, as in transformers), "constant_with_warmup",
+        "linear" or "cosine".
+    warmup_ratio: share of all steps that warm up.
+    max_steps: optimizer steps; with neither this nor num_epochs, 10,000.
+    num_epochs: passes over the data, instead of max_steps.
+    per_device_batch_size: sequences that one device takes at once.
+    gradient_accumulation_steps: such batches in one optimizer step.
+    max_grad_norm: gradients are clipped to this global norm; 0 does not clip.
+    weight_decay: of AdamW.
+    adam_betas: decay rates of AdamW's moments.
+    adam_epsilon: of AdamW.
     optim: "fp32" or "8bit" AdamW state.
-    max_grad_norm: gradients are clipped to this global norm; 0 or None does not clip.
+    group_by_length: batch sequences of similar length together.
+    gradient_checkpointing: keep one activation a layer and recompute the rest.
+    seed: of the adapter's initial values and of dropout.
+    data_seed: of the order of rows; None takes seed.
+    deterministic: use only kernels that repeat their bits (slower attention on a GPU).
+
+    logging_steps: how often a line is printed and trackers are told.
+    save_steps: how often a checkpoint is written.
+    save_total_limit: newest checkpoints kept; None keeps all.
+    eval_steps: how often to evaluate; None only at the end.
     report_to: "none", "tensorboard", "wandb", or several of them.
+    progress: show a progress bar and messages.
     resume: "auto" continues from the newest complete checkpoint in output_dir if there is one,
         True demands one, False demands that there is none, a path names one.
-    deterministic: use only kernels that give the same bits again (slower attention on GPUs).
     """
 
     model: str | Path | Decoder
@@ -108,7 +143,9 @@ class TrainConfig:
         if self.eval_data is not None and self.eval_dataset_size:
             raise ValueError("eval_data and eval_dataset_size are both set; give one of them")
         if self.eval_steps is not None and self.eval_data is None and not self.eval_dataset_size:
-            raise ValueError("eval_steps is set but there are no eval_data and no eval_dataset_size")
+            raise ValueError(
+                "eval_steps is set but there are no eval_data and no eval_dataset_size"
+            )
 
     @property
     def trackers(self) -> tuple[str, ...]:

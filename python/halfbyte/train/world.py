@@ -26,7 +26,7 @@ class World:
         return self.rank == 0
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Add fp32 tensors up over all ranks, in place, in one exchange."""
+        """Add tensors up over all ranks, in place, in one exchange."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

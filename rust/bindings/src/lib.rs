@@ -1,0 +1,18 @@
+//! The Python module `halfbyte._core`: reads torch tensors, calls a backend, maps errors. It computes nothing.
+
+mod call;
+mod ops;
+mod tensor;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::call::CudaError;
+    #[pymodule_export]
+    use super::ops::{
+        adamw, adamw_8bit, codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
+        double_quantize, dynamic_map, gemv_4bit, get_num_threads, quantize_4bit, quantize_blockwise, set_num_threads,
+    };
+}

@@ -1,7 +1,6 @@
 //! What accompanies packed 4-bit codes: the codebook's name and one scale per block.
 
 use std::fmt;
-use std::str::FromStr;
 
 use crate::check::arg;
 use crate::codebook::{self, Ranks};
@@ -50,6 +49,17 @@ impl QuantType {
         }
     }
 
+    /// The quant type of this name; `op` is named in the error.
+    pub fn parse(op: &'static str, name: &str) -> Result<Self> {
+        let known = [QuantType::Nf4, QuantType::Fp4, QuantType::Int4];
+        known.into_iter().find(|known| known.name() == name).ok_or_else(|| Error::Argument {
+            op,
+            name: "quant_type",
+            expected: "'nf4', 'fp4' or 'int4'",
+            got: format!("'{name}'"),
+        })
+    }
+
     pub const fn name(self) -> &'static str {
         match self {
             QuantType::Nf4 => "nf4",
@@ -62,24 +72,6 @@ impl QuantType {
 impl fmt::Display for QuantType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-impl FromStr for QuantType {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "nf4" => Ok(QuantType::Nf4),
-            "fp4" => Ok(QuantType::Fp4),
-            "int4" => Ok(QuantType::Int4),
-            other => Err(Error::Argument {
-                op: "quantize_4bit",
-                name: "quant_type",
-                expected: "'nf4', 'fp4' or 'int4'",
-                got: format!("'{other}'"),
-            }),
-        }
     }
 }
 

@@ -1,4 +1,21 @@
-//! Which vector instructions this processor has.
+//! Which vector instructions this processor has, and how its registers meet the float types.
+
+use half::{bf16, f16};
+
+use crate::tensor::Float;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+
+/// A float type that every SIMD level can load and store.
+#[cfg(target_arch = "x86_64")]
+pub(crate) trait Lanes: Float + avx512::Lanes512 {}
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) trait Lanes: Float {}
+
+impl Lanes for f32 {}
+impl Lanes for f16 {}
+impl Lanes for bf16 {}
 
 /// The instruction set that an operation runs on; every level gives the same codes and the same dequantized bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -30,14 +30,14 @@ struct Maps {
         second_thresholds[i] = NEAREST_THRESHOLDS[0][i];
     }
 
-    // A negative moment never takes the code of zero: codes keep the sign.
-    __device__ uint32_t encode_first(float m, float reciprocal) const {
-        const uint32_t code = rank256(first_thresholds, m * reciprocal);
-        return code == 127 && m < 0.0f ? 126 : code;
+    // A negative moment never takes code 127, which is zero: codes keep the sign.
+    __device__ uint32_t encode_first(float scaled) const {
+        const uint32_t code = rank256(first_thresholds, scaled);
+        return code == 127 && scaled < 0.0f ? 126 : code;
     }
 
-    __device__ uint32_t encode_second(float v, float reciprocal) const {
-        return rank256(second_thresholds, v * reciprocal);
+    __device__ uint32_t encode_second(float scaled) const {
+        return rank256(second_thresholds, scaled);
     }
 };
 
@@ -91,8 +91,8 @@ __device__ void step_block(const Tensors<T>& t, int64_t block, const Maps& maps,
     for (int j = 0; j < PER_LANE; ++j) {
         const int64_t i = first + 32 * j;
         if (i >= t.n) break;
-        t.state1[i] = maps.encode_first(m[j], reciprocal1);
-        t.state2[i] = maps.encode_second(v[j], reciprocal2);
+        t.state1[i] = maps.encode_first(m[j] * reciprocal1);
+        t.state2[i] = maps.encode_second(v[j] * reciprocal2);
     }
     if (lane_id() == 0) t.absmax1[block] = new1, t.absmax2[block] = new2;
 }

@@ -86,7 +86,7 @@ __device__ void reduce_and_store(const float (&acc)[ROWS][M], T* out, int64_t ro
 }
 
 // Rows of W that one CTA multiplies with M rows of x: each x is loaded once for all of them.
-__device__ constexpr int rows_of(int M) { return M <= 4 ? 4 : 2; }
+__device__ constexpr int rows_of(int M) { return M == 1 ? 4 : 2; }
 
 // First of the M rows of x of this CTA.
 template <int M>

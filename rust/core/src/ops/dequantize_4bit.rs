@@ -6,7 +6,7 @@ use crate::check::{arg, blocksize_4bit};
 use crate::error::Result;
 use crate::parallel;
 use crate::quant_state::{Absmax, QuantType};
-use crate::simd::Simd;
+use crate::simd::{Lanes, Simd};
 use crate::tensor::{DType, Float, TensorMut, TensorRef, with_float};
 
 #[cfg(target_arch = "x86_64")]

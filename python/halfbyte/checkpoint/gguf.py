@@ -1,0 +1,290 @@
+"""A GGUF file of the llama, qwen2 or qwen3 architecture, read as a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.source import Source, StoredTensor, read_bytes
+from halfbyte.errors import CheckpointError, UnsupportedModelError
+from halfbyte.models.rope import RopeConfig, inverse_frequencies
+from halfbyte.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+INTEGER_TYPES = ("I8", "I16", "I32", "I64", "F64")
+# The decoded fp32 piece and the library's temporaries are several times the bytes read.
+PIECE_BYTES = 1 << 20
+
+
+class GGUF(Source):
+    """A .gguf file; tensors are dequantized to fp32 by the gguf library, piece by piece.
+
+    Raises CheckpointError for a damaged file, UnsupportedModelError for another architecture or
+    rope scaling.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGMLQuantizationType
+
+        self.location = str(path)
+        self.reader = _open_reader(path)
+        self.architecture = self._architecture()
+        self.types = {tensor.tensor_type.name: tensor.tensor_type for tensor in self.reader.tensors}
+        self.float_dtypes = tuple(t.name for t in GGMLQuantizationType if _decodes(t))
+        self.tensors = self._tensors(path)
+        self.config = self._config()
+        self.generation_config = self._generation_config()
+
+    def pieces(self, tensor: StoredTensor, staging: Tensor) -> Iterator[Tensor]:
+        from gguf import GGML_QUANT_SIZES
+        from gguf.quants import dequantize
+
+        kind = self.types[tensor.dtype]
+        unit = GGML_QUANT_SIZES[kind][1]
+        for part in read_bytes(tensor, staging[:PIECE_BYTES], unit):
+            yield torch.from_numpy(dequantize(part.numpy(), kind))
+
+    def read(
+        self, tensor: StoredTensor, dtype: torch.dtype, device: torch.device, staging: Tensor
+    ) -> Tensor:
+        value = super().read(tensor, dtype, device, staging)
+        heads = self._interleaved_heads(tensor.name)
+        return value if heads is None else _undo_rope_permutation(value, heads)
+
+    def tokenizer(self) -> Tokenizer | None:
+        if "tokenizer.ggml.tokens" not in self.reader.fields:
+            return None
+        return Tokenizer.from_gguf(self.reader)
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        """A metadata value; a leading dot stands for the architecture's name."""
+        name = f"{self.architecture}{key}" if key.startswith(".") else key
+        field = self.reader.fields.get(name)
+        return default if field is None else field.contents()
+
+    def _required(self, key: str) -> Any:
+        value = self._field(key)
+        if value is None:
+            raise CheckpointError(
+                f"{self.location}: metadata {self.architecture}{key}: expected a value, got none"
+            )
+        return value
+
+    def _architecture(self) -> str:
+        self.architecture = ""
+        parts = self._field("split.count", 1)
+        if parts > 1:
+            raise CheckpointError(
+                f"{self.location}: expected a whole model, got one of {parts} parts. "
+                "Hint: join them with llama.cpp's `gguf-split --merge`"
+            )
+        architecture = self._field("general.architecture")
+        if architecture not in ARCHITECTURES or self._field(f"{architecture}.expert_count", 0):
+            experts = " with experts" if architecture in ARCHITECTURES else ""
+            raise UnsupportedModelError(
+                f"{self.location}: general.architecture: expected one of "
+                f"{', '.join(ARCHITECTURES)}, got {architecture!r}{experts}"
+            )
+        return architecture
+
+    def _tensors(self, path: Path) -> list[StoredTensor]:
+        stored = [_stored(path, t) for t in self.reader.tensors if t.name != ROPE_FACTORS]
+        return sorted(stored, key=lambda tensor: tensor.offset)
+
+    def _interleaved_heads(self, name: str) -> int | None:
+        """Heads of a tensor whose rows ggml's llama rope wants permuted; None for the others."""
+        if self.architecture != "llama":
+            return None
+        if ".q_proj." in name:
+            return self.config["num_attention_heads"]
+        return self.config["num_key_value_heads"] if ".k_proj." in name else None
+
+    def _config(self) -> dict[str, Any]:
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        if "model.embed_tokens.weight" not in shapes:
+            raise CheckpointError(f"{self.location}: missing tensor token_embd.weight")
+        heads = self._required(".attention.head_count")
+        hidden = self._required(".embedding_length")
+        eps = self._field(".attention.layer_norm_rms_epsilon", 1e-6)
+        config = {
+            "architectures": [ARCHITECTURES[self.architecture]],
+            "model_type": self.architecture,
+            "vocab_size": shapes["model.embed_tokens.weight"][0],
+            "hidden_size": hidden,
+            "intermediate_size": self._required(".feed_forward_length"),
+            "num_hidden_layers": self._required(".block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._field(".attention.head_count_kv", heads),
+            "head_dim": self._field(".attention.key_length", hidden // heads),
+            "max_position_embeddings": self._required(".context_length"),
+            # Stored as fp32: the shortest decimal is the number that was meant.
+            "rms_norm_eps": float(str(np.float32(eps))),
+            "hidden_act": "silu",
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
+            "tie_word_embeddings": "lm_head.weight" not in shapes,
+            "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._field("tokenizer.ggml.padding_token_id"),
+            "use_cache": True,
+            "initializer_range": 0.02,
+        }
+        return config | self._rope(config["head_dim"])
+
+    def _rope(self, head_dim: int) -> dict[str, Any]:
+        rotated = self._field(".rope.dimension_count", head_dim)
+        if rotated != head_dim:
+            raise UnsupportedModelError(
+                f"{self.location}: rope.dimension_count: expected {head_dim}, the whole head, "
+                f"got {rotated}"
+            )
+        theta = float(self._field(".rope.freq_base", 10000.0))
+        return {"rope_theta": theta, "rope_scaling": self._rope_scaling(theta, head_dim)}
+
+    def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
+        factors = next((t for t in self.reader.tensors if t.name == ROPE_FACTORS), None)
+        if factors is not None:
+            stored = torch.tensor(np.asarray(factors.data, dtype=np.float32))
+            return self._llama3_scaling(stored, theta, head_dim)
+        kind = self._field(".rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        if kind not in ("linear", "yarn") or self._field(".rope.scaling.attn_factor", 1.0) != 1.0:
+            raise UnsupportedModelError(
+                f"{self.location}: rope.scaling.type: expected none, linear or yarn with an "
+                f"attn_factor of 1, got {kind!r}"
+            )
+        scaling = {"rope_type": kind, "factor": float(self._required(".rope.scaling.factor"))}
+        if kind == "yarn":
+            original = ".rope.scaling.original_context_length"
+            scaling["original_max_position_embeddings"] = self._required(original)
+        return scaling
+
+    def _llama3_scaling(
+        self, factors: Tensor, theta: float, head_dim: int
+    ) -> dict[str, Any] | None:
+        """Llama 3's rope parameters from what they were turned into: a divisor per frequency.
+
+        All published models share three of the four parameters, and the result is checked.
+        """
+        factor = float(factors.max())
+        if factor == 1.0:
+            return None
+        scaling = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        plain = inverse_frequencies(RopeConfig(rope_theta=theta), head_dim)
+        scaled = inverse_frequencies(RopeConfig(rope_theta=theta, **scaling), head_dim)
+        if factors.shape != plain.shape or not torch.allclose(factors, plain / scaled, rtol=1e-3):
+            raise UnsupportedModelError(
+                f"{self.location}: tensor {ROPE_FACTORS}: expected the factors of Llama 3's rope "
+                f"scaling by {factor:g} from 8192 tokens, got others"
+            )
+        return scaling
+
+    def _generation_config(self) -> dict[str, Any]:
+        ends = ("eos_token_id", "eot_token_id", "eom_token_id")
+        ids = [self._field(f"tokenizer.ggml.{name}") for name in ends]
+        eos = list(dict.fromkeys(i for i in ids if i is not None))
+        fields = {
+            "bos_token_id": self.config["bos_token_id"],
+            "eos_token_id": eos[0] if len(eos) == 1 else eos,
+            "pad_token_id": self.config["pad_token_id"],
+        }
+        return {name: value for name, value in fields.items() if value not in (None, [])}
+
+
+def _open_reader(path: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    class PlainReader(GGUFReader):
+        """Slices plain arrays: on a memmap each of the vocabulary's slices costs three times."""
+
+        @property
+        def data(self) -> np.ndarray:
+            return self._data
+
+        @data.setter
+        def data(self, value: np.ndarray) -> None:
+            self._data = np.asarray(value)
+
+    try:
+        return PlainReader(path)
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path}: expected a GGUF file, got {path.stat().st_size} bytes that the gguf library "
+            f"cannot read ({error}). Hint: the file is truncated or corrupt, download it again"
+        ) from error
+
+
+def _decodes(kind: Any) -> bool:
+    """Whether the library can dequantize the type: it only tells by trying."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    if kind.name in INTEGER_TYPES:
+        return False
+    try:
+        dequantize(np.zeros(GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _stored(path: Path, tensor: ReaderTensor) -> StoredTensor:
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    name = _hugging_face_name(tensor.name)
+    kind = tensor.tensor_type.name
+    return StoredTensor(name, kind, shape, path, int(tensor.data_offset), int(tensor.n_bytes))
+
+
+def _hugging_face_name(name: str) -> str:
+    """A name that has no counterpart stays, to be refused under the name the file gives it."""
+    if name in TOP_NAMES:
+        return TOP_NAMES[name]
+    block, _, rest = name.removeprefix("blk.").partition(".")
+    part, _, leaf = rest.partition(".")
+    if not name.startswith("blk.") or part not in BLOCK_NAMES:
+        return name
+    return f"model.layers.{block}.{BLOCK_NAMES[part]}.{leaf}"
+
+
+def _undo_rope_permutation(value: Tensor, heads: int) -> Tensor:
+    """ggml's llama rotates neighbouring rows, transformers the two halves of a head."""
+    rows = value.shape[0] // heads // 2
+    return value.view(heads, rows, 2, -1).transpose(1, 2).reshape(value.shape)

@@ -1,0 +1,202 @@
+"""Checkpoints of a run: written aside, verified before they are trusted, resumed exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from halfbyte.errors import CheckpointError
+
+MANIFEST = "complete.json"
+STATE = "state.json"
+OPTIMIZER = "optimizer.pt"
+RNG = "rng.pt"
+PREFIX = "checkpoint-"
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return output_dir / f"{PREFIX}{step}"
+
+
+def write_checkpoint(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make `folder` from what `fill` writes, so that a crash leaves all of it or nothing.
+
+    The files are written to a hidden folder beside it, listed with their sha256, synced to disk,
+    and only then renamed.
+    """
+    aside = folder.parent / f".{folder.name}.writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    fill(aside)
+    files = sorted(path for path in aside.iterdir() if path.is_file())
+    manifest = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in [*files, aside / MANIFEST, aside]:
+        _sync(path)
+    _remove(folder)
+    aside.rename(folder)
+    _sync(folder.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None if every listed file is there and intact."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoint folders, newest first, whether intact or not."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]), reverse=True)
+
+
+def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint, and a sentence for each damaged one passed over."""
+    passed_over = []
+    for folder in checkpoints(output_dir):
+        reason = damage(folder)
+        if reason is None:
+            return folder, passed_over
+        passed_over.append(f"{folder} is damaged ({reason}), looking for an older one")
+    return None, passed_over
+
+
+def find_checkpoint(output_dir: Path, resume: bool | str | Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume` of TrainConfig means, and sentences about damaged ones.
+
+    Raises FileExistsError (False, but there are checkpoints), FileNotFoundError (True, but there
+    is none), CheckpointError (the one named is damaged).
+    """
+    if resume is False:
+        if old := checkpoints(output_dir):
+            raise FileExistsError(
+                f"resume is False but {old[0]} exists. hint: choose another output_dir, or remove "
+                "the checkpoints of the earlier run"
+            )
+        return None, []
+    if resume is True or resume == "auto":
+        folder, passed_over = newest_complete(output_dir)
+        if folder is None and resume is True:
+            notes = "".join(f"\n{line}" for line in passed_over)
+            raise FileNotFoundError(f"resume: no complete checkpoint in {output_dir}{notes}")
+        return folder, passed_over
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"resume: {folder} is not a checkpoint folder")
+    if reason := damage(folder):
+        raise CheckpointError(f"resume: {folder} is damaged: {reason}")
+    return folder, []
+
+
+def prune(output_dir: Path, keep: int | None) -> None:
+    """Remove what interrupted writes left, and all but the newest `keep` checkpoints."""
+    for leftover in output_dir.glob(f".{PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if keep is not None:
+        for folder in checkpoints(output_dir)[keep:]:
+            _remove(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The step counters and settings of a checkpoint."""
+    return json.loads((folder / STATE).read_text())
+
+
+def check_settings(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError naming every setting that differs from the run that wrote `folder`."""
+    now = json.loads(json.dumps(now))
+    changed = [
+        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume exactly from {folder}, this run differs:\n  "
+            + "\n  ".join(changed)
+            + "\nhint: give the same settings, or another output_dir for a new run"
+        )
+
+
+def load_tensors(path: Path) -> Any:
+    """A file of tensors and plain values; never unpickles anything else."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of the generators of python, numpy and torch, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": {
+            "key": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+            "pos": int(numpy_state["state"]["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo `rng_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    saved = state["numpy"]
+    key = saved["key"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, saved["pos"], saved["has_gauss"], saved["gauss"]))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _remove(folder: Path) -> None:
+    """Rename first: a checkpoint half deleted must not look like one."""
+    if folder.exists():
+        dying = folder.parent / f".{folder.name}.removing"
+        shutil.rmtree(dying, ignore_errors=True)
+        folder.rename(dying)
+        shutil.rmtree(dying, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

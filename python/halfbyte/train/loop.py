@@ -1,0 +1,376 @@
+"""The training loop: accumulate, check, clip, step, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.data import DataReport, EncodedRow, collate
+from halfbyte.lora import WEIGHTS_FILE, adapter_tensors, save_adapter
+from halfbyte.models import Decoder
+from halfbyte.train import checkpoints
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.monitor import Monitor, draw_curve, peak_memory
+from halfbyte.train.schedule import lr_factor
+from halfbyte.train.setup import Run, prepare
+from halfbyte.train.signals import StopRequest
+from halfbyte.train.world import World, join_world
+
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of a run.
+
+    losses: one a step from the first, of a resumed run too; eval_losses: by step.
+    adapter_dir: PEFT's format. loss_curve: None without matplotlib. tokens: seen in all.
+    seconds: since this process began. peak_memory_bytes: on a CPU, of the whole process.
+    model: with its adapter, in eval mode.
+    """
+
+    steps: int
+    losses: list[float]
+    eval_losses: dict[int, float]
+    adapter_dir: Path
+    metrics_path: Path
+    loss_curve: Path | None
+    peak_memory_bytes: int
+    tokens: int
+    seconds: float
+    resumed_from: int | None
+    report: DataReport
+    model: Decoder
+
+
+def finetune(config: TrainConfig) -> TrainResult:
+    """Fine-tune a LoRA adapter on a frozen base, as QLoRA does, and save it.
+
+    Under torchrun every process holds the base and takes its share of each batch. Ctrl-C and
+    SIGTERM finish the step, save a checkpoint and then raise KeyboardInterrupt or SystemExit.
+
+    Raises ValueError, TypeError (settings), DataError (no usable rows), CheckpointError (model or
+    checkpoint files), FloatingPointError (the loss is not finite; the weights are as before).
+    """
+    config.check()
+    started = time.monotonic()
+    device = config.device
+    if device is None and isinstance(config.model, Decoder):
+        device = config.model.model.embed_tokens.weight.device
+    output_dir = Path(config.output_dir)
+    with join_world(device) as world, _deterministic(config.deterministic, world.device):
+        if world.main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        found = _find_checkpoint(config, world, output_dir)
+        monitor = Monitor(config, output_dir, world.main, config.progress)
+        try:
+            run = prepare(config, world, monitor, output_dir)
+            _resume(run, *found)
+            with StopRequest(monitor.shown) as stop, _training(run):
+                _train(run, stop)
+            return _finish(run, started)
+        finally:
+            monitor.close()
+
+
+def _find_checkpoint(
+    config: TrainConfig, world: World, output_dir: Path
+) -> tuple[Path | None, list[str]]:
+    """Rank 0 looks, before the model is loaded; every rank hears the answer or the error."""
+    answer: Any = None
+    if world.main:
+        try:
+            answer = checkpoints.find_checkpoint(output_dir, config.resume)
+        except (OSError, ValueError) as error:
+            answer = error
+    answer = world.gather(answer)[0]
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@contextmanager
+def _deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+    """On a GPU, let torch choose only kernels that repeat their bits; CPU kernels all do."""
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@contextmanager
+def _training(run: Run) -> Iterator[None]:
+    """Training mode with checkpointed layers; eval mode and the caller's choice afterwards."""
+    before = run.model.gradient_checkpointing
+    run.model.gradient_checkpointing = run.config.gradient_checkpointing
+    run.model.train()
+    try:
+        yield
+    finally:
+        run.model.gradient_checkpointing = before
+        run.model.eval()
+
+
+def _resume(run: Run, folder: Path | None, notes: list[str]) -> None:
+    for note in notes:
+        run.monitor.say(note)
+    if folder is not None:
+        state = checkpoints.read_state(folder)
+        checkpoints.check_settings(folder, state["settings"], run.settings())
+        _restore(run, folder, state)
+        run.monitor.say(f"resumed from {folder}, step {run.step} of {run.total_steps}")
+        if state["total_steps"] != run.total_steps and "constant" not in (
+            run.config.lr_scheduler_type
+        ):
+            run.monitor.say(
+                f"the run was planned for {state['total_steps']} steps: "
+                f"the {run.config.lr_scheduler_type} schedule changes from here"
+            )
+    if run.world.main:
+        checkpoints.prune(run.output_dir, None)
+    run.history = run.monitor.start(run.step, run.total_steps)
+
+
+def _restore(run: Run, folder: Path, state: dict[str, Any]) -> None:
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / WEIGHTS_FILE)
+    for name, tensor in adapter_tensors(run.model).items():
+        tensor.copy_(saved[name])
+    run.optimizer.load_state_dict(checkpoints.load_tensors(folder / checkpoints.OPTIMIZER))
+    states = checkpoints.load_tensors(folder / checkpoints.RNG)
+    checkpoints.set_rng_state(states[run.world.rank], run.world.device)
+    run.step = run.resumed_from = state["step"]
+    run.tokens = state["tokens"]
+
+
+def _save(run: Run) -> None:
+    """A checkpoint of everything that decides the next losses."""
+    states = run.world.gather(checkpoints.rng_state(run.world.device))
+    if run.world.main:
+        run.monitor.sync()
+        folder = checkpoints.checkpoint_folder(run.output_dir, run.step)
+        checkpoints.write_checkpoint(folder, lambda aside: _fill(run, aside, states))
+        checkpoints.prune(run.output_dir, run.config.save_total_limit)
+    run.world.wait()
+
+
+def _fill(run: Run, folder: Path, rng_states: list[dict[str, Any]]) -> None:
+    save_adapter(run.model, folder, base_name=run.model.source, base_record=run.base)
+    torch.save(run.optimizer.state_dict(), folder / checkpoints.OPTIMIZER)
+    torch.save(rng_states, folder / checkpoints.RNG)
+    epoch, position = divmod(run.step, run.batches.steps_per_epoch)
+    state = {
+        "step": run.step,
+        "tokens": run.tokens,
+        "total_steps": run.total_steps,
+        "data_position": {"epoch": epoch, "step_in_epoch": position},
+        "settings": run.settings(),
+        "config": run.config.as_json(),
+    }
+    (folder / checkpoints.STATE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def _train(run: Run, stop: StopRequest) -> None:
+    while run.step < run.total_steps:
+        asked_to_stop = _step(run, stop)
+        last = run.step == run.total_steps
+        if run.eval_rows and (last or _due(run.step, run.config.eval_steps)):
+            _evaluate(run)
+        if last or asked_to_stop or _due(run.step, run.config.save_steps):
+            _save(run)
+        if asked_to_stop and not last:
+            _stop(run, stop)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _stop(run: Run, stop: StopRequest) -> None:
+    folder = checkpoints.checkpoint_folder(run.output_dir, run.step)
+    message = f"stopped after step {run.step}, saved {folder}; the same command continues from it"
+    run.monitor.say(message)
+    run.monitor.close()
+    if stop.signum == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt(message)
+
+
+def _step(run: Run, stop: StopRequest) -> bool:
+    """One optimizer step; returns whether any rank was asked to stop."""
+    started = time.monotonic()
+    losses = _accumulate(run)
+    loss, asked = _sum_over_ranks(run, losses, stop)
+    norm = torch.nn.utils.get_total_norm(_gradients(run))
+    _check_finite(run, losses, loss, norm)
+    lr = _update(run, norm)
+    tokens = sum(len(run.rows[index].ids) for index in run.batches.rows(run.step))
+    run.step += 1
+    run.tokens += tokens
+    row = {
+        "step": run.step,
+        "epoch": round(run.step / run.batches.steps_per_epoch, 4),
+        "loss": loss.item(),
+        "grad_norm": norm.item(),
+        "learning_rate": lr,
+        "tokens": run.tokens,
+        "tokens_per_second": round(tokens / max(time.monotonic() - started, 1e-9), 1),
+        "memory_gb": round(peak_memory(run.world.device) / 1e9, 3),
+    }
+    run.history.append(row)
+    run.monitor.row(row)
+    return asked
+
+
+def _accumulate(run: Run) -> list[Tensor]:
+    """Gradients of this rank's micro-batches, added up; returns their shares of the loss.
+
+    Every share is divided by the labels of the whole step, on all ranks, so that a token counts
+    the same whatever micro-batch it fell into.
+    """
+    num_items = sum(run.rows[index].targets for index in run.batches.rows(run.step))
+    losses = []
+    for indices in run.batches.micro_batches(run.step, run.world.rank):
+        ids, labels = _batch(run, [run.rows[index] for index in indices])
+        try:
+            loss = run.model(ids, labels=labels, num_items=num_items).loss
+            loss.backward()
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(run, ids) from error
+        losses.append(loss.detach())
+    return losses
+
+
+def _batch(run: Run, rows: list[EncodedRow]) -> tuple[Tensor, Tensor]:
+    ids, labels = collate(rows, run.pad_id)
+    return ids.to(run.world.device), labels.to(run.world.device)
+
+
+def _out_of_memory(run: Run, ids: Tensor) -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError(
+        f"step {run.step + 1}: {list(ids.shape)} tokens do not fit in memory. hint: lower "
+        "per_device_batch_size and raise gradient_accumulation_steps, keep gradient_checkpointing "
+        "on, or shorten source_max_len, target_max_len or max_seq_len"
+    )
+
+
+def _gradients(run: Run) -> list[Tensor]:
+    return [parameter.grad for parameter in run.parameters if parameter.grad is not None]
+
+
+def _sum_over_ranks(run: Run, losses: list[Tensor], stop: StopRequest) -> tuple[Tensor, bool]:
+    """The loss of the step, after adding up gradients and losses of all ranks."""
+    loss = torch.zeros((), device=run.world.device)
+    for part in losses:
+        loss += part
+    asked = torch.tensor(float(stop.signum is not None), device=run.world.device)
+    if run.world.size > 1:
+        for parameter in run.parameters:
+            # Near the end of an epoch a rank may have had no rows.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        run.world.sum_([*_gradients(run), loss, asked])
+    return loss, asked.item() > 0
+
+
+def _check_finite(run: Run, losses: list[Tensor], loss: Tensor, norm: Tensor) -> None:
+    """Raise FloatingPointError naming step and rows, before any weight was touched."""
+    if torch.isfinite(loss) and torch.isfinite(norm):
+        return
+    micro_batches = run.batches.micro_batches(run.step, run.world.rank)
+    numbers = [
+        run.rows[index].number
+        for part, indices in zip(losses, micro_batches, strict=True)
+        if not torch.isfinite(part)
+        for index in indices
+    ]
+    run.optimizer.zero_grad(set_to_none=True)
+    rows = f" in rows {numbers}" if numbers else ""
+    raise FloatingPointError(
+        f"step {run.step + 1}: loss is {loss.item()}, gradient norm {norm.item()}{rows}; "
+        "the weights were not changed. hint: lower learning_rate, or use dtype bfloat16 or "
+        "float32 instead of float16; the last checkpoint can be resumed"
+    )
+
+
+def _update(run: Run, norm: Tensor) -> float:
+    """Clip, set the learning rate, step; returns the learning rate."""
+    config = run.config
+    if config.max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(run.parameters, config.max_grad_norm, norm)
+    lr = config.learning_rate * lr_factor(
+        config.lr_scheduler_type, run.step, config.warmup_ratio, run.total_steps
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return lr
+
+
+@torch.no_grad()
+def _evaluate(run: Run) -> None:
+    """Mean loss over every label of the held-out rows, without touching a generator."""
+    size, world = run.config.per_device_batch_size, run.world
+    rows = sorted(run.eval_rows, key=lambda row: len(row.ids), reverse=True)
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    run.model.eval()
+    for batch in batches[world.rank :: world.size]:
+        ids, labels = _batch(run, batch)
+        total += run.model(ids, labels=labels, num_items=1).loss
+    run.model.train()
+    world.sum_([total])
+    loss = total.item() / sum(row.targets for row in rows)
+    row = {"step": run.step, "eval_loss": loss}
+    run.history.append(row)
+    run.monitor.row(row)
+
+
+def _finish(run: Run, started: float) -> TrainResult:
+    """Write the adapter and the curve, and sum the run up."""
+    adapter_dir, curve = run.output_dir / ADAPTER, None
+    if run.world.main:
+        run.monitor.close()
+        save_adapter(run.model, adapter_dir, base_name=run.model.source, base_record=run.base)
+        curve = draw_curve(run.history, run.output_dir)
+        run.monitor.say(f"adapter: {adapter_dir}")
+        run.monitor.say(
+            f"loss curve: {curve}" if curve else "no loss curve; hint: pip install matplotlib"
+        )
+    run.world.wait()
+    return TrainResult(
+        steps=run.step,
+        losses=[row["loss"] for row in run.history if "loss" in row],
+        eval_losses={row["step"]: row["eval_loss"] for row in run.history if "eval_loss" in row},
+        adapter_dir=adapter_dir,
+        metrics_path=run.monitor.path,
+        loss_curve=curve,
+        peak_memory_bytes=peak_memory(run.world.device),
+        tokens=run.tokens,
+        seconds=time.monotonic() - started,
+        resumed_from=run.resumed_from,
+        report=run.report,
+        model=run.model,
+    )

@@ -1,0 +1,241 @@
+"""From a TrainConfig to everything the loop needs: model, adapter, rows, order, optimizer."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from halfbyte.checkpoint import fingerprint, load
+from halfbyte.data import (
+    Batches,
+    DataReport,
+    EncodedRow,
+    Encoder,
+    check_report,
+    data_fingerprint,
+    detect_format,
+    encode_rows,
+    read_rows,
+    split_rows,
+)
+from halfbyte.lora import LoraConfig, adapter_parameters, inject
+from halfbyte.models import Decoder
+from halfbyte.optim import AdamW
+from halfbyte.train.config import TrainConfig
+from halfbyte.train.monitor import Monitor
+from halfbyte.train.world import World
+
+
+@dataclass
+class Run:
+    """A run under way; `step` optimizer steps are done and `tokens` tokens were seen."""
+
+    config: TrainConfig
+    world: World
+    output_dir: Path
+    monitor: Monitor
+    model: Decoder
+    base: dict[str, Any]
+    parameters: list[nn.Parameter]
+    optimizer: AdamW
+    rows: list[EncodedRow]
+    eval_rows: list[EncodedRow]
+    report: DataReport
+    batches: Batches
+    total_steps: int
+    pad_id: int
+    step: int = 0
+    tokens: int = 0
+    resumed_from: int | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the one before, to continue it exactly."""
+        config = self.config
+        return {
+            "base": self.base,
+            "data": data_fingerprint([*self.rows, *self.eval_rows]),
+            "adapter": [list(parameter.shape) for parameter in self.parameters],
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "use_rslora": config.use_rslora,
+            "learning_rate": config.learning_rate,
+            "lr_scheduler_type": config.lr_scheduler_type,
+            "warmup_ratio": config.warmup_ratio,
+            "per_device_batch_size": config.per_device_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "processes": self.world.size,
+            "max_grad_norm": config.max_grad_norm,
+            "weight_decay": config.weight_decay,
+            "adam_betas": list(config.adam_betas),
+            "adam_epsilon": config.adam_epsilon,
+            "optim": config.optim,
+            "group_by_length": config.group_by_length,
+            "dtype": str(self.model.model.embed_tokens.weight.dtype),
+            "seed": config.seed,
+            "data_seed": config.order_seed,
+        }
+
+
+def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Path) -> Run:
+    """Read and tokenize the data, load the model, add its adapter, and check that ranks agree."""
+    raw, raw_eval = _raw_rows(config.data), _raw_rows(config.eval_data)
+    model = _model(config, world)
+    base = fingerprint(model)
+    world.check_equal("the base model", base)
+    rows, eval_rows, report = _rows(config, model, raw, raw_eval, monitor)
+    batches = Batches(
+        lengths=tuple(len(row.ids) for row in rows),
+        per_device=config.per_device_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=world.size,
+        seed=config.order_seed,
+        group_by_length=config.group_by_length,
+    )
+    _seed(config.seed, world.rank)
+    _add_adapter(model, config)
+    parameters = adapter_parameters(model)
+    world.copy_from_main_([parameter.data for parameter in parameters])
+    run = Run(
+        config=config,
+        world=world,
+        output_dir=output_dir,
+        monitor=monitor,
+        model=model,
+        base=base,
+        parameters=parameters,
+        optimizer=_optimizer(config, parameters),
+        rows=rows,
+        eval_rows=eval_rows,
+        report=report,
+        batches=batches,
+        total_steps=config.steps(batches.steps_per_epoch),
+        pad_id=_pad_id(model),
+    )
+    world.check_equal("the run", run.settings())
+    _introduce(run)
+    return run
+
+
+def _raw_rows(data: str | Path | Sequence[dict] | None) -> Sequence[Any]:
+    if data is None:
+        return ()
+    return read_rows(data) if isinstance(data, str | Path) else data
+
+
+def _model(config: TrainConfig, world: World) -> Decoder:
+    if isinstance(config.model, Decoder):
+        return config.model
+    return load(
+        config.model,
+        quant_type=config.quant_type,
+        double_quant=config.double_quant,
+        dtype=config.torch_dtype,
+        device=world.device,
+        progress=config.progress and world.main,
+    )
+
+
+def _rows(
+    config: TrainConfig,
+    model: Decoder,
+    raw: Sequence[Any],
+    raw_eval: Sequence[Any],
+    monitor: Monitor,
+) -> tuple[list[EncodedRow], list[EncodedRow], DataReport]:
+    encoder = Encoder(
+        tokenizer=model.tokenizer,
+        source_max_len=config.source_max_len,
+        target_max_len=config.target_max_len,
+        max_seq_len=config.max_seq_len,
+        train_on_source=config.train_on_source,
+        context=model.config.max_position_embeddings,
+        vocab_size=model.config.vocab_size,
+    )
+    rows, report = _encoded("data", raw, config, encoder, monitor)
+    if raw_eval:
+        return rows, _encoded("eval data", raw_eval, config, encoder, monitor)[0], report
+    train, held_out = split_rows(len(rows), config.eval_dataset_size)
+    return [rows[index] for index in train], [rows[index] for index in held_out], report
+
+
+def _encoded(
+    name: str, raw: Sequence[Any], config: TrainConfig, encoder: Encoder, monitor: Monitor
+) -> tuple[list[EncodedRow], DataReport]:
+    detected = config.dataset_format is None and len(raw) > 0
+    format_name = detect_format(raw) if detected else config.dataset_format or "text"
+    report = DataReport(format_name, detected)
+    rows = encode_rows(raw, encoder, format_name, report)
+    check_report(report, config.strict)
+    for line in report.lines():
+        monitor.say(f"{name}: {line}")
+    return rows, report
+
+
+def _seed(seed: int, rank: int) -> None:
+    """Ranks draw different dropout masks; the adapter's own draw is seeded apart."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def _add_adapter(model: Decoder, config: TrainConfig) -> None:
+    """Inject a fresh adapter, or keep the trainable one that a given model carries."""
+    if hasattr(model, "lora_config"):
+        if not adapter_parameters(model):
+            raise ValueError(
+                "the model carries an adapter that is frozen. "
+                "hint: load it with load_adapter(..., trainable=True)"
+            )
+        return
+    targets = config.target_modules
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=config.use_rslora,
+        bias=config.lora_bias,
+        modules_to_save=config.modules_to_save and list(config.modules_to_save),
+    )
+    inject(model, lora, generator=torch.Generator().manual_seed(config.seed))
+
+
+def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> AdamW:
+    return AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=tuple(config.adam_betas),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        state=config.optim,
+    )
+
+
+def _pad_id(model: Decoder) -> int:
+    """Any id will do, as padding is never seen nor learnt; no token is added for it."""
+    tokenizer = model.tokenizer
+    known = [tokenizer.pad_token_id, tokenizer.eos_token_id] if tokenizer is not None else []
+    return next((token for token in known if token is not None), 0)
+
+
+def _introduce(run: Run) -> None:
+    config, trained = run.config, sum(parameter.numel() for parameter in run.parameters)
+    run.monitor.say(
+        f"training {trained:,} adapter parameters for {run.total_steps} steps of "
+        f"{run.batches.rows_per_step} sequences ({run.batches.steps_per_epoch} steps an epoch, "
+        f"{len(run.rows)} sequences, {len(run.eval_rows)} held out) on {run.world.device}"
+    )
+    warmup = math.ceil(config.warmup_ratio * run.total_steps)
+    if config.lr_scheduler_type == "constant":
+        run.monitor.say("learning rate: constant from the first step, without warm-up")
+    else:
+        run.monitor.say(f"learning rate: {config.lr_scheduler_type}, {warmup} steps of warm-up")

@@ -1,0 +1,110 @@
+//! From torch tensors to borrowed memory, through the tensors' Python attributes.
+
+use std::ffi::c_void;
+
+use halfbyte_core::{DType, Device, TensorMut, TensorRef};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+
+/// What was read from one torch tensor; the tensor itself is kept alive by the caller's arguments.
+#[derive(Debug)]
+pub struct Tensor {
+    name: &'static str,
+    ptr: usize,
+    numel: usize,
+    dtype: DType,
+    pub device: Device,
+}
+
+impl Tensor {
+    pub fn read(op: &str, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let py = object.py();
+        let Ok(dtype) = object.getattr(intern!(py, "dtype")) else {
+            let got = object.get_type().name()?;
+            return Err(PyTypeError::new_err(format!("{op}: {name} must be a torch.Tensor, got {got}")));
+        };
+        let dtype = read_dtype(op, name, &dtype)?;
+        let device = read_device(op, name, object)?;
+        if !object.call_method0(intern!(py, "is_contiguous"))?.is_truthy()? {
+            let strides = object.call_method0(intern!(py, "stride"))?;
+            return Err(PyValueError::new_err(format!("{op}: {name} must be contiguous, got strides {strides}")));
+        }
+        let numel: usize = object.call_method0(intern!(py, "numel"))?.extract()?;
+        let ptr: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        if ptr == 0 && numel > 0 {
+            return Err(PyValueError::new_err(format!("{op}: {name} must have memory, got a tensor without storage")));
+        }
+        Ok(Self { name, ptr, numel, dtype, device })
+    }
+
+    pub fn as_ref(&self) -> TensorRef<'_> {
+        // SAFETY: torch vouches for a contiguous tensor's memory while the caller's arguments keep it alive.
+        unsafe { TensorRef::new(self.ptr as *const c_void, self.numel, self.dtype, self.device) }
+    }
+
+    /// # Safety
+    /// [`check_overlap`] has passed for this tensor and all others of the call.
+    pub unsafe fn as_mut(&self) -> TensorMut<'_> {
+        // SAFETY: as `as_ref`, and the caller has excluded aliasing.
+        unsafe { TensorMut::new(self.ptr as *mut c_void, self.numel, self.dtype, self.device) }
+    }
+
+    fn overlaps(&self, other: &Tensor) -> bool {
+        let end = |tensor: &Tensor| tensor.ptr + tensor.numel * tensor.dtype.size();
+        self.device == other.device && self.ptr < end(other) && other.ptr < end(self)
+    }
+}
+
+/// No tensor that is written may share memory with another argument.
+pub fn check_overlap(op: &str, read: &[&Tensor], written: &[&Tensor]) -> PyResult<()> {
+    for (i, output) in written.iter().enumerate() {
+        let others = read.iter().chain(&written[..i]);
+        if let Some(other) = others.into_iter().find(|other| output.overlaps(other)) {
+            let (output, other) = (output.name, other.name);
+            return Err(PyValueError::new_err(format!(
+                "{op}: {output} must not share memory with {other}, got overlapping tensors"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Rows and columns of a 2-D tensor.
+pub fn read_matrix(op: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<(usize, usize)> {
+    let shape: Vec<usize> = object.getattr(intern!(object.py(), "shape"))?.extract()?;
+    match shape[..] {
+        [rows, columns] => Ok((rows, columns)),
+        _ => Err(PyValueError::new_err(format!("{op}: {name} must have 2 dimensions, got shape {shape:?}"))),
+    }
+}
+
+fn read_dtype(op: &str, name: &str, dtype: &Bound<'_, PyAny>) -> PyResult<DType> {
+    const KNOWN: [(&str, DType); 4] =
+        [("float32", DType::F32), ("float16", DType::F16), ("bfloat16", DType::BF16), ("uint8", DType::U8)];
+    static TORCH_DTYPES: PyOnceLock<Vec<(Py<PyAny>, DType)>> = PyOnceLock::new();
+    let py = dtype.py();
+    let torch_dtypes = TORCH_DTYPES.get_or_try_init(py, || {
+        let torch = py.import("torch")?;
+        KNOWN.into_iter().map(|(name, dtype)| Ok((torch.getattr(name)?.unbind(), dtype))).collect::<PyResult<_>>()
+    })?;
+    let found = torch_dtypes.iter().find(|(known, _)| dtype.is(known));
+    found.map(|(_, dtype)| *dtype).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "{op}: {name} must have dtype float32, float16, bfloat16 or uint8, got {dtype}"
+        ))
+    })
+}
+
+fn read_device(op: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<Device> {
+    let py = object.py();
+    if object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+        return Ok(Device::Cpu);
+    }
+    if object.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
+        return Ok(Device::Cuda(object.call_method0(intern!(py, "get_device"))?.extract()?));
+    }
+    let device = object.getattr(intern!(py, "device"))?;
+    Err(PyValueError::new_err(format!("{op}: {name} must be on cpu or cuda, got {device}")))
+}

@@ -1,0 +1,97 @@
+//! Compiles every kernel family to one fatbin with nvcc and prints the codebooks for the device.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `HALFBYTE_CUDA` | `1`: nvcc is required; `0`: CPU only; `auto` (default): CPU only, with a warning, if there is no nvcc |
+//! | `HALFBYTE_CUDA_ARCHS` | comma-separated targets: `90a` for machine code, `compute_80` for PTX |
+//! | `HALFBYTE_NVCC`, `NVCC` | the nvcc to use, before the one of the Python packages, `CUDA_HOME`, `CUDA_PATH` and PATH |
+
+#[path = "build/codebook.rs"]
+mod codebook;
+#[path = "build/nvcc.rs"]
+mod nvcc;
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use nvcc::Nvcc;
+
+const FAMILIES: [&str; 8] = [
+    "adamw",
+    "adamw_8bit",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "double_quantize",
+    "gemv_4bit",
+    "quantize_4bit",
+    "quantize_blockwise",
+];
+
+/// One image a generation, and PTX for what comes after them.
+const DEFAULT_ARCHS: &str = "75,80,86,89,90a,100,120,compute_80";
+
+fn main() {
+    println!("cargo::rerun-if-changed=src");
+    println!("cargo::rerun-if-changed=build");
+    for name in ["HALFBYTE_CUDA", "HALFBYTE_CUDA_ARCHS"].iter().chain(&nvcc::VARIABLES) {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    if let Err(message) = build() {
+        println!("cargo::error={}", message.replace('\n', "\ncargo::error="));
+        std::process::exit(1);
+    }
+}
+
+fn build() -> Result<(), String> {
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    write(&out.join("codebook.cuh"), &codebook::header())?;
+    let mode = env::var("HALFBYTE_CUDA").unwrap_or_else(|_| "auto".to_string());
+    match mode.as_str() {
+        "0" => without_kernels(&out),
+        "1" => with_kernels(&out, &nvcc::find()?),
+        "auto" | "" => match nvcc::find() {
+            Ok(nvcc) => with_kernels(&out, &nvcc),
+            Err(reason) => {
+                println!("cargo::warning=halfbyte is built WITHOUT CUDA and will run on the CPU only: {reason}");
+                without_kernels(&out)
+            }
+        },
+        other => Err(format!("HALFBYTE_CUDA must be 0, 1 or auto, got '{other}'")),
+    }
+}
+
+fn with_kernels(out: &Path, nvcc: &Nvcc) -> Result<(), String> {
+    let archs = archs()?;
+    nvcc.compile_all(&FAMILIES, &archs, out)?;
+    println!("cargo::rustc-env=HALFBYTE_BUILT_BY={}", nvcc.version);
+    println!("cargo::rustc-env=HALFBYTE_BUILT_FOR={}", archs.join(","));
+    Ok(())
+}
+
+fn without_kernels(out: &Path) -> Result<(), String> {
+    for family in FAMILIES {
+        write(&out.join(format!("{family}.fatbin")), "")?;
+        write(&out.join(format!("{family}.ptxas")), "")?;
+    }
+    println!("cargo::rustc-env=HALFBYTE_BUILT_BY=");
+    println!("cargo::rustc-env=HALFBYTE_BUILT_FOR=");
+    Ok(())
+}
+
+fn archs() -> Result<Vec<String>, String> {
+    let list = env::var("HALFBYTE_CUDA_ARCHS").ok().filter(|list| !list.trim().is_empty());
+    let list = list.as_deref().unwrap_or(DEFAULT_ARCHS);
+    list.split(',').map(str::trim).map(check_arch).collect()
+}
+
+fn check_arch(arch: &str) -> Result<String, String> {
+    let number = arch.strip_prefix("compute_").unwrap_or(arch).trim_end_matches(['a', 'f']);
+    if number.is_empty() || !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(format!("HALFBYTE_CUDA_ARCHS takes targets like '90a' or 'compute_80', got '{arch}'"));
+    }
+    Ok(arch.to_string())
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))
+}

@@ -1,0 +1,107 @@
+use halfbyte_core::Result;
+use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+
+use crate::args::{DeviceAbsmax, aligned, args, codebook_row, dtype_index, log2};
+use crate::launch::{Dim, Family, Launcher, extent, family};
+
+/// By variant (1, 2, 4, 8 rows of x at a time; any layout), then by dtype.
+const KERNELS: [&str; 15] = [
+    "gemv_4bit_m1_f32",
+    "gemv_4bit_m1_f16",
+    "gemv_4bit_m1_bf16",
+    "gemv_4bit_m2_f32",
+    "gemv_4bit_m2_f16",
+    "gemv_4bit_m2_bf16",
+    "gemv_4bit_m4_f32",
+    "gemv_4bit_m4_f16",
+    "gemv_4bit_m4_bf16",
+    "gemv_4bit_m8_f32",
+    "gemv_4bit_m8_f16",
+    "gemv_4bit_m8_bf16",
+    "gemv_4bit_any_f32",
+    "gemv_4bit_any_f16",
+    "gemv_4bit_any_bf16",
+];
+pub(crate) static FAMILY: Family = family!("gemv_4bit", &KERNELS);
+
+pub(crate) const MAX_WARPS: usize = 4;
+pub(crate) const UNIT: usize = 32;
+
+struct Variant {
+    index: usize,
+    /// rows of x and rows of W of one CTA
+    tile: (usize, usize),
+    warps: usize,
+}
+
+/// Which of the two sums a row gets, and in what order, depends on K and on alignment, never on M.
+fn variant(m: usize, k: usize, vector: bool) -> Variant {
+    if !vector {
+        return Variant { index: 4, tile: (8, MAX_WARPS), warps: MAX_WARPS };
+    }
+    let warps = k.div_ceil(UNIT * 32).clamp(1, MAX_WARPS);
+    let (index, tile) = match m {
+        1 => (0, (1, 4)),
+        2 => (1, (2, 2)),
+        3..=4 => (2, (4, 2)),
+        _ => (3, (8, 2)),
+    };
+    Variant { index, tile, warps }
+}
+
+/// Tiles of x lie along y, and along z where y has no more room.
+fn grid(tiles_x: usize, tiles_w: usize) -> Dim {
+    const MOST: usize = 65535;
+    (extent(tiles_w), extent(tiles_x.min(MOST)), extent(tiles_x.div_ceil(MOST)))
+}
+
+pub(crate) fn launch(launcher: &Launcher, args: Gemv4bit<'_>) -> Result<()> {
+    let (m, n, k) = (args.shape.m, args.shape.n, args.shape.k);
+    if m * n == 0 {
+        return Ok(());
+    }
+    let vector = k % UNIT == 0 && aligned(args.x, 16) && aligned(args.packed, 16);
+    let Variant { index, tile, warps } = variant(m, k, vector);
+    launcher.launch(
+        &FAMILY,
+        KERNELS[3 * index + dtype_index(args.x.dtype())],
+        grid(m.div_ceil(tile.0), n.div_ceil(tile.1)),
+        (extent(32 * warps), 1, 1),
+        args![
+            args.x.ptr(),
+            args.packed.ptr(),
+            DeviceAbsmax::from(args.absmax),
+            args.out.ptr(),
+            m as i64,
+            n as i64,
+            k as i64,
+            log2(args.blocksize),
+            codebook_row(args.quant_type),
+        ],
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_of_x_and_w_is_covered() {
+        for m in [1, 2, 3, 4, 5, 8, 9, 17] {
+            for vector in [false, true] {
+                let Variant { tile, .. } = variant(m, 4096, vector);
+                let (w, y, z) = grid(m.div_ceil(tile.0), 1001usize.div_ceil(tile.1));
+                assert!(w as usize * tile.1 >= 1001 && (y * z) as usize * tile.0 >= m);
+            }
+        }
+        let (_, y, z) = grid(70_000, 1);
+        assert!(y <= 65535 && y as usize * z as usize >= 70_000);
+    }
+
+    #[test]
+    fn the_split_of_k_does_not_depend_on_m() {
+        for k in [32, 64, 1024, 1056, 4096, 28672] {
+            assert!((1..=64).all(|m| variant(m, k, true).warps == variant(1, k, true).warps));
+        }
+    }
+}

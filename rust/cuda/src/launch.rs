@@ -1,0 +1,233 @@
+//! The only unsafe launch: kernels by name, arguments by address, a borrowed stream.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::fmt;
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
+
+use cudarc::driver::{CudaContext, DriverError, result, sys};
+use halfbyte_core::{Device, Error, Result};
+
+/// Grid or block dimensions.
+pub(crate) type Dim = (u32, u32, u32);
+
+/// A fatbin at an address that the driver may read as it is.
+#[repr(C, align(16))]
+pub(crate) struct Image<B: ?Sized>(pub B);
+
+/// One family's fatbin and the kernels that its launcher asks for.
+pub(crate) struct Family {
+    pub name: &'static str,
+    pub image: &'static Image<[u8]>,
+    pub kernels: &'static [&'static str],
+}
+
+macro_rules! family {
+    ($name:literal, $kernels:expr) => {
+        $crate::launch::Family {
+            name: $name,
+            image: {
+                static IMAGE: &$crate::launch::Image<[u8]> =
+                    &$crate::launch::Image(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")));
+                IMAGE
+            },
+            kernels: $kernels,
+        }
+    };
+}
+pub(crate) use family;
+
+/// Libcuda is opened once, at first need; every other call into it would panic where it is absent.
+fn driver_present() -> bool {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    // SAFETY: opening libcuda runs its initialisers, which every CUDA program does.
+    *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
+}
+
+pub(crate) fn driver_status() -> std::result::Result<(), String> {
+    if !driver_present() {
+        return Err("libcuda is not there: no NVIDIA driver is installed".to_string());
+    }
+    let reason = |error: DriverError| format!("the CUDA driver does not start: {}", describe(error));
+    result::init().map_err(reason)?;
+    match result::device::get_count().map_err(reason)? {
+        0 => Err("the CUDA driver finds no device".to_string()),
+        _ => Ok(()),
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+
+// SAFETY: a function handle belongs to a context, not to a thread.
+unsafe impl Send for Function {}
+
+/// What is kept for a device until the process ends: its primary context and the functions looked up in it.
+struct DeviceState {
+    ordinal: u32,
+    context: Arc<CudaContext>,
+    functions: Mutex<HashMap<&'static str, Function>>,
+}
+
+/// The state of a device; made at first use, never dropped.
+fn device_state(ordinal: u32) -> Result<&'static DeviceState> {
+    static DEVICES: LazyLock<Mutex<HashMap<u32, &'static DeviceState>>> = LazyLock::new(Mutex::default);
+    let fail = |message| Error::Cuda { what: "opening the device".into(), device: Device::Cuda(ordinal), message };
+    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(state) = devices.get(&ordinal) {
+        return Ok(state);
+    }
+    driver_status().map_err(fail)?;
+    let restored = Bound::restoring().map_err(|error| fail(describe(error)))?;
+    let context = CudaContext::new(ordinal as usize).map_err(|error| fail(describe(error)))?;
+    drop(restored);
+    let state = Box::leak(Box::new(DeviceState { ordinal, context, functions: Mutex::default() }));
+    devices.insert(ordinal, state);
+    Ok(state)
+}
+
+/// Gives the calling thread its current context back when dropped, even if that was none: torch reads the current
+/// device from it.
+struct Bound {
+    previous: Option<sys::CUcontext>,
+}
+
+impl Bound {
+    fn to(context: &CudaContext) -> std::result::Result<Self, DriverError> {
+        let bound = Self::restoring()?;
+        if bound.previous != Some(context.cu_ctx()) {
+            context.bind_to_thread()?;
+        }
+        Ok(bound)
+    }
+
+    /// Binds nothing, restores all the same.
+    fn restoring() -> std::result::Result<Self, DriverError> {
+        Ok(Self { previous: result::ctx::get_current()? })
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let previous = self.previous.unwrap_or(std::ptr::null_mut());
+        // SAFETY: it was current on this thread a moment ago, and null means none. A failure here has no one to be
+        // told to; the next call on this thread reports it.
+        let _ = unsafe { result::ctx::set_current(previous) };
+    }
+}
+
+impl DeviceState {
+    fn error(&self, what: String, error: DriverError) -> Error {
+        Error::Cuda { what, device: Device::Cuda(self.ordinal), message: describe(error) }
+    }
+
+    /// The handle of a kernel; its family's module is loaded at first use, and the context is current.
+    fn function(&self, family: &Family, kernel: &'static str) -> Result<sys::CUfunction> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(kernel) {
+            return Ok(function.0);
+        }
+        let loaded = relaxed_capture(|| self.load(family))?;
+        functions.extend(loaded);
+        let missing = || Error::Cuda {
+            what: format!("looking up {kernel}"),
+            device: Device::Cuda(self.ordinal),
+            message: format!("{} does not list it", family.name),
+        };
+        functions.get(kernel).map(|function| function.0).ok_or_else(missing)
+    }
+
+    fn load(&self, family: &Family) -> Result<Vec<(&'static str, Function)>> {
+        let what = || format!("loading the kernels of {} (built for {})", family.name, env!("HALFBYTE_BUILT_FOR"));
+        // SAFETY: the image is a whole fatbin, aligned, and lives as long as the process.
+        let module = unsafe { result::module::load_data(family.image.0.as_ptr().cast()) };
+        let module = module.map_err(|error| self.error(what(), error))?;
+        let look_up = |&kernel: &&'static str| {
+            let name = CString::new(kernel).unwrap_or_default();
+            // SAFETY: the module was loaded above and is never unloaded.
+            let function = unsafe { result::module::get_function(module, name) };
+            let function = function.map_err(|error| self.error(format!("looking up {kernel}"), error))?;
+            Ok((kernel, Function(function)))
+        };
+        family.kernels.iter().map(look_up).collect()
+    }
+}
+
+/// Loading a module is legal while some stream of this thread is being captured, but has to say so.
+fn relaxed_capture<T>(load: impl FnOnce() -> T) -> T {
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: the call exchanges `mode` with the thread's own; doing it twice restores that.
+    let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) };
+    let loaded = load();
+    // SAFETY: as above.
+    let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) };
+    loaded
+}
+
+fn describe(error: DriverError) -> String {
+    let name = error.error_name().map(|name| name.to_string_lossy().into_owned());
+    let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
+    match (name, text) {
+        (Ok(name), Ok(text)) => format!("{name}: {text}"),
+        _ => format!("CUDA error {}", error.0 as u32),
+    }
+}
+
+/// A device and a stream to launch on.
+pub(crate) struct Launcher {
+    state: &'static DeviceState,
+    stream: u64,
+}
+
+impl fmt::Debug for Launcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cuda:{} stream {:#x}", self.state.ordinal, self.stream)
+    }
+}
+
+impl Launcher {
+    pub fn new(ordinal: u32, stream: u64) -> Result<Self> {
+        if crate::build_info().is_none() {
+            let message = "this build has no CUDA kernels; rebuild with nvcc".to_string();
+            return Err(Error::Cuda { what: "opening the device".into(), device: Device::Cuda(ordinal), message });
+        }
+        Ok(Self { state: device_state(ordinal)?, stream })
+    }
+
+    /// Queues one kernel. `args` are addresses of values that match the kernel's parameters one by one (`args!`),
+    /// and every pointer among them comes from an argument struct of core, which has checked its extent.
+    pub fn launch(
+        &self,
+        family: &Family,
+        kernel: &'static str,
+        grid: Dim,
+        block: Dim,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
+        let what = || format!("{kernel} with grid {grid:?} and block {block:?}");
+        let fail = |error| self.state.error(what(), error);
+        let _bound = Bound::to(&self.state.context).map_err(fail)?;
+        let function = self.state.function(family, kernel)?;
+        let stream = self.stream as usize as sys::CUstream;
+        // SAFETY: the function belongs to the current context, the stream to the same device by `CudaBackend::new`'s
+        // contract, and the parameters are copied before the call returns.
+        unsafe { result::launch_kernel(function, grid, block, 0, stream, args) }.map_err(fail)
+    }
+
+    /// Queues one kernel of one-dimensional grid and block. More CTAs than a grid can have is the driver's error.
+    pub fn launch_1d(
+        &self,
+        family: &Family,
+        kernel: &'static str,
+        ctas: usize,
+        threads: u32,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
+        self.launch(family, kernel, (extent(ctas), 1, 1), (threads, 1, 1), args)
+    }
+}
+
+/// A count as a grid extent; one that no grid can have stays too large.
+pub(crate) fn extent(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,144 @@
+"""Who may import whom: each module of halfbyte imports only from lower levels, never in a circle."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "python" / "halfbyte"
+
+# From the top to the bottom. A module may import any level below its own, and its own level
+# without a circle; a folder counts as one module.
+LEVELS = [
+    {"__init__"},
+    {"cli", "demo", "doctor"},
+    {"chat"},
+    {"train", "generate", "sampling"},
+    {"checkpoint", "data", "optim"},
+    {"lora", "models"},
+    {"linear", "kv_cache", "tokenizer"},
+    {"ops"},
+    {"errors", "_core"},
+]
+LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}
+
+# `import halfbyte` stays quick because only these are imported when a module is.
+IMPORTED_EAGERLY = {"halfbyte", "numpy", "torch"}
+# The command line is the one place that needs its library to declare itself.
+COMMAND_LINE = {"cli": {"typer"}}
+
+
+def module_name(path: Path, package: Path = PACKAGE) -> str:
+    """halfbyte/ops/library.py -> halfbyte.ops.library; a folder's __init__ -> the folder."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(("halfbyte", *parts)).removesuffix(".__init__")
+
+
+def top(module: str) -> str:
+    """The first name inside the package: halfbyte.ops.library -> ops."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def sources() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if "demo_data" not in p.parts)
+
+
+def at_run_time(tree: ast.AST) -> list[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING`, which no running program executes."""
+    nodes, waiting = [], [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        nodes.append(node)
+        waiting += ast.iter_child_nodes(node)
+    return nodes
+
+
+def imported(nodes: list[ast.AST], known: set[str]) -> set[str]:
+    """Modules that import statements name; `from halfbyte import ops` names halfbyte.ops."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports inside the package are absolute"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found |= inside or {node.module}
+    return found
+
+
+def eager(tree: ast.AST) -> list[ast.AST]:
+    """Nodes that run when the module is imported: not those inside functions."""
+    nodes, waiting = [], [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        nodes.append(node)
+        waiting += ast.iter_child_nodes(node)
+    return nodes
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Module -> modules of halfbyte that it imports anywhere at run time."""
+    known = {module_name(path) for path in sources()} | {"halfbyte._core"}
+    edges = {}
+    for path in sources():
+        found = imported(at_run_time(ast.parse(path.read_text())), known)
+        edges[module_name(path)] = {name for name in found if name.split(".")[0] == "halfbyte"}
+    return edges
+
+
+def violations(graph: dict[str, set[str]]) -> list[str]:
+    """Imports that climb to a higher level."""
+    return [
+        f"{module} imports {name}, which stands above it"
+        for module, names in sorted(graph.items())
+        for name in sorted(names)
+        if LEVEL[top(name)] < LEVEL[top(module)]
+    ]
+
+
+def test_every_module_has_a_level(graph):
+    assert {top(module) for module in graph} - LEVEL.keys() == set()
+
+
+def test_no_module_imports_upwards(graph):
+    assert violations(graph) == []
+
+
+def test_no_circles_between_folders(graph):
+    tops: dict[str, set[str]] = {}
+    for module, names in graph.items():
+        tops.setdefault(top(module), set()).update({top(n) for n in names} - {top(module)})
+    TopologicalSorter(tops).prepare()
+
+
+def test_no_circles_between_files(graph):
+    # A file may import its own package's front page only by way of the files behind it.
+    files = {module: names - {module} for module, names in graph.items()}
+    TopologicalSorter(files).prepare()
+
+
+def test_the_check_finds_an_upward_import_and_a_circle():
+    assert violations({"halfbyte.ops.gemm_4bit": {"halfbyte.linear"}}) == [
+        "halfbyte.ops.gemm_4bit imports halfbyte.linear, which stands above it"
+    ]
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_other_libraries_are_imported_where_they_are_used(path):
+    names = imported(at_run_time(ast.Module(eager(ast.parse(path.read_text())), [])), set())
+    packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    allowed = IMPORTED_EAGERLY | COMMAND_LINE.get(top(module_name(path)), set())
+    assert packages - allowed == set()

@@ -1,0 +1,212 @@
+"""gemm_4bit and Linear4bit: values against fp64, gradients, shapes, dtypes, compile, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import halfbyte
+from halfbyte.linear import Linear4bit
+from halfbyte.ops import gemm_4bit
+
+# Relative Frobenius error against fp64: one rounding of the inputs' products and of the output.
+BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(BOUND)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def case(m, n, k, dtype, device, **quant):
+    generator = torch.Generator().manual_seed(m * 31 + n * 7 + k)
+    weight = torch.randn(n, k, generator=generator).to(device)
+    x = torch.randn(m, k, generator=generator).to(device, dtype)
+    packed, state = halfbyte.quantize_4bit(weight, **quant)
+    exact = halfbyte.dequantize_4bit(packed, state, torch.float32).double()
+    return x, packed, state, exact
+
+
+SHAPES = [(1, 64, 64), (1, 576, 1536), (3, 40, 80), (8, 1000, 192), (9, 33, 100), (17, 1, 65),
+          (2, 5, 13), (33, 128, 256), (1, 8, 2880), (129, 96, 64)]  # fmt: skip
+
+
+@pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_forward_against_fp64(device, m, n, k, dtype, double_quant):
+    x, packed, state, exact = case(m, n, k, dtype, device, double_quant=double_quant)
+    y = gemm_4bit(x, packed, state)
+    assert y.dtype == dtype and y.shape == (m, n)
+    assert relative_error(y, x.double() @ exact.t()) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("quant", [{"quant_type": "fp4"}, {"quant_type": "int4"}, {"blocksize": 32},
+                                   {"blocksize": 128}, {"blocksize": 4096}])  # fmt: skip
+@pytest.mark.parametrize("m", [1, 16])
+def test_other_formats(device, quant, m):
+    x, packed, state, exact = case(m, 48, 320, torch.float32, device, **quant)
+    assert relative_error(gemm_4bit(x, packed, state), x.double() @ exact.t()) < 1e-6
+
+
+@pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_against_fp64(device, m, n, k, dtype):
+    x, packed, state, exact = case(m, n, k, dtype, device, double_quant=True)
+    x.requires_grad_()
+    grad = torch.randn(m, n, device=device).to(dtype)
+    gemm_4bit(x, packed, state).backward(grad)
+    assert relative_error(x.grad, grad.double() @ exact) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 4), (0,), (2, 0)])
+def test_leading_shapes_and_empty(device, lead):
+    _, packed, state, exact = case(1, 24, 64, torch.float32, device)
+    x = torch.randn(*lead, 64, device=device, requires_grad=True)
+    y = gemm_4bit(x, packed, state)
+    assert y.shape == (*lead, 24)
+    torch.testing.assert_close(y, (x.double() @ exact.t()).float(), rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_non_contiguous_input(device):
+    _, packed, state, _ = case(1, 24, 64, torch.float32, device)
+    wide = torch.randn(6, 128, device=device)
+    for x in (wide[:, ::2], wide[:, 64:], torch.randn(64, 6, device=device).t(),
+              wide[:1, :64].expand(6, 64)):  # fmt: skip
+        # Another stride may take another library kernel, so equal to rounding, not to the bit.
+        torch.testing.assert_close(
+            gemm_4bit(x, packed, state), gemm_4bit(x.contiguous(), packed, state)
+        )
+
+
+def test_nan_stays_in_its_row(device):
+    for m in (4, 16):
+        x, packed, state, _ = case(m, 40, 128, torch.float32, device)
+        x[1, 3], x[2, 5] = float("nan"), float("inf")
+        y = gemm_4bit(x, packed, state)
+        assert torch.isnan(y[1]).all() and not torch.isfinite(y[2]).any()
+        assert torch.isfinite(y[[0, 3]]).all()
+
+
+def test_a_row_does_not_depend_on_its_batch(device):
+    x, packed, state, _ = case(8, 72, 256, torch.float32, device)
+    together = gemm_4bit(x, packed, state)
+    for row in range(8):
+        assert torch.equal(gemm_4bit(x[row : row + 1], packed, state)[0], together[row])
+    assert torch.equal(together, gemm_4bit(x, packed, state))
+
+
+def test_bad_shapes_and_dtypes():
+    x, packed, state, _ = case(2, 24, 64, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"x: expected \[..., 64\].*got \[2, 63\]"):
+        gemm_4bit(x[:, 1:], packed, state)
+    with pytest.raises(ValueError, match="got torch.float64"):
+        gemm_4bit(x.double(), packed, state)
+
+
+def test_operators_are_well_formed(device):
+    x, packed, state, _ = case(4, 24, 64, torch.float32, device, double_quant=True)
+    arguments = (packed, *state.scale_args(), "nf4", 64)
+    torch.library.opcheck(torch.ops.halfbyte.gemm_4bit, (x, *arguments, 24))
+    grad = torch.randn(4, 24, device=device)
+    torch.library.opcheck(torch.ops.halfbyte.gemm_4bit_grad_x, (grad, *arguments, 64))
+    torch.library.opcheck(
+        torch.ops.halfbyte.dequantize_4bit, (*arguments, [24, 64], torch.bfloat16)
+    )
+    torch.library.opcheck(torch.ops.halfbyte.quantize_4bit, (torch.randn(10, 7), "nf4", 64))
+
+
+def layer(device="cpu", bias=True, n=24, k=64) -> Linear4bit:
+    result = Linear4bit(k, n, bias=bias, device=device)
+    return result.quantize_(torch.randn(n, k, device=device))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_its_dequantized_twin(device, bias):
+    linear = layer(device, bias)
+    if bias:
+        torch.nn.init.normal_(linear.bias)
+    x = torch.randn(3, 5, 64, device=device)
+    expected = F.linear(x, linear.dequantize(torch.float32), linear.bias)
+    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-5)
+    assert not linear.weight.requires_grad and isinstance(linear, torch.nn.Linear)
+
+
+def test_linear_keeps_nothing_wide_between_forward_and_backward():
+    linear, saved = layer(bias=False), []
+    x = torch.randn(16, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear(x)
+    assert sum(t.numel() * t.element_size() for t in saved) <= linear.weight.numel()
+
+
+def test_linear_moves_and_casts_without_touching_its_scales():
+    linear = layer()
+    before = linear.dequantize(torch.float32)
+    linear.to(torch.bfloat16)
+    assert linear.quant_state.nested.absmax.dtype == torch.float32
+    assert torch.equal(linear.dequantize(torch.float32), before)
+    assert linear.bias.dtype == torch.bfloat16
+
+
+def test_linear_state_dict_round_trip():
+    source, target = layer(), Linear4bit(64, 24)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(source.dequantize(), target.dequantize())
+    assert set(source.state_dict()) == {
+        "weight", "bias", "weight.absmax", "weight.quant_map", "weight.nested_absmax",
+        "weight.nested_quant_map", "weight.quant_state.bitsandbytes__nf4",
+    }  # fmt: skip
+    broken = dict(source.state_dict())
+    del broken["weight.absmax"]
+    with pytest.raises(RuntimeError, match="weight.absmax"):
+        Linear4bit(64, 24).load_state_dict(broken)
+
+
+def test_linear_without_weight_and_with_the_wrong_one():
+    with pytest.raises(RuntimeError, match="holds no weight"):
+        Linear4bit(64, 24)(torch.ones(1, 64))
+    with pytest.raises(ValueError, match=r"q_proj: expected \[24, 64\], got \[64, 24\]"):
+        Linear4bit(64, 24).quantize_(torch.ones(64, 24), "q_proj")
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_compile_has_no_graph_break(device, rows):
+    linear = layer(device)
+    x = torch.randn(rows, 64, device=device, requires_grad=True)
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    torch.testing.assert_close(y, linear(x))
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_autocast_computes_in_its_dtype(device):
+    linear = layer(device)
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = linear(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_capture_in_a_cuda_graph_and_a_side_stream():
+    x, packed, state, _ = case(1, 512, 1024, torch.bfloat16, "cuda", double_quant=True)
+    expected = gemm_4bit(x, packed, state)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = gemm_4bit(x, packed, state)
+    y.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        again = gemm_4bit(x, packed, state)
+    stream.synchronize()
+    assert torch.equal(again, expected)

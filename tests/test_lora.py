@@ -1,0 +1,294 @@
+"""LoRA: gradients against fp64, targeting, PEFT's files both ways, merging."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from halfbyte import lora
+from halfbyte.errors import CheckpointError
+from halfbyte.linear import Linear4bit
+from halfbyte.lora import LoraConfig, LoRALinear, SavedModule
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False, "attention_bias": True,
+}  # fmt: skip
+
+
+def decoder(quantized: bool = True) -> nn.Module:
+    from halfbyte.models import Decoder, DecoderConfig
+
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig.from_dict(CONFIG))
+    for name, module in list(model.named_modules()):
+        if quantized and isinstance(module, nn.Linear) and name != "lm_head":
+            packed = Linear4bit(module.in_features, module.out_features, module.bias is not None)
+            packed.quantize_(module.weight)
+            packed.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, packed)
+    return model
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """A trained-looking adapter: B is no longer zero."""
+    for parameter in lora.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+IDS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(3))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("rslora, scaling", [(False, 16 / 4), (True, 16 / 2)])
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,)])
+def test_gradients_against_fp64(device, rslora, scaling, shape):
+    base = Linear4bit(65, 33, device=device).quantize_(torch.randn(33, 65, device=device))
+    layer = LoRALinear(base, 4, 16, use_rslora=rslora)
+    nn.init.normal_(layer.lora_B.weight)
+    x = torch.randn(*shape, 65, device=device, requires_grad=True)
+    y = layer(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    twin = [
+        t.detach().double().requires_grad_() for t in (x, layer.lora_A.weight, layer.lora_B.weight)
+    ]
+    w, b = base.dequantize(torch.float32).double(), base.bias.double()
+    expected = twin[0] @ w.t() + b + scaling * (twin[0] @ twin[1].t() @ twin[2].t())
+    expected.backward(grad.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip((x, layer.lora_A.weight, layer.lora_B.weight), twin, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_input(device, dtype):
+    base = Linear4bit(64, 32, bias=False).quantize_(torch.randn(32, 64)).to(device)
+    layer = LoRALinear(base, 8, 16)
+    nn.init.normal_(layer.lora_B.weight, std=0.1)
+    x = torch.randn(7, 64, device=device, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype and layer.lora_A.weight.dtype == torch.float32
+    exact = x.double() @ (base.dequantize(torch.float32).double() + layer.delta().double()).t()
+    assert ((y.double() - exact).norm() / exact.norm()) < 1e-2
+
+
+def test_starts_as_the_base_and_freezes_it():
+    model = decoder()
+    before = logits(model)
+    lora.inject(model, LoraConfig(r=4))
+    assert torch.equal(logits(model), before)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in n for n in trainable)
+    assert len(trainable) == 2 * 7 * 2
+    a = model.model.layers[0].mlp.down_proj.lora_A.weight
+    assert a.abs().max() <= 1 / 96**0.5 and a.std() > 0.5 / (3 * 96) ** 0.5
+
+
+def test_dropout_acts_in_training_only():
+    layer = shake(LoRALinear(Linear4bit(64, 8).quantize_(torch.randn(8, 64)), 4, 8, 0.5))
+    x = torch.randn(3, 64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "targets, count",
+    [
+        ("all-linear", 14),
+        (["q_proj", "v_proj"], 4),
+        (["mlp.up_proj"], 2),
+        (["model.layers.1.self_attn.k_proj"], 1),
+        (r".*layers\.0\..*(q|k)_proj", 2),
+    ],
+)
+def test_targets(targets, count):
+    model = lora.inject(decoder(), LoraConfig(r=2, target_modules=targets))
+    assert sum(isinstance(m, LoRALinear) for m in model.modules()) == count
+    assert not isinstance(model.lm_head, LoRALinear)
+
+
+@pytest.mark.parametrize("targets", [["qproj"], r"q_proj", ["q_proj", "nothing"]])
+def test_targets_that_match_nothing(targets):
+    with pytest.raises(ValueError, match="matches.*Hint.*q_proj"):
+        lora.inject(decoder(), LoraConfig(r=2, target_modules=targets))
+
+
+def test_second_injection_is_refused():
+    model = lora.inject(decoder(), LoraConfig(r=2))
+    with pytest.raises(ValueError, match="already carries"):
+        lora.inject(model, LoraConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4),
+        LoraConfig(r=4, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+        LoraConfig(r=4, target_modules=["model.layers.1.self_attn.k_proj"]),
+        LoraConfig(r=4, modules_to_save=["lm_head"]),
+        LoraConfig(r=4, bias="all"),
+    ],
+)
+def test_round_trip(tmp_path, config):
+    model = shake(lora.inject(decoder(), config))
+    lora.save_adapter(model, tmp_path)
+    again = lora.load_adapter(decoder(), tmp_path)
+    assert torch.equal(logits(model), logits(again))
+    assert not any(p.requires_grad for p in again.parameters())
+    resumed = lora.load_adapter(decoder(), tmp_path, trainable=True)
+    assert len(lora.adapter_parameters(resumed)) == len(lora.adapter_parameters(model))
+
+
+def hf_twin(model: nn.Module):
+    """transformers' model with the dequantized weights of ours."""
+    transformers = pytest.importorskip("transformers")
+    twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            state[f"{name}.weight"] = module.dequantize(torch.float32)
+        for key, value in module.named_parameters(recurse=False):
+            state.setdefault(f"{name}.{key}", value)
+    twin.load_state_dict(state)
+    return twin
+
+
+PEFT_CASES = [
+    LoraConfig(r=4),
+    LoraConfig(r=4, use_rslora=True, target_modules=["q_proj", "up_proj"]),
+    LoraConfig(r=4, modules_to_save=["lm_head"]),
+    LoraConfig(r=4, target_modules=["model.layers.1.self_attn.k_proj"]),
+]
+
+
+@pytest.mark.parametrize("config", PEFT_CASES)
+def test_what_we_write_loads_strictly_in_peft(tmp_path, config):
+    peft = pytest.importorskip("peft")
+    base = decoder()
+    twin = hf_twin(base)
+    model = shake(lora.inject(base, config))
+    lora.save_adapter(model, tmp_path, base_name="some/base")
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path)
+    from safetensors.torch import load_file
+
+    loaded = peft.get_peft_model_state_dict(theirs)
+    ours = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(loaded) == set(ours)
+    assert all(torch.equal(loaded[key], ours[key]) for key in ours)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.mlp\..*_proj",
+                                     ["model.layers.0.self_attn.q_proj"]])  # fmt: skip
+@pytest.mark.parametrize("extra", [{}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True},
+                                   {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}}])  # fmt: skip
+def test_what_peft_writes_loads_here(tmp_path, targets, extra):
+    peft = pytest.importorskip("peft")
+    base = decoder()
+    theirs = peft.get_peft_model(
+        hf_twin(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **extra)
+    )
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    model = lora.load_adapter(base, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(IDS).logits, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_golden_adapter_with_full_paths_loads(shared):
+    fields = json.loads((shared / "golden/adapter_init/adapter_config.json").read_text())
+    assert fields["r"] == 4
+    from safetensors.torch import load_file
+
+    tensors = load_file(shared / "golden/adapter_init/adapter_model.safetensors")
+    assert all(name.startswith(lora.PREFIX) for name in tensors)
+
+
+def test_base_record_is_compared(tmp_path):
+    model = lora.inject(decoder(), LoraConfig(r=2))
+    record = {"sha256": "aa", "quant_type": "nf4"}
+    lora.save_adapter(model, tmp_path, base_record=record)
+    with pytest.warns(UserWarning, match="another base.*sha256: trained on 'aa', loaded on 'bb'"):
+        lora.load_adapter(decoder(), tmp_path, base_record={**record, "sha256": "bb"})
+
+
+def damage(path, **changes):
+    config = path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+
+def test_damaged_adapters(tmp_path):
+    model = lora.inject(decoder(), LoraConfig(r=2))
+    lora.save_adapter(model, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors: corrupt"):
+        lora.load_adapter(decoder(), tmp_path)
+    weights.write_bytes(whole)
+    damage(tmp_path, use_dora=True)
+    with pytest.raises(CheckpointError, match="use_dora"):
+        lora.load_adapter(decoder(), tmp_path)
+    damage(tmp_path, use_dora=False, peft_type="IA3")
+    with pytest.raises(CheckpointError, match="IA3"):
+        lora.load_adapter(decoder(), tmp_path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        lora.load_adapter(decoder(), tmp_path / "nowhere")
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    (tmp_path / "pickle/adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="pickle"):
+        lora.load_adapter(decoder(), tmp_path / "pickle")
+
+
+def test_adapter_of_another_model(tmp_path):
+    model = nn.Module()
+    model.other = Linear4bit(8, 8).quantize_(torch.randn(8, 8))
+    lora.save_adapter(lora.inject(model, LoraConfig(r=2)), tmp_path)
+    with pytest.raises(CheckpointError, match="other: the model has no such linear layer"):
+        lora.load_adapter(decoder(), tmp_path)
+
+
+def test_merge_gives_the_trained_model():
+    model = shake(lora.inject(decoder(), LoraConfig(r=4, modules_to_save=["lm_head"])))
+    expected = logits(model)
+    merged = lora.merge(model, torch.float32)
+    assert not any(isinstance(m, LoRALinear | Linear4bit | SavedModule) for m in merged.modules())
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merge_keeps_the_delta_and_can_use_the_original():
+    plain = decoder(quantized=False)
+    original = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    model = shake(lora.inject(decoder(), LoraConfig(r=4)))
+    name = "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(name)
+    delta, base = layer.delta(), layer.base_layer.dequantize(torch.float32)
+    merged = lora.merge(model, torch.bfloat16, original).get_submodule(name).weight.float()
+    effective = merged - original[f"{name}.weight"]
+    assert (effective * delta).sum() / (delta * delta).sum() > 0.99
+    assert not torch.allclose(merged, base + delta, atol=1e-3)
+
+
+@pytest.mark.parametrize("kwargs, word", [({"r": 0}, "r"), ({"lora_dropout": 1.0}, "lora_dropout"),
+                                          ({"bias": "some"}, "bias")])  # fmt: skip
+def test_bad_config(kwargs, word):
+    with pytest.raises(ValueError, match=f"LoraConfig: {word}"):
+        LoraConfig(**kwargs)
