@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from halfbyte import Linear4bit, QuantState
 from halfbyte.models import Decoder
+from torch import Tensor, nn
 
 
 def bnb_state(state: QuantState):

@@ -9,7 +9,10 @@ import pytest
 import torch
 from halfbyte.errors import ContextLengthError, UnsupportedModelError
 from halfbyte.kv_cache import KVCache
+from halfbyte.linear import Linear4bit
+from halfbyte.lora import LoraConfig, adapter_parameters, inject
 from halfbyte.models import Decoder, DecoderConfig
+from halfbyte.models.norm import RMSNorm
 from halfbyte.models.rope import RotaryEmbedding
 
 SHAPE = {
@@ -354,6 +357,18 @@ def test_bfloat16_stays_near_fp32():
     assert (narrow - wide).norm() / wide.norm() < 0.03
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_rounds_as_transformers_does(dtype):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(2)).to(dtype) * 30
+    ours, theirs = RMSNorm(48, 1e-5).to(dtype), llama.LlamaRMSNorm(48, 1e-5).to(dtype)
+    ours.weight.data = theirs.weight.data = torch.linspace(0.1, 2, 48).to(dtype)
+    got, expected = ours(x), theirs(x)
+    assert got.dtype == dtype
+    assert (got == expected).float().mean() > 0.99, "one fp32 rounding may turn a tie"
+    torch.testing.assert_close(got, expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_norms_kept_in_fp32_leave_the_stream_in_its_dtype():
     model = decoder().to(torch.bfloat16)
     for name, module in model.named_modules():
@@ -377,6 +392,8 @@ def test_compile_traces_forward_without_graph_breaks(name, fresh_dynamo):
     assert torch.equal(compiled(ids).logits, model(ids).logits)
 
 
+# torch 2.11 makes one itself while it traces cross_entropy's autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compile_traces_the_loss(fresh_dynamo):
     model, ids = decoder(), token_ids(2, 9)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -399,6 +416,58 @@ def test_compiled_decode_is_traced_once_for_all_lengths(fresh_dynamo):
     logits = [compiled(ids[:, i : i + 1], cache=cache).logits for i in range(4, 20)]
     assert (torch.cat(logits, 1) - model(ids).logits[:, 4:]).abs().max() <= 1e-5
     assert len(traces) <= 2, "the first length, then any length"
+
+
+def quantized(model: Decoder) -> tuple[Decoder, Decoder]:
+    """The model with 4-bit linears, and the same with their dequantized weights."""
+    narrow, plain = copy.deepcopy(model), copy.deepcopy(model)
+    for name, linear in model.named_modules():
+        if type(linear) is not torch.nn.Linear or name == "lm_head":
+            continue
+        layer = Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, dtype=torch.float32
+        )
+        layer.quantize_(linear.weight.detach(), name=name)
+        layer.bias = linear.bias
+        parent, child = name.rsplit(".", 1)
+        setattr(narrow.get_submodule(parent), child, layer)
+        plain.get_submodule(name).weight.data = layer.dequantize(torch.float32)
+    return narrow, plain
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen2-window", "qwen3"])
+@torch.no_grad()
+def test_4bit_linears_equal_their_dequantized_weights(name):
+    narrow, plain = quantized(decoder(name))
+    ids = token_ids(2, 15)
+    assert (narrow(ids).logits - plain(ids).logits).abs().max() <= 1e-4
+    cache = empty_cache(narrow, 2)
+    pieces = [narrow(ids[:, :9], cache=cache).logits]
+    pieces += [narrow(ids[:, i : i + 1], cache=cache).logits for i in range(9, 15)]
+    assert (torch.cat(pieces, 1) - plain(ids).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_adapters_over_4bit_train_checkpointed_and_compiled(fresh_dynamo):
+    model, _ = quantized(decoder("qwen3"))
+    inject(model, LoraConfig(r=4), generator=torch.Generator().manual_seed(0))
+    for adapter in adapter_parameters(model):
+        adapter.data.normal_(0, 0.1)
+    model.train()
+    ids = token_ids(2, 11)
+
+    def gradients(run):
+        model.zero_grad()
+        run(ids, labels=ids).loss.backward()
+        return [adapter.grad.clone() for adapter in adapter_parameters(model)]
+
+    expected = gradients(model)
+    assert all(grad.abs().max() > 0 for grad in expected)
+    compiled = gradients(torch.compile(model, backend="eager", fullgraph=True))
+    model.gradient_checkpointing = True
+    for got in (compiled, gradients(model)):
+        for grad, wanted in zip(got, expected, strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_dropout_acts_in_training_only():

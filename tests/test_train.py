@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,7 +35,6 @@ from halfbyte.train.schedule import SCHEDULES, lr_factor
 from tiny import tiny_model, tiny_rows, write_tokenizer
 
 ROWS = tiny_rows(22)
-HERE = Path(__file__).parent
 
 
 def config(tmp_path, **changes) -> TrainConfig:
@@ -285,6 +284,8 @@ def test_no_usable_rows(tmp_path):
         finetune(config(tmp_path, data=[{"input_ids": [3]}]))
     with pytest.raises(DataError, match="the data holds no rows"):
         finetune(config(tmp_path, data=[]))
+    with pytest.raises(DataError, match="the eval data holds no rows"):
+        finetune(config(tmp_path, eval_data=[]))
 
 
 def test_rows_longer_than_the_model(tmp_path):
@@ -453,7 +454,8 @@ def test_resume_is_exact(tmp_path, optim):
     settings = dict(lora_dropout=0.1, optim=optim, lora_r=128, eval_dataset_size=3, eval_steps=2)
     whole = finetune(config(tmp_path / "whole", max_steps=9, **settings))
     finetune(config(tmp_path / "parts", max_steps=4, **settings))
-    (tmp_path / "parts" / "out" / "metrics.jsonl").open("a").write('{"step": 5, "loss": 99}\n{"s')
+    with (tmp_path / "parts" / "out" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 5, "loss": 99}\n{"s')
     resumed = finetune(config(tmp_path / "parts", max_steps=9, **settings))
     assert resumed.resumed_from == 4
     assert resumed.losses == whole.losses
@@ -490,51 +492,76 @@ def test_damaged_newest_checkpoint_falls_back(tmp_path):
     assert damage(tmp_path / "out" / "checkpoint-6") is None
 
 
-def run_script(folder: Path, code: str) -> subprocess.Popen:
-    """A process that runs `code` after the imports of this module's helpers."""
-    head = "import sys; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
-    head += "from test_train import config, finetune, tiny_model, ROWS\nimport torch\n"
-    head += "torch.set_num_threads(1)\nout = Path(sys.argv[2])\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", head + code, str(HERE), str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def processes():
+    """Start processes that run a function of this module, each in half a blink.
+
+    They are forked from a server that has imported all that is slow to import and has never
+    computed anything, so it has no threads.
+    """
+    context = multiprocessing.get_context("forkserver")
+    slow_imports = ["torch._dynamo", "torch.distributed", "matplotlib.backends.backend_agg"]
+    context.set_forkserver_preload([__name__, *slow_imports])
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), before])
+    started = []
+
+    def start(log: Path, function, *args, **environment) -> multiprocessing.Process:
+        process = context.Process(target=logged, args=(log, environment, function, args))
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    os.environ["PYTHONPATH"] = before
+    for process in started:
+        process.kill()
+        process.join()
+        process.close()
 
 
-KILLED_RUN = "finetune(config(out, max_steps=60, save_steps=2, lora_dropout=0.1))"
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_to_the_bit(tmp_path):
-    """SIGKILL at random moments, among them during saves, until the run gets through."""
-    threads = torch.get_num_threads()
+def logged(log: Path, environment: dict[str, str], function, args) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    try:
-        whole = finetune(config(tmp_path / "whole", max_steps=60, save_steps=60, lora_dropout=0.1))
-    finally:
-        torch.set_num_threads(threads)
-    rng, kills = random.Random(0), 0
-    for _ in range(12):
-        process = run_script(tmp_path / "killed", KILLED_RUN)
-        before = len(checkpoints(tmp_path / "killed" / "out"))
-        steps = newest_step(tmp_path / "killed" / "out")
-        while process.poll() is None and newest_step(tmp_path / "killed" / "out") < steps + 6:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.2))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        process.communicate()
-        if process.returncode == 0:
+    function(*args)
+
+
+def run_to_be_killed(folder: Path) -> None:
+    finetune(config(folder, max_steps=40, save_steps=2, lora_dropout=0.1))
+
+
+def test_killed_at_any_moment_and_resumed_to_the_bit(tmp_path, processes):
+    """SIGKILL at random moments, among them during saves, until the run gets through."""
+    start(run_to_be_killed, whole := tmp_path / "whole", processes).join()
+    rng, kills, output_dir = random.Random(0), 0, tmp_path / "killed" / "out"
+    for _ in range(15):
+        first = newest_step(output_dir)
+        process = start(run_to_be_killed, tmp_path / "killed", processes)
+        while process.is_alive() and newest_step(output_dir) < first + 6:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
             break
-        assert before <= 40
-    assert process.returncode == 0 and kills >= 2
-    rows = (tmp_path / "killed" / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["loss"] for row in rows] == whole.losses
-    assert_same_adapter(tmp_path / "killed" / "out" / "adapter", whole.adapter_dir)
-    assert not list((tmp_path / "killed" / "out").glob(".checkpoint-*"))
+    assert process.exitcode == 0 and kills >= 3
+    assert losses_of(output_dir) == losses_of(whole / "out")
+    assert_same_adapter(output_dir / "adapter", whole / "out" / "adapter")
+    assert not list(output_dir.glob(".checkpoint-*"))
+
+
+def start(function, folder: Path, processes) -> multiprocessing.Process:
+    return processes(folder / "log", function, folder)
+
+
+def losses_of(output_dir: Path) -> list[float]:
+    rows = [json.loads(row) for row in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def newest_step(output_dir: Path) -> int:
@@ -542,26 +569,23 @@ def newest_step(output_dir: Path) -> int:
     return int(found[0].name.split("-")[1]) if found else 0
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stop_signals_save_and_say_how_to_resume(tmp_path, signum, code):
-    script = """
-try:
-    finetune(config(out, max_steps=100_000, save_steps=100_000, progress=True, logging_steps=1))
-except KeyboardInterrupt as error:
-    print("interrupted:", error)
-    sys.exit(130)
-"""
-    process = run_script(tmp_path, script)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step 3:"):
-            process.send_signal(signum)
-    assert process.wait() == code, "".join(lines)
+def run_to_be_stopped(folder: Path) -> None:
+    finetune(config(folder, max_steps=100_000, save_steps=100_000, progress=True, logging_steps=1))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_stop_signals_save_and_say_how_to_resume(tmp_path, processes, signum, code):
+    process, log = start(run_to_be_stopped, tmp_path, processes), tmp_path / "log"
+    while process.is_alive() and not (log.exists() and "\nstep 3:" in log.read_text()):
+        time.sleep(0.01)
+    os.kill(process.pid, signum)
+    process.join()
+    assert process.exitcode == code, log.read_text()
     folder, _ = newest_complete(tmp_path / "out")
-    assert folder is not None and int(folder.name.split("-")[1]) >= 3
-    assert f"saved {folder}; the same command continues from it" in "".join(lines)
-    step = int(folder.name.split("-")[1])
+    step = newest_step(tmp_path / "out")
+    assert step >= 3
+    assert f"saved {folder}; the same command continues from it" in log.read_text()
+    assert ("KeyboardInterrupt: stopped after" in log.read_text()) == (signum == signal.SIGINT)
     resumed = finetune(config(tmp_path, max_steps=step + 2))
     assert resumed.resumed_from == step
     whole = finetune(config(tmp_path / "whole", max_steps=step + 2))
@@ -570,53 +594,56 @@ except KeyboardInterrupt as error:
 
 # Data parallel
 
-RANK = """
-import os
-torch.manual_seed(int(os.environ["RANK"]))
-result = finetune(config(out, per_device_batch_size=2, gradient_accumulation_steps=1,
-                         max_steps=%d, save_steps=3, eval_dataset_size=3, eval_steps=5, %s))
-print(result.losses, result.eval_losses)
-"""
+
+def run_rank(folder: Path, max_steps: int, model_seed: int) -> None:
+    rank = int(os.environ["RANK"])
+    torch.manual_seed(rank)
+    finetune(
+        config(
+            folder,
+            model=tiny_model(model_seed * rank),
+            gradient_accumulation_steps=1,
+            max_steps=max_steps,
+            save_steps=3,
+            eval_dataset_size=3,
+            eval_steps=5,
+        )
+    )
 
 
-def torchrun(folder: Path, code: str) -> list[str]:
-    """Run `code` in two processes with the environment that torchrun gives them."""
+def two_ranks(processes, folder: Path, *args) -> list[tuple[int, str]]:
+    """Exit code and output of two processes with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        processes.append(run_script(folder, code))
-    for name in (*place, "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[name]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return [
-        f"{process.returncode}\n{text}" for process, text in zip(processes, outputs, strict=True)
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    place["WORLD_SIZE"] = "2"
+    logs = [folder / f"log-{rank}" for rank in range(2)]
+    ranks = [
+        processes(log, run_rank, folder, *args, RANK=str(rank), LOCAL_RANK=str(rank), **place)
+        for rank, log in enumerate(logs)
     ]
+    for process in ranks:
+        process.join(120)
+    return [(process.exitcode, log.read_text()) for process, log in zip(ranks, logs, strict=True)]
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path, processes):
+    """Also across a resume, and with a last batch that leaves a rank without rows."""
     settings = dict(per_device_batch_size=4, gradient_accumulation_steps=1, max_steps=7)
     one = finetune(config(tmp_path / "one", eval_dataset_size=3, eval_steps=5, **settings))
-    outputs = torchrun(tmp_path / "two", RANK % (4, ""))
-    outputs = torchrun(tmp_path / "two", RANK % (7, ""))
-    assert all(output.startswith("0\n") for output in outputs), outputs
-    rows = [json.loads(row) for row in open(tmp_path / "two" / "out" / "metrics.jsonl")]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses == pytest.approx(one.losses, abs=1e-5)
-    evals = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
-    assert {step: evals[step] for step in one.eval_losses} == pytest.approx(
-        one.eval_losses, abs=1e-5
-    )
+    for max_steps in (4, 7):
+        outputs = two_ranks(processes, tmp_path / "two", max_steps, 0)
+        assert [code for code, _ in outputs] == [0, 0], outputs
+    assert losses_of(tmp_path / "two" / "out") == pytest.approx(one.losses, abs=1e-5)
+    rows = (tmp_path / "two" / "out" / "metrics.jsonl").read_text().splitlines()
+    evals = {row["step"]: row["eval_loss"] for row in map(json.loads, rows) if "eval_loss" in row}
+    assert {step: evals[step] for step in (5, 7)} == pytest.approx(one.eval_losses, abs=1e-5)
     assert_same_adapter(tmp_path / "two" / "out" / "adapter", one.adapter_dir, atol=1e-4)
 
 
-def test_ranks_with_different_bases_are_refused(tmp_path):
-    outputs = torchrun(tmp_path, RANK % (2, "model=tiny_model(int(os.environ['RANK']))"))
-    for output in outputs:
-        assert output.startswith("1\n") and "ValueError: the base model differs" in output
+def test_ranks_with_different_bases_are_refused(tmp_path, processes):
+    for code, output in two_ranks(processes, tmp_path, 2, 1):
+        assert code == 1 and "ValueError: the base model differs" in output
 
 
 def test_tokenizer_pad_and_eos_never_matter(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.sampling import Sampling
 from halfbyte.train import TrainConfig
 
 SHOWN_PLAINLY = (
@@ -29,15 +32,19 @@ class Commands(TyperGroup):
     """The group of commands; what a user can mend is shown as one message, not a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise
-        except SHOWN_PLAINLY as error:
-            if ctx.params["debug"]:
-                raise
-            typer.secho(f"error: {error}", fg="red", bold=True, err=True)
-            raise typer.Exit(1) from None
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except SHOWN_PLAINLY as error:
+                if ctx.params["debug"] or isinstance(error, BrokenPipeError):
+                    raise
+                typer.secho(f"error: {error}", fg="red", bold=True, err=True)
+                raise typer.Exit(1) from None
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    typer.secho(f"warning: {message}", fg="yellow", err=True)
 
 
 app = typer.Typer(
@@ -116,69 +123,71 @@ def quantize(
     typer.echo(f"wrote {out}")
 
 
-OPTION_TYPES = {
-    "bool": bool,
-    "int": int,
-    "float": float,
-    "tuple[float, float]": tuple[float, float],
-    "Sequence[str]": list[str],
-}
-
-
-def _option_type(annotation: str) -> Any:
+def _option_type(annotation: Any) -> Any:
     """The command line's type for a field: `int | None` is an int, paths and data are words."""
-    kinds = [kind.strip() for kind in annotation.split("|")]
-    known = [OPTION_TYPES[kind] for kind in kinds if kind in OPTION_TYPES]
-    if "Sequence[str]" in kinds:
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    kinds = [kind.strip() for kind in text.split("|")]
+    if any(kind.endswith("Sequence[str]") for kind in kinds):
         return list[str]
-    return known[0] if known and "str" not in kinds else str
-
-
-def _field_help() -> dict[str, str]:
-    """What TrainConfig's docstring says of each field."""
-    entries = re.findall(
-        r"^((?:\w+, )*\w+): (.*?)(?=^(?:\w+, )*\w+: |\Z)",
-        inspect.cleandoc(TrainConfig.__doc__ or ""),
-        re.MULTILINE | re.DOTALL,
+    if kinds[0].startswith("tuple"):
+        return tuple[float, float]
+    return (
+        {"bool": bool, "int": int, "float": float}.get(kinds[0], str) if "str" not in kinds else str
     )
-    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 
-def _train_parameters() -> list[inspect.Parameter]:
-    """TrainConfig's fields as parameters: those without a default are arguments."""
-    texts, parameters = _field_help(), []
-    for field in dataclasses.fields(TrainConfig):
-        required = field.default is dataclasses.MISSING
-        declare = typer.Argument if required else typer.Option
-        kind = _option_type(str(field.type))
-        default = inspect.Parameter.empty if required else field.default
-        if kind is list[str] and isinstance(default, str):
-            default = [default]
-        parameters.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=default,
-                annotation=Annotated[
-                    kind if default is not None else kind | None,
-                    declare(help=texts.get(field.name)),
-                ],
-            )
-        )
-    return parameters
+def _field_help(settings: type) -> dict[str, str]:
+    """What a dataclass's docstring says of its fields: `name, name: text; name: text. name: text`."""
+    names = "|".join(field.name for field in dataclasses.fields(settings))
+    entries = re.split(rf"((?:^|(?<=[.;] ))(?:(?:{names})(?:, | or )?)+)[:,] ", _text(settings))
+    texts: dict[str, str] = {}
+    for heading, text in zip(entries[1::2], entries[2::2], strict=True):
+        for name in re.findall(names, heading):
+            texts[name] = text.strip().rstrip(".;")
+    return texts
 
 
-def _train_config(options: dict[str, Any]) -> TrainConfig:
-    values = dict(options)
-    values["quant_type"] = _none(values["quant_type"])
-    values["resume"] = {"true": True, "false": False}.get(values["resume"], values["resume"])
-    for name in ("target_modules", "report_to"):
-        if len(values[name]) == 1:
-            values[name] = values[name][0]
-    values["modules_to_save"] = values["modules_to_save"] or None
-    return TrainConfig(**values)
+def _text(settings: type) -> str:
+    return " ".join((settings.__doc__ or "").split())
 
 
+def _parameters(settings: type) -> list[inspect.Parameter]:
+    """A dataclass's fields as parameters: those without a default are arguments."""
+    texts = _field_help(settings)
+    return [_parameter(field, texts.get(field.name)) for field in dataclasses.fields(settings)]
+
+
+def _parameter(field: dataclasses.Field[Any], text: str | None) -> inspect.Parameter:
+    required = field.default is dataclasses.MISSING
+    kind, default = _option_type(field.type), field.default
+    if kind == list[str] and not required:
+        default = [default] if isinstance(default, str) else list(default or [])
+    if default is None:
+        kind = kind | None
+    declared = typer.Argument(help=text) if required else typer.Option(help=text)
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else default,
+        annotation=Annotated[kind, declared],
+    )
+
+
+def _with_options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Lets a command's `**options` be the fields of `settings`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = [*own, *_parameters(settings)]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+@app.command()
+@_with_options_of(TrainConfig)
 def finetune(**options: Any) -> None:
     """Train a LoRA adapter on DATA through MODEL's 4-bit weights. Defaults are qlora.py's."""
     from halfbyte.train import finetune
@@ -186,8 +195,46 @@ def finetune(**options: Any) -> None:
     finetune(_train_config(options))
 
 
-finetune.__signature__ = inspect.Signature(_train_parameters())  # type: ignore[attr-defined]
-app.command()(finetune)
+def _train_config(options: dict[str, Any]) -> TrainConfig:
+    """The words of the command line as TrainConfig takes them."""
+    options["quant_type"] = _none(options["quant_type"])
+    options["resume"] = {"true": True, "false": False}.get(options["resume"], options["resume"])
+    for name in ("target_modules", "report_to"):
+        if len(options[name]) == 1:
+            (options[name],) = options[name]
+    options["modules_to_save"] = options["modules_to_save"] or None
+    return TrainConfig(**options)
+
+
+@app.command()
+@_with_options_of(Sampling)
+def chat(
+    model: Model,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter, in PEFT's format.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt; default: the chat template's own.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete each line as plain text, without a template.")
+    ] = False,
+    quant_type: QuantType = "nf4",
+    double_quant: DoubleQuant = True,
+    dtype: DType = "bfloat16",
+    device: Device = None,
+    **sampling: Any,
+) -> None:
+    """Chat with MODEL in the terminal, or answer the lines of standard input."""
+    from halfbyte import checkpoint, lora
+    from halfbyte.chat import Conversation, repl
+
+    decoder = checkpoint.load(
+        model, _none(quant_type), double_quant, dtype=_torch_dtype(dtype), device=device
+    )
+    if adapter is not None:
+        lora.load_adapter(decoder, adapter, base_record=checkpoint.fingerprint(decoder))
+    repl(Conversation(decoder, system, Sampling(**sampling)), raw)
 
 
 @app.command()
@@ -213,7 +260,9 @@ def merge(
 
     dtype_ = _torch_dtype(dtype)
     where = {"dtype": dtype_, "device": device}
-    merged = checkpoint.load(model, quant_type=_none(quant_type), double_quant=double_quant, **where)
+    merged = checkpoint.load(
+        model, quant_type=_none(quant_type), double_quant=double_quant, **where
+    )
     lora.load_adapter(merged, adapter, base_record=checkpoint.fingerprint(merged))
     weights = checkpoint.load(original, None, **where).state_dict() if original else None
     lora.merge(merged, dtype_, weights)

@@ -180,7 +180,9 @@ def compare(answers: list[str], records: list[str]) -> Score:
     exact = sum(a == r for a, r in zip(stripped, records, strict=True))
     fields = 0
     for answer, record in zip(stripped, records, strict=True):
-        fields += sum(a == r for a, r in zip(answer.split(" | "), record.split(" | "), strict=False))
+        fields += sum(
+            a == r for a, r in zip(answer.split(" | "), record.split(" | "), strict=False)
+        )
     return Score(stripped, exact, fields)
 
 

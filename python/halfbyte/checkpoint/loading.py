@@ -200,7 +200,7 @@ class _Filling:
 
     def _place(self, tensor: StoredTensor) -> None:
         value = self.source.read(tensor, self.settings.dtype, self.device, self.staging)
-        _check_finite(f"{tensor.file}: tensor {tensor.name}", tensor.dtype, value)
+        _check_finite(f"{tensor.file}: tensor {tensor.name}", value)
         if tensor.name in self.four_bit:
             self._linear(tensor.name).quantize_(value, name=tensor.name)
         elif self.tied and tensor.name in (HEAD, EMBEDDING):
@@ -252,7 +252,7 @@ class _Filling:
                 f"got {list(state.shape)} in its quant_state"
             )
         scales = state.absmax if state.nested is None else state.nested.absmax
-        _check_finite(f"{where}: tensor {weight}.absmax", "F32", scales)
+        _check_finite(f"{where}: tensor {weight}.absmax", scales)
         if not math.isfinite(state.offset):
             raise CheckpointError(f"{where}: tensor {weight}: nested_offset is {state.offset}")
         return state
@@ -301,12 +301,11 @@ def _check_stored_type(source: Source, stored: dict[str, Any] | None, settings: 
         )
 
 
-def _check_finite(where: str, dtype: str, value: Tensor) -> None:
+def _check_finite(where: str, value: Tensor) -> None:
     # aminmax passes NaN on and needs no second tensor, unlike isfinite.
     if value.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(value)):
-        got = "NaN or Inf" if dtype != "F32" else "NaN or Inf (or a value beyond its range)"
         raise CheckpointError(
-            f"{where}: expected finite values, got {got} as {value.dtype}. "
+            f"{where}: expected finite values, got NaN or Inf as {value.dtype}. "
             "Hint: the weights are damaged, or overflow this dtype"
         )
 

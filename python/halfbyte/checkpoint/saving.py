@@ -228,6 +228,8 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: in
     for name, shard in zip(names, shards, strict=True):
         on_host = {key: tensors[key].cpu().contiguous() for key in shard}
         save_file(on_host, folder / name, metadata={"format": "pt"})
+        # safetensors leaves the file to its owner alone; the other files follow the umask.
+        shutil.copymode(folder / "config.json", folder / name)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}

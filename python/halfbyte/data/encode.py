@@ -13,7 +13,7 @@ import torch
 
 from halfbyte.data.files import Malformed
 from halfbyte.data.formats import FORMATS, BadRow, Chat, Pair, Sample, Text, Tokens
-from halfbyte.errors import DataError
+from halfbyte.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from halfbyte.tokenizer import Tokenizer
@@ -92,12 +92,12 @@ class Encoder:
         return source + target, trained, cut
 
     def _chat(self, chat: Chat) -> tuple[list[int], list[bool]]:
-        from jinja2 import TemplateError
-
         try:
             ids, mask = self.tokenizer.chat_ids_and_mask(chat.messages)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise BadRow(f"the chat template refuses it: {error}") from error
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise BadRow(str(error)) from error
         return ids, [True] * len(ids) if self.train_on_source else [bool(m) for m in mask]
 
     def _plain(self, text: Text) -> tuple[list[int], list[bool]]:
@@ -191,8 +191,7 @@ def _samples(row: Any, format_name: str) -> list[Sample]:
 def check_report(report: DataReport, strict: bool) -> None:
     """Raise DataError if no row is left, or if `strict` and a row was skipped."""
     if report.kept == 0:
-        head = "no usable row" if report.read else "the data holds no rows"
-        raise DataError("\n".join([head, *report.lines()]) if report.read else head)
+        raise DataError("\n".join(["no usable row", *report.lines()]))
     if strict and report.skipped:
         raise DataError("\n".join(["strict: every row must be usable", *report.lines()]))
 

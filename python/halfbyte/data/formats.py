@@ -65,9 +65,17 @@ class BadRow(ValueError):
 def _text(row: dict[str, Any], field: str) -> str:
     if row.get(field) is None:
         raise BadRow(f"no field {field!r}")
-    if not isinstance(row[field], str):
-        raise BadRow(f"field {field!r} is {type(row[field]).__name__}, expected text")
-    return row[field]
+    return _checked(row[field], f"field {field!r}")
+
+
+def _checked(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{what} is {type(value).__name__}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{what} is no valid Unicode: {error.reason}") from error
+    return value
 
 
 def _optional(row: dict[str, Any], field: str) -> str:
@@ -125,8 +133,7 @@ def messages(row: dict[str, Any]) -> list[Sample]:
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise BadRow("a message is not an object with a role")
-        if not isinstance(turn.get("content"), str):
-            raise BadRow(f"the content of a {turn['role']} message is not text")
+        _checked(turn.get("content"), f"the content of a message by {turn['role']}")
     if not any(turn["role"] == "assistant" for turn in turns):
         raise BadRow("no assistant message to learn from")
     return [Chat(turns)]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
 
-    The quotient is fp32 and rounded to x's dtype before the weight, as transformers does; the
-    result has x's dtype also where the weight is kept in fp32.
+    The quotient is computed in fp32 and rounded to x's dtype before the weight, as transformers
+    does; the result has x's dtype also where the weight is kept in fp32.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -18,5 +18,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
-        return (normed.to(x.dtype) * self.weight).to(x.dtype)
+        normed = F.rms_norm(x, self.weight.shape, None, self.eps)
+        return (normed * self.weight).to(x.dtype)

@@ -10,18 +10,18 @@ def _constant(step: int, warmup: int, total: int) -> float:
 
 
 def _constant_with_warmup(step: int, warmup: int, total: int) -> float:
-    return min(1.0, step / max(1, warmup))
+    return step / warmup if step < warmup else 1.0
 
 
 def _linear(step: int, warmup: int, total: int) -> float:
     if step < warmup:
-        return step / max(1, warmup)
+        return step / warmup
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
 def _cosine(step: int, warmup: int, total: int) -> float:
     if step < warmup:
-        return step / max(1, warmup)
+        return step / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 

@@ -26,6 +26,7 @@ from halfbyte.data import (
     read_rows,
     split_rows,
 )
+from halfbyte.errors import DataError
 from halfbyte.lora import LoraConfig, adapter_parameters, inject
 from halfbyte.models import Decoder
 from halfbyte.optim import AdamW
@@ -161,7 +162,7 @@ def _rows(
         vocab_size=model.config.vocab_size,
     )
     rows, report = _encoded("data", raw, config, encoder, monitor)
-    if raw_eval:
+    if config.eval_data is not None:
         return rows, _encoded("eval data", raw_eval, config, encoder, monitor)[0], report
     train, held_out = split_rows(len(rows), config.eval_dataset_size)
     return [rows[index] for index in train], [rows[index] for index in held_out], report
@@ -170,10 +171,11 @@ def _rows(
 def _encoded(
     name: str, raw: Sequence[Any], config: TrainConfig, encoder: Encoder, monitor: Monitor
 ) -> tuple[list[EncodedRow], DataReport]:
-    detected = config.dataset_format is None and len(raw) > 0
-    format_name = detect_format(raw) if detected else config.dataset_format or "text"
-    report = DataReport(format_name, detected)
-    rows = encode_rows(raw, encoder, format_name, report)
+    if len(raw) == 0:
+        raise DataError(f"the {name} holds no rows")
+    detected = config.dataset_format is None
+    report = DataReport(detect_format(raw) if detected else config.dataset_format, detected)
+    rows = encode_rows(raw, encoder, report.format, report)
     check_report(report, config.strict)
     for line in report.lines():
         monitor.say(f"{name}: {line}")

@@ -91,9 +91,7 @@ fn read_dtype(op: &str, name: &str, dtype: &Bound<'_, PyAny>) -> PyResult<DType>
     })?;
     let found = torch_dtypes.iter().find(|(known, _)| dtype.is(known));
     found.map(|(_, dtype)| *dtype).ok_or_else(|| {
-        PyValueError::new_err(format!(
-            "{op}: {name} must have dtype float32, float16, bfloat16 or uint8, got {dtype}"
-        ))
+        PyValueError::new_err(format!("{op}: {name} must have dtype float32, float16, bfloat16 or uint8, got {dtype}"))
     })
 }
 

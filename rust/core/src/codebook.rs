@@ -156,8 +156,21 @@ mod tests {
     #[test]
     fn nf4_thresholds_are_the_published_bits() {
         let expected = [
-            0xbf591cd8, 0xbf1c5270, 0xbeeb8480, 0xbeadea76, 0xbe703cec, 0xbe0d38bc, 0xbd3a7871, 0x3d22faff,
-            0x3df64862, 0x3e5067e0, 0x3e9582d4, 0x3ec753f9, 0x3f006d04, 0x3f248daf, 0x3f5c89da_u32,
+            0xbf591cd8,
+            0xbf1c5270,
+            0xbeeb8480,
+            0xbeadea76,
+            0xbe703cec,
+            0xbe0d38bc,
+            0xbd3a7871,
+            0x3d22faff,
+            0x3df64862,
+            0x3e5067e0,
+            0x3e9582d4,
+            0x3ec753f9,
+            0x3f006d04,
+            0x3f248daf,
+            0x3f5c89da_u32,
         ];
         assert_eq!(NF4_RANKS.thresholds.map(f32::to_bits), expected);
     }

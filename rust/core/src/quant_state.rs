@@ -115,12 +115,9 @@ impl Absmax<'_> {
     pub(crate) fn scales(&self) -> Scales<'_> {
         match *self {
             Absmax::Plain { absmax } => Scales::Plain(absmax.as_slice()),
-            Absmax::Nested { codes, absmax, map, offset } => Scales::Nested {
-                codes: codes.as_slice(),
-                absmax: absmax.as_slice(),
-                map: map.as_slice(),
-                offset,
-            },
+            Absmax::Nested { codes, absmax, map, offset } => {
+                Scales::Nested { codes: codes.as_slice(), absmax: absmax.as_slice(), map: map.as_slice(), offset }
+            }
         }
     }
 }
@@ -140,6 +137,14 @@ impl Scales<'_> {
             Scales::Nested { codes, absmax, map, offset } => {
                 map[codes[block] as usize] * absmax[block / NESTED_BLOCKSIZE] + offset
             }
+        }
+    }
+    /// `out[i]` is the scale of unit `first + i`, where a block is `blocksize / unit` units.
+    pub fn fill(&self, first: usize, unit: usize, blocksize: usize, out: &mut [f32]) {
+        let shift = (blocksize / unit).trailing_zeros();
+        match *self {
+            Scales::Plain(absmax) if shift == 0 => out.copy_from_slice(&absmax[first..first + out.len()]),
+            _ => out.iter_mut().enumerate().for_each(|(i, scale)| *scale = self.get((first + i) >> shift)),
         }
     }
 }

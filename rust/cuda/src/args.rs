@@ -1,6 +1,7 @@
 //! What a kernel takes: every type that may be an argument, laid out as the device declares it.
 
 use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::ptr;
 
 use halfbyte_core::{Absmax, DType, QuantType, TensorMut, TensorRef};
@@ -15,13 +16,22 @@ impl KernelArg for i32 {}
 impl KernelArg for bool {}
 impl KernelArg for DeviceAbsmax {}
 
-pub(crate) fn address<T: KernelArg>(value: &T) -> *mut c_void {
-    ptr::from_ref(value).cast_mut().cast()
+/// The address of one argument, which the driver reads during the launch.
+#[repr(transparent)]
+pub(crate) struct Arg<'a> {
+    address: *const c_void,
+    borrow: PhantomData<&'a ()>,
 }
 
-/// The argument array of one launch, in the order of the kernel's parameters.
+impl<'a> Arg<'a> {
+    pub fn new<T: KernelArg>(value: &'a T) -> Self {
+        Self { address: ptr::from_ref(value).cast(), borrow: PhantomData }
+    }
+}
+
+/// The arguments of one launch, in the order of the kernel's parameters.
 macro_rules! args {
-    ($($value:expr),+ $(,)?) => { &mut [$($crate::args::address(&$value)),+] };
+    ($($value:expr),+ $(,)?) => { &mut [$($crate::args::Arg::new(&$value)),+] };
 }
 pub(crate) use args;
 

@@ -5,9 +5,7 @@
 #include "reduce.cuh"
 
 // Bits above the lowest four of `index` may be anything: the shuffle takes it modulo 32.
-__device__ inline float lookup16(float entry, uint32_t index) {
-    return __shfl_sync(FULL_WARP, entry, index);
-}
+__device__ inline float lookup16(float entry, uint32_t index) { return __shfl_sync(FULL_WARP, entry, index); }
 
 // Where element i lies in a word of packed codes: the even element of a byte is its high nibble.
 __device__ constexpr int nibble_shift(int i) { return 8 * (i / 2) + 4 * (1 - i % 2); }
@@ -18,7 +16,7 @@ struct Encoder4bit {
     float t3, t7, t11;
 
     __device__ explicit Encoder4bit(int quant_type) {
-        const float(&t)[16] = THRESHOLDS_4BIT[quant_type];
+        const float (&t)[16] = THRESHOLDS_4BIT[quant_type];
         threshold = t[lane_id() % 16];
         order = __uint_as_float(ORDER_4BIT[quant_type][lane_id() % 16]);
         t3 = t[3], t7 = t[7], t11 = t[11];
@@ -38,7 +36,8 @@ struct Encoder4bit {
 __device__ inline uint32_t rank256(const float* thresholds, float x) {
     uint32_t rank = 0;
 #pragma unroll
-    for (int step = 128; step > 0; step /= 2) rank += x > thresholds[rank + step - 1] ? step : 0;
+    for (int step = 128; step > 0; step /= 2)
+        rank += x > thresholds[rank + step - 1] ? step : 0;
     return rank;
 }
 

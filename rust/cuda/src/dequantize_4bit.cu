@@ -4,18 +4,19 @@
 #include "memory.cuh"
 
 constexpr int THREADS = 256;
-constexpr int GROUPS = 4;  // 16-byte stores a thread, all their loads in flight at once
+constexpr int GROUPS = 4; // 16-byte stores a thread, all their loads in flight at once
 
 // The codes of one 16-byte store: eight (4 bytes) or four (2 bytes).
 template <int COUNT>
 __device__ uint32_t load_codes(const uint8_t* p) {
-    if constexpr (COUNT == 8) return __ldg(reinterpret_cast<const uint32_t*>(p));
+    if constexpr (COUNT == 8)
+        return __ldg(reinterpret_cast<const uint32_t*>(p));
     return __ldg(reinterpret_cast<const uint16_t*>(p));
 }
 
 template <typename T>
-__device__ void dequantize_tile(const uint8_t* packed, const Absmax& absmax, T* out, int64_t tile,
-                                int log2_blocksize, float entry) {
+__device__ void dequantize_tile(const uint8_t* packed, const Absmax& absmax, T* out, int64_t tile, int log2_blocksize,
+                                float entry) {
     constexpr int COUNT = 16 / sizeof(T);
     uint32_t codes[GROUPS];
     RawScale scales[GROUPS];
@@ -38,8 +39,8 @@ __device__ void dequantize_tile(const uint8_t* packed, const Absmax& absmax, T* 
 
 // The last tile, and any tile of unaligned tensors.
 template <typename T>
-__device__ void dequantize_edge(const uint8_t* packed, const Absmax& absmax, T* out, int64_t first,
-                                int64_t end, int log2_blocksize, const float (&table)[16]) {
+__device__ void dequantize_edge(const uint8_t* packed, const Absmax& absmax, T* out, int64_t first, int64_t end,
+                                int log2_blocksize, const float (&table)[16]) {
     for (int64_t i = first + threadIdx.x; i < end; i += THREADS) {
         const uint32_t code = packed[i / 2] >> nibble_shift(i % 2) & 15;
         const float scale = decode_scale(absmax, load_scale(absmax, i >> log2_blocksize));
@@ -48,15 +49,15 @@ __device__ void dequantize_edge(const uint8_t* packed, const Absmax& absmax, T* 
 }
 
 template <typename T>
-__device__ void dequantize_4bit(const uint8_t* packed,  // [ceil(n / 2)]
-                                const Absmax& absmax,   // [ceil(n / blocksize)]
-                                T* out,                 // [n]
-                                int64_t n,              //
-                                int log2_blocksize,     // 5..12
-                                int quant_type,         // row of the codebook tables
-                                bool vector) {          // packed is 4-byte, out 16-byte aligned
+__device__ void dequantize_4bit(const uint8_t* packed, // [ceil(n / 2)]
+                                const Absmax& absmax,  // [ceil(n / blocksize)]
+                                T* out,                // [n]
+                                int64_t n,             //
+                                int log2_blocksize,    // 5..12
+                                int quant_type,        // row of the codebook tables
+                                bool vector) {         // packed is 4-byte, out 16-byte aligned
     constexpr int TILE = THREADS * GROUPS * 16 / sizeof(T);
-    const float(&table)[16] = CODEBOOK_4BIT[quant_type];
+    const float (&table)[16] = CODEBOOK_4BIT[quant_type];
     const int64_t tile = int64_t(blockIdx.x) * TILE;
     if (vector && tile + TILE <= n)
         dequantize_tile(packed, absmax, out, tile, log2_blocksize, table[lane_id() % 16]);
@@ -64,11 +65,10 @@ __device__ void dequantize_4bit(const uint8_t* packed,  // [ceil(n / 2)]
         dequantize_edge(packed, absmax, out, tile, min(tile + TILE, n), log2_blocksize, table);
 }
 
-#define DEQUANTIZE_4BIT(T, dtype)                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                     \
-        dequantize_4bit_##dtype(const uint8_t* packed, Absmax absmax, T* out, int64_t n,      \
-                                int log2_blocksize, int quant_type, bool vector) {            \
-        dequantize_4bit(packed, absmax, out, n, log2_blocksize, quant_type, vector);          \
+#define DEQUANTIZE_4BIT(T, dtype)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_##dtype(                                     \
+        const uint8_t* packed, Absmax absmax, T* out, int64_t n, int log2_blocksize, int quant_type, bool vector) {    \
+        dequantize_4bit(packed, absmax, out, n, log2_blocksize, quant_type, vector);                                   \
     }
 
 DEQUANTIZE_4BIT(float, f32)

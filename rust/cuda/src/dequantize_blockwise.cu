@@ -7,12 +7,12 @@ constexpr int PER_THREAD = 8;
 constexpr int TILE = THREADS * PER_THREAD;
 
 template <typename T>
-__device__ void dequantize_blockwise(const uint8_t* codes,  // [n]
-                                     const float* absmax,   // [ceil(n / blocksize)]
-                                     T* out,                // [n]
-                                     int64_t n,             //
-                                     int log2_blocksize,    // 6..12
-                                     int is_signed) {       // which dynamic map
+__device__ void dequantize_blockwise(const uint8_t* codes, // [n]
+                                     const float* absmax,  // [ceil(n / blocksize)]
+                                     T* out,               // [n]
+                                     int64_t n,            //
+                                     int log2_blocksize,   // 6..12
+                                     int is_signed) {      // which dynamic map
     __shared__ float map[256];
     map[threadIdx.x] = DYNAMIC_MAP[is_signed][threadIdx.x];
     __syncthreads();
@@ -20,15 +20,15 @@ __device__ void dequantize_blockwise(const uint8_t* codes,  // [n]
 #pragma unroll
     for (int j = 0; j < PER_THREAD; ++j) {
         const int64_t i = first + j * THREADS;
-        if (i < n) out[i] = narrow<T>(__fmul_rn(map[codes[i]], absmax[i >> log2_blocksize]));
+        if (i < n)
+            out[i] = narrow<T>(__fmul_rn(map[codes[i]], absmax[i >> log2_blocksize]));
     }
 }
 
-#define DEQUANTIZE_BLOCKWISE(T, dtype)                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                     \
-        dequantize_blockwise_##dtype(const uint8_t* codes, const float* absmax, T* out,       \
-                                     int64_t n, int log2_blocksize, int is_signed) {          \
-        dequantize_blockwise(codes, absmax, out, n, log2_blocksize, is_signed);               \
+#define DEQUANTIZE_BLOCKWISE(T, dtype)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_blockwise_##dtype(                                \
+        const uint8_t* codes, const float* absmax, T* out, int64_t n, int log2_blocksize, int is_signed) {             \
+        dequantize_blockwise(codes, absmax, out, n, log2_blocksize, is_signed);                                        \
     }
 
 DEQUANTIZE_BLOCKWISE(float, f32)

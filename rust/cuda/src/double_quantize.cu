@@ -4,8 +4,8 @@
 
 constexpr int THREADS = 256;
 constexpr int64_t CHUNK = 65536;
-constexpr int NESTED = 256;              // scales that share one nested scale
-constexpr int WARPS = THREADS / 32;      // groups of NESTED scales a CTA
+constexpr int NESTED = 256;         // scales that share one nested scale
+constexpr int WARPS = THREADS / 32; // groups of NESTED scales a CTA
 constexpr int PER_LANE = NESTED / 32;
 
 // Sum of count <= CHUNK scales in the order that defines the offset; the same in every thread.
@@ -13,11 +13,13 @@ __device__ double chunk_sum(const float* absmax, int64_t count) {
     __shared__ double lanes[THREADS];
     double sum = 0.0;
 #pragma unroll 8
-    for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += absmax[i];
+    for (int64_t i = threadIdx.x; i < count; i += THREADS)
+        sum += absmax[i];
     lanes[threadIdx.x] = sum;
     __syncthreads();
     for (int step = THREADS / 2; step > 0; step /= 2) {
-        if (threadIdx.x < step) lanes[threadIdx.x] += lanes[threadIdx.x + step];
+        if (threadIdx.x < step)
+            lanes[threadIdx.x] += lanes[threadIdx.x + step];
         __syncthreads();
     }
     return lanes[0];
@@ -41,10 +43,12 @@ __device__ double sum_of_chunks(const float* nested_absmax, int64_t chunks) {
     double total = 0.0;
     for (int64_t base = 0; base < chunks; base += THREADS) {
         const int64_t chunk = base + threadIdx.x;
-        if (chunk < chunks) sums[threadIdx.x] = load_sum(nested_absmax, chunk);
+        if (chunk < chunks)
+            sums[threadIdx.x] = load_sum(nested_absmax, chunk);
         __syncthreads();
         if (threadIdx.x == 0)
-            for (int i = 0; i < THREADS && base + i < chunks; ++i) total += sums[i];
+            for (int i = 0; i < THREADS && base + i < chunks; ++i)
+                total += sums[i];
         __syncthreads();
     }
     return total;
@@ -52,23 +56,26 @@ __device__ double sum_of_chunks(const float* nested_absmax, int64_t chunks) {
 
 // One CTA a whole chunk.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    double_quantize_sums(const float* absmax,       // [blocks]
-                         float* nested_absmax) {    // [ceil(blocks / 256)], scratch
+    double_quantize_sums(const float* absmax,    // [blocks]
+                         float* nested_absmax) { // [ceil(blocks / 256)], scratch
     const double sum = chunk_sum(absmax + blockIdx.x * CHUNK, CHUNK);
-    if (threadIdx.x == 0) store_sum(nested_absmax, blockIdx.x, sum);
+    if (threadIdx.x == 0)
+        store_sum(nested_absmax, blockIdx.x, sum);
 }
 
 // One CTA in all.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    double_quantize_offset(const float* absmax,         // [blocks]
-                           const float* nested_absmax,  // [ceil(blocks / 256)], sums of whole chunks
-                           float* offset,               // [1]
+    double_quantize_offset(const float* absmax,        // [blocks]
+                           const float* nested_absmax, // [ceil(blocks / 256)], sums of whole chunks
+                           float* offset,              // [1]
                            int64_t blocks) {
     const int64_t chunks = blocks / CHUNK, rest = blocks % CHUNK;
     const double last = chunk_sum(absmax + chunks * CHUNK, rest);
     double total = sum_of_chunks(nested_absmax, chunks);
-    if (rest > 0) total += last;
-    if (threadIdx.x == 0) *offset = blocks > 0 ? float(total / double(blocks)) : 0.0f;
+    if (rest > 0)
+        total += last;
+    if (threadIdx.x == 0)
+        *offset = blocks > 0 ? float(total / double(blocks)) : 0.0f;
 }
 
 // x snapped to 65,536 steps over [-1, 1], then the nearest entry, ties down.
@@ -81,10 +88,10 @@ __device__ uint32_t encode_grid(const float* midpoints, float x) {
 
 // One warp a group of 256 scales.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    double_quantize_codes(const float* absmax,   // [blocks]
-                          const float* offset,   // [1]
-                          uint8_t* codes,        // [blocks]
-                          float* nested_absmax,  // [ceil(blocks / 256)]
+    double_quantize_codes(const float* absmax,  // [blocks]
+                          const float* offset,  // [1]
+                          uint8_t* codes,       // [blocks]
+                          float* nested_absmax, // [ceil(blocks / 256)]
                           int64_t blocks) {
     __shared__ float midpoints[255];
     const float* map = DYNAMIC_MAP[1];
@@ -94,7 +101,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     const int64_t group = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
     const int64_t first = group * NESTED + lane_id();
-    if (first - lane_id() >= blocks) return;
+    if (first - lane_id() >= blocks)
+        return;
     float v[PER_LANE];
     uint32_t bits = 0;
 #pragma unroll
@@ -104,11 +112,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         bits = max(bits, magnitude(v[j]));
     }
     const float largest = __uint_as_float(lanes_max(bits, 32));
-    if (lane_id() == 0) nested_absmax[group] = largest;
+    if (lane_id() == 0)
+        nested_absmax[group] = largest;
     const float reciprocal = __fdiv_rn(1.0f, largest);
 #pragma unroll
     for (int j = 0; j < PER_LANE; ++j) {
-        if (first + 32 * j >= blocks) break;
+        if (first + 32 * j >= blocks)
+            break;
         const uint32_t code = encode_grid(midpoints, __fmul_rn(v[j], reciprocal));
         codes[first + 32 * j] = largest == 0.0f ? 0 : code;
     }

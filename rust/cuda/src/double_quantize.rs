@@ -25,6 +25,6 @@ pub(crate) fn launch(launcher: &Launcher, args: DoubleQuantize<'_>) -> Result<()
     if blocks == 0 {
         return Ok(());
     }
-    let parameters = args![absmax, offset, args.codes.ptr(), nested, blocks as i64];
-    launcher.launch_1d(&FAMILY, CODES, blocks.div_ceil(TILE), THREADS, parameters)
+    let ctas = blocks.div_ceil(TILE);
+    launcher.launch_1d(&FAMILY, CODES, ctas, THREADS, args![absmax, offset, args.codes.ptr(), nested, blocks as i64])
 }

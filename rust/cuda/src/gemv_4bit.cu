@@ -4,8 +4,8 @@
 #include "codes.cuh"
 #include "memory.cuh"
 
-constexpr int MAX_WARPS = 4;  // warps of a CTA; they share its rows of W and split K
-constexpr int UNIT = 32;      // weights of one 16-byte load; a unit never straddles two blocks
+constexpr int MAX_WARPS = 4; // warps of a CTA; they share its rows of W and split K
+constexpr int UNIT = 32;     // weights of one 16-byte load; a unit never straddles two blocks
 
 // One lane's share of ROWS neighbouring rows of W, as it lies in memory.
 template <int ROWS>
@@ -16,15 +16,15 @@ struct Units {
 
 // Lanes past the end of a row hold zeros, and so does x there.
 template <int ROWS>
-__device__ Units<ROWS> load_units(const uint8_t* packed, const Absmax& absmax,
-                                  const int64_t (&row)[ROWS], int64_t k, bool inside,
-                                  int log2_blocksize) {
+__device__ Units<ROWS> load_units(const uint8_t* packed, const Absmax& absmax, const int64_t (&row)[ROWS], int64_t k,
+                                  bool inside, int log2_blocksize) {
     Units<ROWS> units;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         units.codes[r] = make_uint4(0, 0, 0, 0);
         units.scale[r] = {0.0f, 0};
-        if (!inside) continue;
+        if (!inside)
+            continue;
         units.codes[r] = load_stream(reinterpret_cast<const uint4*>(packed + (row[r] + k) / 2));
         units.scale[r] = load_scale(absmax, (row[r] + k) >> log2_blocksize);
     }
@@ -33,9 +33,8 @@ __device__ Units<ROWS> load_units(const uint8_t* packed, const Absmax& absmax,
 
 // acc[r][m] += scale[r] * sum of 32 products. Each (r, m) adds in one order, whatever ROWS and M.
 template <typename T, int ROWS, int M>
-__device__ void multiply_units(const Units<ROWS>& units, const Absmax& absmax, float entry,
-                               const T* const (&x)[M], int64_t k, bool inside,
-                               float (&acc)[ROWS][M]) {
+__device__ void multiply_units(const Units<ROWS>& units, const Absmax& absmax, float entry, const T* const (&x)[M],
+                               int64_t k, bool inside, float (&acc)[ROWS][M]) {
     float sum[ROWS][M] = {};
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
@@ -45,43 +44,50 @@ __device__ void multiply_units(const Units<ROWS>& units, const Absmax& absmax, f
             const uint4 c = units.codes[r];
             const uint32_t codes = word == 0 ? c.x : word == 1 ? c.y : word == 2 ? c.z : c.w;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) w[r][i] = lookup16(entry, codes >> nibble_shift(i));
+            for (int i = 0; i < 8; ++i)
+                w[r][i] = lookup16(entry, codes >> nibble_shift(i));
         }
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             float v[8] = {};
-            if (inside) load8(x[m] + k + 8 * word, v);
+            if (inside)
+                load8(x[m] + k + 8 * word, v);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-                for (int i = 0; i < 8; ++i) sum[r][m] = __fmaf_rn(w[r][i], v[i], sum[r][m]);
+                for (int i = 0; i < 8; ++i)
+                    sum[r][m] = __fmaf_rn(w[r][i], v[i], sum[r][m]);
         }
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const float scale = decode_scale(absmax, units.scale[r]);
 #pragma unroll
-        for (int m = 0; m < M; ++m) acc[r][m] = __fmaf_rn(scale, sum[r][m], acc[r][m]);
+        for (int m = 0; m < M; ++m)
+            acc[r][m] = __fmaf_rn(scale, sum[r][m], acc[r][m]);
     }
 }
 
 // Lanes in butterfly order, then warps in ascending order.
 template <typename T, int ROWS, int M>
-__device__ void reduce_and_store(const float (&acc)[ROWS][M], T* out, int64_t rows_x, int64_t N,
-                                 int64_t m0, int64_t n0) {
+__device__ void reduce_and_store(const float (&acc)[ROWS][M], T* out, int64_t rows_x, int64_t N, int64_t m0,
+                                 int64_t n0) {
     __shared__ float of_warp[MAX_WARPS][ROWS * M];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             const float sum = warp_sum(acc[r][m]);
-            if (lane_id() == 0) of_warp[threadIdx.x / 32][r * M + m] = sum;
+            if (lane_id() == 0)
+                of_warp[threadIdx.x / 32][r * M + m] = sum;
         }
     __syncthreads();
     const int r = threadIdx.x / M, m = threadIdx.x % M;
-    if (r >= ROWS || n0 + r >= N || m0 + m >= rows_x) return;
+    if (r >= ROWS || n0 + r >= N || m0 + m >= rows_x)
+        return;
     float sum = of_warp[0][threadIdx.x];
-    for (int warp = 1; warp < blockDim.x / 32; ++warp) sum += of_warp[warp][threadIdx.x];
+    for (int warp = 1; warp < blockDim.x / 32; ++warp)
+        sum += of_warp[warp][threadIdx.x];
     out[(m0 + m) * N + n0 + r] = narrow<T>(sum);
 }
 
@@ -95,23 +101,26 @@ __device__ int64_t first_x() {
 }
 
 template <int M, typename T>
-__device__ void gemv_units(const T* x,             // [rows_x, K], K % 32 == 0, 16-byte aligned
-                           const uint8_t* packed,  // [N * K / 2], 16-byte aligned
-                           const Absmax& absmax,   // [ceil(N * K / blocksize)]
-                           T* out,                 // [rows_x, N]
+__device__ void gemv_units(const T* x,            // [rows_x, K], K % 32 == 0, 16-byte aligned
+                           const uint8_t* packed, // [N * K / 2], 16-byte aligned
+                           const Absmax& absmax,  // [ceil(N * K / blocksize)]
+                           T* out,                // [rows_x, N]
                            int64_t rows_x, int64_t N, int64_t K,
-                           int log2_blocksize,  // 5..12
-                           int quant_type) {    // row of the codebook tables
+                           int log2_blocksize, // 5..12
+                           int quant_type) {   // row of the codebook tables
     constexpr int ROWS = rows_of(M);
     const float entry = CODEBOOK_4BIT[quant_type][lane_id() % 16];
     const int64_t n0 = int64_t(blockIdx.x) * ROWS, m0 = first_x<M>();
-    if (m0 >= rows_x) return;
+    if (m0 >= rows_x)
+        return;
     int64_t row[ROWS];
     const T* xs[M];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) row[r] = min(n0 + r, N - 1) * K;
+    for (int r = 0; r < ROWS; ++r)
+        row[r] = min(n0 + r, N - 1) * K;
 #pragma unroll
-    for (int m = 0; m < M; ++m) xs[m] = x + min(m0 + m, rows_x - 1) * K;
+    for (int m = 0; m < M; ++m)
+        xs[m] = x + min(m0 + m, rows_x - 1) * K;
 
     const int64_t step = int64_t(blockDim.x) * UNIT;
     int64_t k = int64_t(threadIdx.x) * UNIT;
@@ -128,16 +137,17 @@ __device__ void gemv_units(const T* x,             // [rows_x, K], K % 32 == 0, 
 
 // Any K, any alignment, blocks that straddle rows: one warp a row of W, one weight a lane.
 template <typename T>
-__device__ void gemv_any(const T* x,             // [rows_x, K]
-                         const uint8_t* packed,  // [ceil(N * K / 2)]
-                         const Absmax& absmax,   // [ceil(N * K / blocksize)]
-                         T* out,                 // [rows_x, N]
+__device__ void gemv_any(const T* x,            // [rows_x, K]
+                         const uint8_t* packed, // [ceil(N * K / 2)]
+                         const Absmax& absmax,  // [ceil(N * K / blocksize)]
+                         T* out,                // [rows_x, N]
                          int64_t rows_x, int64_t N, int64_t K,
-                         int log2_blocksize,  // 5..12
-                         int quant_type) {    // row of the codebook tables
+                         int log2_blocksize, // 5..12
+                         int quant_type) {   // row of the codebook tables
     constexpr int M = 8;
     const int64_t n = int64_t(blockIdx.x) * MAX_WARPS + threadIdx.x / 32, m0 = first_x<M>();
-    if (n >= N || m0 >= rows_x) return;
+    if (n >= N || m0 >= rows_x)
+        return;
     float acc[M] = {};
     for (int64_t k = lane_id(); k < K; k += 32) {
         const int64_t i = n * K + k;
@@ -146,28 +156,29 @@ __device__ void gemv_any(const T* x,             // [rows_x, K]
         const float w = __fmul_rn(CODEBOOK_4BIT[quant_type][code], scale);
 #pragma unroll
         for (int m = 0; m < M; ++m)
-            if (m0 + m < rows_x) acc[m] = __fmaf_rn(w, widen(x[(m0 + m) * K + k]), acc[m]);
+            if (m0 + m < rows_x)
+                acc[m] = __fmaf_rn(w, widen(x[(m0 + m) * K + k]), acc[m]);
     }
 #pragma unroll
     for (int m = 0; m < M; ++m) {
         const float sum = warp_sum(acc[m]);
-        if (lane_id() == 0 && m0 + m < rows_x) out[(m0 + m) * N + n] = narrow<T>(sum);
+        if (lane_id() == 0 && m0 + m < rows_x)
+            out[(m0 + m) * N + n] = narrow<T>(sum);
     }
 }
 
-#define GEMV_4BIT(name, body, T)                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)                              \
-        gemv_4bit_##name(const T* x, const uint8_t* packed, Absmax absmax, T* out,            \
-                         int64_t rows_x, int64_t N, int64_t K, int log2_blocksize,            \
-                         int quant_type) {                                                    \
-        body(x, packed, absmax, out, rows_x, N, K, log2_blocksize, quant_type);               \
+#define GEMV_4BIT(name, body, T)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)                                                       \
+        gemv_4bit_##name(const T* x, const uint8_t* packed, Absmax absmax, T* out, int64_t rows_x, int64_t N,          \
+                         int64_t K, int log2_blocksize, int quant_type) {                                              \
+        body(x, packed, absmax, out, rows_x, N, K, log2_blocksize, quant_type);                                        \
     }
 
-#define GEMV_4BIT_DTYPE(T, dtype)            \
-    GEMV_4BIT(m1_##dtype, gemv_units<1>, T)  \
-    GEMV_4BIT(m2_##dtype, gemv_units<2>, T)  \
-    GEMV_4BIT(m4_##dtype, gemv_units<4>, T)  \
-    GEMV_4BIT(m8_##dtype, gemv_units<8>, T)  \
+#define GEMV_4BIT_DTYPE(T, dtype)                                                                                      \
+    GEMV_4BIT(m1_##dtype, gemv_units<1>, T)                                                                            \
+    GEMV_4BIT(m2_##dtype, gemv_units<2>, T)                                                                            \
+    GEMV_4BIT(m4_##dtype, gemv_units<4>, T)                                                                            \
+    GEMV_4BIT(m8_##dtype, gemv_units<8>, T)                                                                            \
     GEMV_4BIT(any_##dtype, gemv_any, T)
 
 GEMV_4BIT_DTYPE(float, f32)

@@ -3,10 +3,13 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::fmt;
+use std::ptr;
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 use halfbyte_core::{Device, Error, Result};
+
+use crate::args::Arg;
 
 /// Grid or block dimensions.
 pub(crate) type Dim = (u32, u32, u32);
@@ -109,7 +112,7 @@ impl Bound {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        let previous = self.previous.unwrap_or(std::ptr::null_mut());
+        let previous = self.previous.unwrap_or(ptr::null_mut());
         // SAFETY: it was current on this thread a moment ago, and null means none. A failure here has no one to be
         // told to; the next call on this thread reports it.
         let _ = unsafe { result::ctx::set_current(previous) };
@@ -202,13 +205,15 @@ impl Launcher {
         kernel: &'static str,
         grid: Dim,
         block: Dim,
-        args: &mut [*mut c_void],
+        args: &mut [Arg<'_>],
     ) -> Result<()> {
         let what = || format!("{kernel} with grid {grid:?} and block {block:?}");
         let fail = |error| self.state.error(what(), error);
         let _bound = Bound::to(&self.state.context).map_err(fail)?;
         let function = self.state.function(family, kernel)?;
         let stream = self.stream as usize as sys::CUstream;
+        // SAFETY: an `Arg` is one address, and the driver only reads what they point to.
+        let args = unsafe { &mut *(ptr::from_mut(args) as *mut [*mut c_void]) };
         // SAFETY: the function belongs to the current context, the stream to the same device by `CudaBackend::new`'s
         // contract, and the parameters are copied before the call returns.
         unsafe { result::launch_kernel(function, grid, block, 0, stream, args) }.map_err(fail)
@@ -221,7 +226,7 @@ impl Launcher {
         kernel: &'static str,
         ctas: usize,
         threads: u32,
-        args: &mut [*mut c_void],
+        args: &mut [Arg<'_>],
     ) -> Result<()> {
         self.launch(family, kernel, (extent(ctas), 1, 1), (threads, 1, 1), args)
     }

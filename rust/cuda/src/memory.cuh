@@ -33,9 +33,11 @@ __device__ void load8(const T* p, float (&v)[8]) {
 // x[first .. first+8) as fp32, zeros past n; any alignment unless `vector`.
 template <typename T>
 __device__ void load8_or_zero(const T* x, int64_t first, int64_t n, bool vector, float (&v)[8]) {
-    if (vector && first + 8 <= n) return load8(x + first, v);
+    if (vector && first + 8 <= n)
+        return load8(x + first, v);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = first + i < n ? widen(x[first + i]) : 0.0f;
+    for (int i = 0; i < 8; ++i)
+        v[i] = first + i < n ? widen(x[first + i]) : 0.0f;
 }
 
 // One 16-byte store: four fp32 or eight 16-bit values.
@@ -45,6 +47,6 @@ __device__ inline void store16(float* p, const float (&v)[4]) {
 
 template <typename T>
 __device__ void store16(T* p, const float (&v)[8]) {
-    *reinterpret_cast<uint4*>(p) = make_uint4(narrow2<T>(v[0], v[1]), narrow2<T>(v[2], v[3]),
-                                              narrow2<T>(v[4], v[5]), narrow2<T>(v[6], v[7]));
+    *reinterpret_cast<uint4*>(p) =
+        make_uint4(narrow2<T>(v[0], v[1]), narrow2<T>(v[2], v[3]), narrow2<T>(v[4], v[5]), narrow2<T>(v[6], v[7]));
 }

@@ -3,7 +3,7 @@
 #include "memory.cuh"
 
 constexpr int THREADS = 512;
-constexpr int TILE = 8 * THREADS;  // elements a CTA: a whole number of blocks of any legal size
+constexpr int TILE = 8 * THREADS; // elements a CTA: a whole number of blocks of any legal size
 
 // A whole block multiplies by the reciprocal, the short last one divides.
 __device__ void scale8(float (&v)[8], float absmax, bool whole) {
@@ -11,32 +11,34 @@ __device__ void scale8(float (&v)[8], float absmax, bool whole) {
     if (whole) {
         const float reciprocal = __fdiv_rn(1.0f, d);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], reciprocal);
+        for (int i = 0; i < 8; ++i)
+            v[i] = __fmul_rn(v[i], reciprocal);
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = __fdiv_rn(v[i], d);
+        for (int i = 0; i < 8; ++i)
+            v[i] = __fdiv_rn(v[i], d);
     }
 }
 
 // Four bytes of codes at an offset that is a multiple of four, cut at the end of the tensor.
-__device__ void store_codes(uint8_t* packed, int64_t first, int64_t bytes, bool vector,
-                            uint32_t word) {
+__device__ void store_codes(uint8_t* packed, int64_t first, int64_t bytes, bool vector, uint32_t word) {
     if (vector && first + 4 <= bytes) {
         *reinterpret_cast<uint32_t*>(packed + first) = word;
         return;
     }
     for (int i = 0; i < 4; ++i)
-        if (first + i < bytes) packed[first + i] = word >> 8 * i;
+        if (first + i < bytes)
+            packed[first + i] = word >> 8 * i;
 }
 
 template <typename T>
-__device__ void quantize_4bit(const T* x,           // [n]
-                              uint8_t* packed,      // [ceil(n / 2)]
-                              float* absmax,        // [ceil(n / blocksize)]
-                              int64_t n,            //
-                              int log2_blocksize,   // 5..12
-                              int quant_type,       // row of the codebook tables
-                              bool vector) {        // x is 16-byte, packed 4-byte aligned
+__device__ void quantize_4bit(const T* x,         // [n]
+                              uint8_t* packed,    // [ceil(n / 2)]
+                              float* absmax,      // [ceil(n / blocksize)]
+                              int64_t n,          //
+                              int log2_blocksize, // 5..12
+                              int quant_type,     // row of the codebook tables
+                              bool vector) {      // x is 16-byte, packed 4-byte aligned
     const Encoder4bit encoder(quant_type);
     const int64_t first = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
     float v[8];
@@ -44,24 +46,26 @@ __device__ void quantize_4bit(const T* x,           // [n]
 
     uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = max(largest, magnitude(v[i]));
+    for (int i = 0; i < 8; ++i)
+        largest = max(largest, magnitude(v[i]));
     largest = threads_max(largest, 1 << (log2_blocksize - 3));
     const int64_t block = first >> log2_blocksize;
     const bool opens_block = first == block << log2_blocksize;
-    if (opens_block && first < n) absmax[block] = __uint_as_float(largest);
+    if (opens_block && first < n)
+        absmax[block] = __uint_as_float(largest);
 
     scale8(v, __uint_as_float(largest), (block + 1) << log2_blocksize <= n);
     uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) word |= encoder.encode(v[i]) << nibble_shift(i);
+    for (int i = 0; i < 8; ++i)
+        word |= encoder.encode(v[i]) << nibble_shift(i);
     store_codes(packed, first / 2, (n + 1) / 2, vector, word);
 }
 
-#define QUANTIZE_4BIT(T, dtype)                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                     \
-        quantize_4bit_##dtype(const T* x, uint8_t* packed, float* absmax, int64_t n,          \
-                              int log2_blocksize, int quant_type, bool vector) {              \
-        quantize_4bit(x, packed, absmax, n, log2_blocksize, quant_type, vector);              \
+#define QUANTIZE_4BIT(T, dtype)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) quantize_4bit_##dtype(                                       \
+        const T* x, uint8_t* packed, float* absmax, int64_t n, int log2_blocksize, int quant_type, bool vector) {      \
+        quantize_4bit(x, packed, absmax, n, log2_blocksize, quant_type, vector);                                       \
     }
 
 QUANTIZE_4BIT(float, f32)

@@ -13,7 +13,8 @@ __device__ inline uint32_t magnitude(float value) { return __float_as_uint(value
 // Sum over the warp in butterfly order, in every lane.
 __device__ inline float warp_sum(float value) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    for (int step = 16; step > 0; step /= 2)
+        value += __shfl_xor_sync(FULL_WARP, value, step);
     return value;
 }
 
@@ -27,12 +28,15 @@ __device__ inline uint32_t lanes_max(uint32_t value, int group) {
 // The same for groups of a power of two of threads, up to the whole CTA; called once per kernel.
 __device__ inline uint32_t threads_max(uint32_t value, int group) {
     value = lanes_max(value, min(group, 32));
-    if (group <= 32) return value;
+    if (group <= 32)
+        return value;
     __shared__ uint32_t of_warp[32];
     const int warp = threadIdx.x / 32, warps = group / 32;
-    if (lane_id() == 0) of_warp[warp] = value;
+    if (lane_id() == 0)
+        of_warp[warp] = value;
     __syncthreads();
     const int first = warp / warps * warps;
-    for (int i = 0; i < warps; ++i) value = max(value, of_warp[first + i]);
+    for (int i = 0; i < warps; ++i)
+        value = max(value, of_warp[first + i]);
     return value;
 }

@@ -91,7 +91,10 @@ impl<'a> Adamw<'a> {
         check_param(OP, &param, grad, grad_scale)?;
         let (n, device) = (param.numel(), param.device());
         for (name, state) in [("exp_avg", &exp_avg), ("exp_avg_sq", &exp_avg_sq)] {
-            arg(OP, name, state.as_ref()).dtype(DType::F32)?.numel(n, "one an element of param")?.on(device, "param")?;
+            arg(OP, name, state.as_ref())
+                .dtype(DType::F32)?
+                .numel(n, "one an element of param")?
+                .on(device, "param")?;
         }
         Ok(Self { param, grad, exp_avg, exp_avg_sq, scalars, grad_scale })
     }

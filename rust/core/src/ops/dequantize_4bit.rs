@@ -73,7 +73,7 @@ impl Dequantize4bit<'_> {
 pub(crate) fn dequantize_block<T: Lanes>(simd: Simd, packed: &[u8], out: &mut [T], table: &[f32; 16], scale: f32) {
     match simd {
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 if out.len() % 32 == 0 => {
+        Simd::Avx512 if out.len().is_multiple_of(32) => {
             // SAFETY: the level was detected; out is a multiple of 32 elements and packed has half as many bytes.
             unsafe { avx512::dequantize_block(packed, out, table, scale) }
         }

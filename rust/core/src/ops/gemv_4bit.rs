@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::ops::dequantize_4bit::dequantize_block;
 use crate::parallel;
 use crate::quant_state::{Absmax, QuantType, Scales};
-use crate::simd::Simd;
+use crate::simd::{Lanes, Simd};
 use crate::tensor::{DType, Float, TensorMut, TensorRef, with_float};
 
 #[cfg(target_arch = "x86_64")]
@@ -65,7 +65,7 @@ impl<'a> Gemv4bit<'a> {
     }
 }
 
-/// Weights below which waking a second thread costs more than it saves.
+/// Weights of a chunk; fewer than two chunks are not worth waking a second thread (about 10 us).
 const CHUNK_WEIGHTS: usize = 1 << 17;
 
 impl Gemv4bit<'_> {
@@ -82,8 +82,8 @@ impl Gemv4bit<'_> {
         with_float!(self.out.dtype(), T => store_transposed::<T>(&sums, self.out.into_slice(), self.shape));
     }
 
-    fn accumulate<T: Float>(&self, sums: &mut [f32], simd: Simd) {
-        let x: Vec<f32> = self.x.as_slice::<T>().iter().map(|x| x.to_f32()).collect();
+    fn accumulate<T: Lanes>(&self, sums: &mut [f32], simd: Simd) {
+        let x: &[T] = self.x.as_slice();
         let weight = Weight {
             packed: self.packed.as_slice(),
             scales: self.absmax.scales(),
@@ -92,18 +92,22 @@ impl Gemv4bit<'_> {
             k: self.shape.k,
         };
         #[cfg(target_arch = "x86_64")]
-        if simd == Simd::Avx512 && weight.k % weight.blocksize == 0 {
-            let x = avx512::SplitRows::new(&x, weight.k);
-            // SAFETY: the level was detected.
-            return self.for_each_chunk(sums, |first, sums| unsafe { avx512::rows_of_blocks(&weight, &x, first, sums) });
+        if simd == Simd::Avx512 && weight.k.is_multiple_of(weight.blocksize) && weight.blocksize >= avx512::UNIT {
+            // SAFETY: the level was detected, and rows are whole blocks.
+            let x = unsafe { avx512::SplitRows::new(x, weight.k) };
+            // SAFETY: as above.
+            return self.for_each_chunk(sums, |first, sums| unsafe { avx512::rows_of_units(&weight, &x, first, sums) });
         }
+        let x: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
         self.for_each_chunk(sums, |first, sums| weight.any_rows(simd, &x, first, sums));
     }
 
     /// Splits the rows of W: `work(first, sums)` fills `sums` `[rows, M]` for the rows from `first` on.
     fn for_each_chunk(&self, sums: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
         let GemvShape { m, n, k } = self.shape;
-        let rows = CHUNK_WEIGHTS.div_ceil(k);
+        // An equal number of chunks for each thread, since a small matrix has hardly more chunks than threads.
+        let chunks = (n * k / CHUNK_WEIGHTS).max(1);
+        let rows = if chunks == 1 { n } else { n.div_ceil(chunks.next_multiple_of(parallel::num_threads())) };
         let chunks = sums.chunks_mut(rows * m).enumerate();
         parallel::for_each(chunks, n.div_ceil(rows), |(chunk, sums)| work(chunk * rows, sums));
     }

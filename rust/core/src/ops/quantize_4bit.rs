@@ -51,7 +51,10 @@ impl<'a> Quantize4bit<'a> {
         blocksize_4bit(OP, blocksize)?;
         let (n, device) = (x.numel(), x.device());
         arg(OP, "x", x).float()?;
-        arg(OP, "packed", packed.as_ref()).dtype(DType::U8)?.numel(n.div_ceil(2), "two codes a byte")?.on(device, "x")?;
+        arg(OP, "packed", packed.as_ref())
+            .dtype(DType::U8)?
+            .numel(n.div_ceil(2), "two codes a byte")?
+            .on(device, "x")?;
         arg(OP, "absmax", absmax.as_ref())
             .dtype(DType::F32)?
             .numel(n.div_ceil(blocksize), "one a block")?

@@ -1,48 +1,64 @@
-//! Rows of whole blocks: weights are decoded once for up to eight rows of x.
+//! Rows of whole units of 64 weights: a unit is decoded once for up to eight rows of x.
 //!
-//! 16 packed bytes are 16 even and 16 odd elements, so x is split the same way before. A block's products are summed
-//! unscaled and enter the row's sum by one multiplication with the block's scale.
+//! 16 packed bytes are 16 even and 16 odd elements, so x is split the same way before. A unit lies in one block: its
+//! products are summed unscaled and enter the row's sum by one multiplication with the block's scale. Bound by the
+//! two vector ports: 3 instructions of decoding and 2 M multiplications for 32 weights.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Weight;
+use crate::simd::avx512::Lanes512;
 
-/// Rows of x that share one pass over the weights: two accumulators each, and registers for the decoding.
+/// Weights that are decoded together; block sizes are multiples of it.
+pub(super) const UNIT: usize = 64;
+
+/// Rows of x that share one decoding: two accumulators each, and registers for the weights.
 const GROUP: usize = 8;
+
+/// Floats of x that stay in the first-level cache while a tile of rows of W passes by.
+const X_TILE: usize = 6144;
+
+/// Rows of W in a tile: their sums of eight rows of x take 8 KiB.
+const W_TILE: usize = 16;
 
 /// Sixteen floats that never straddle a cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Line([f32; 16]);
 
-/// x `[M, K]` with each 32 elements rearranged: 16 even ones, then 16 odd ones.
+/// x `[M, K]` in fp32 with each 32 elements rearranged: 16 even ones, then 16 odd ones.
 pub(super) struct SplitRows {
     lines: Vec<Line>,
     lines_per_row: usize,
 }
 
 impl SplitRows {
-    /// `x.len()` is a multiple of `k`, and `k` of 32.
-    pub(super) fn new(x: &[f32], k: usize) -> Self {
-        let split = |part: &[f32], odd: usize| Line(std::array::from_fn(|i| part[2 * i + odd]));
-        let lines = x.chunks_exact(32).flat_map(|part| [split(part, 0), split(part, 1)]).collect();
+    /// # Safety
+    /// AVX-512 F, BW, DQ, VL; `x.len()` is a multiple of `k`, and `k` of 32.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(super) unsafe fn new<T: Lanes512>(x: &[T], k: usize) -> Self {
+        let mut lines = vec![Line([0.0; 16]); x.len() / 16];
+        let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        for (part, lines) in x.chunks_exact(32).zip(lines.chunks_exact_mut(2)) {
+            // SAFETY: a part has 32 elements, a line 16 aligned floats.
+            unsafe {
+                let (low, high) = (T::load16(part.as_ptr()), T::load16(part.as_ptr().add(16)));
+                _mm512_store_ps(lines[0].0.as_mut_ptr(), _mm512_permutex2var_ps(low, even, high));
+                _mm512_store_ps(lines[1].0.as_mut_ptr(), _mm512_permutex2var_ps(low, odd, high));
+            }
+        }
         Self { lines, lines_per_row: k / 16 }
     }
 }
 
-/// Floats of x that are kept in the first-level cache while a tile of rows of W passes by.
-const X_TILE: usize = 6144;
-
-/// Rows of W in a tile: their sums of eight rows of x take 8 KiB.
-const W_TILE: usize = 16;
-
-/// `sums` `[rows, M]` for the rows of W from `first` on.
+/// `sums` `[rows, M]` for the rows of W from `first` on; K is a multiple of the unit and of the block size.
 ///
 /// # Safety
 /// AVX-512 F, BW, DQ, VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub(super) unsafe fn rows_of_blocks(weight: &Weight<'_>, x: &SplitRows, first: usize, sums: &mut [f32]) {
+pub(super) unsafe fn rows_of_units(weight: &Weight<'_>, x: &SplitRows, first: usize, sums: &mut [f32]) {
     let m = x.lines.len() / x.lines_per_row;
     for (tile, sums) in sums.chunks_mut(W_TILE * m).enumerate() {
         let first = first + tile * W_TILE;
@@ -69,17 +85,17 @@ struct Columns<'a> {
     from: usize,
 }
 
-/// A tile of rows of W with M rows of x, `lines` `[M, K / 16]`; K is walked in parts, blocks in ascending order.
+/// A tile of rows of W with M rows of x, `lines` `[M, K / 16]`; K is walked in parts, units in ascending order.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn tile_of_rows<const M: usize>(weight: &Weight<'_>, lines: &[Line], first: usize, columns: Columns<'_>) {
-    let blocks_per_row = weight.k / weight.blocksize;
-    let blocks_per_part = (X_TILE / M / weight.blocksize).max(1);
+    let units_per_row = weight.k / UNIT;
+    let units_per_part = X_TILE / UNIT / M;
     let rows = columns.sums.len() / columns.m;
     let mut totals = [[_mm512_setzero_ps(); M]; W_TILE];
-    for block in (0..blocks_per_row).step_by(blocks_per_part) {
-        let end = blocks_per_row.min(block + blocks_per_part);
+    for unit in (0..units_per_row).step_by(units_per_part) {
+        let units = unit..units_per_row.min(unit + units_per_part);
         for (i, total) in totals[..rows].iter_mut().enumerate() {
-            add_blocks(weight, lines, first + i, block..end, total);
+            *total = add_units(weight, lines, first + i, units.clone(), *total);
         }
     }
     for (sums, total) in columns.sums.chunks_exact_mut(columns.m).zip(&totals) {
@@ -89,45 +105,63 @@ fn tile_of_rows<const M: usize>(weight: &Weight<'_>, lines: &[Line], first: usiz
     }
 }
 
-/// Adds some blocks of one row of W, times M rows of x, to the row's sums.
+/// Adds some units of one row of W, times M rows of x, to the row's sums.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn add_blocks<const M: usize>(
+fn add_units<const M: usize>(
     weight: &Weight<'_>,
     lines: &[Line],
     row: usize,
-    blocks: Range<usize>,
-    total: &mut [__m512; M],
-) {
-    let (k, blocksize) = (weight.k, weight.blocksize);
-    let x: [&[Line]; M] = std::array::from_fn(|m| &lines[m * (k / 16)..(m + 1) * (k / 16)]);
+    units: Range<usize>,
+    mut total: [__m512; M],
+) -> [__m512; M] {
+    let lines_per_row = lines.len() / M;
+    let x = &lines[units.start * (UNIT / 16)..];
+    let first = row * (weight.k / UNIT) + units.start;
+    let packed = &weight.packed[first * (UNIT / 2)..][..units.len() * (UNIT / 2)];
+    let mut scales = [0.0; X_TILE / UNIT];
+    let scales = &mut scales[..units.len()];
+    weight.scales.fill(first, UNIT, weight.blocksize, scales);
     // SAFETY: the table has 16 entries.
     let table = unsafe { _mm512_loadu_ps(weight.table.as_ptr()) };
-    for block in blocks {
-        let start = row * k + block * blocksize;
-        let packed = &weight.packed[start / 2..(start + blocksize) / 2];
-        let mut partial = [_mm512_setzero_ps(); M];
-        for (i, bytes) in packed.chunks_exact(16).enumerate() {
-            // SAFETY: the chunk has 16 bytes.
-            let bytes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) });
-            let odd = _mm512_permutexvar_ps(bytes, table);
-            let even = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table);
-            let line = block * (blocksize / 16) + 2 * i;
-            for m in 0..M {
-                // SAFETY: a row of x has K / 16 lines, two for each 16 bytes of a row of W.
-                let (x_even, x_odd) = unsafe { (x[m].get_unchecked(line), x[m].get_unchecked(line + 1)) };
-                partial[m] = _mm512_fmadd_ps(even, load(x_even), partial[m]);
-                partial[m] = _mm512_fmadd_ps(odd, load(x_odd), partial[m]);
-            }
-        }
-        let scale = _mm512_set1_ps(weight.scales.get(start / blocksize));
+    for (unit, (bytes, &scale)) in packed.chunks_exact(UNIT / 2).zip(&*scales).enumerate() {
+        // SAFETY: the chunk has 32 bytes.
+        let [low, high] = unsafe { [decode(bytes.as_ptr(), table), decode(bytes.as_ptr().add(16), table)] };
         for m in 0..M {
-            total[m] = _mm512_fmadd_ps(partial[m], scale, total[m]);
+            // SAFETY: row m of `lines` has four lines for each unit of the row, and `unit` is below units.len().
+            let line = |i: usize| unsafe { load(x.as_ptr().add(m * lines_per_row + unit * (UNIT / 16) + i)) };
+            let partial = _mm512_mul_ps(low.even, line(0));
+            let partial = _mm512_fmadd_ps(low.odd, line(1), partial);
+            let partial = _mm512_fmadd_ps(high.even, line(2), partial);
+            let partial = _mm512_fmadd_ps(high.odd, line(3), partial);
+            total[m] = _mm512_fmadd_ps(partial, _mm512_set1_ps(scale), total[m]);
         }
     }
+    total
 }
 
+/// 32 unscaled weights.
+struct Decoded {
+    even: __m512,
+    odd: __m512,
+}
+
+/// # Safety
+/// 16 readable bytes.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn load(line: &Line) -> __m512 {
-    // SAFETY: a line is 16 floats, aligned to 64 bytes.
-    unsafe { _mm512_load_ps(line.0.as_ptr()) }
+unsafe fn decode(packed: *const u8, table: __m512) -> Decoded {
+    // SAFETY: the caller vouches for the bytes.
+    let bytes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(packed.cast()) });
+    // A permutation reads the low 4 bits of each lane only.
+    let even = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table);
+    Decoded { even, odd: _mm512_permutexvar_ps(bytes, table) }
+}
+
+/// # Safety
+/// A readable line.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn load(line: *const Line) -> __m512 {
+    // SAFETY: the caller vouches for the line, which is 16 floats aligned to 64 bytes.
+    unsafe { _mm512_load_ps(line.cast()) }
 }

@@ -1,0 +1,153 @@
+"""The compiled part of halfbyte: number formats and kernels on torch tensors.
+
+Every function takes contiguous tensors of one device (cpu or cuda) and writes into outputs that the
+caller allocated; CUDA work is queued on torch's current stream and not waited for. No output may
+share memory with another argument. All functions raise
+
+- ``TypeError`` if an argument is not a tensor,
+- ``ValueError`` for a wrong dtype, number of elements, device, layout or option; the message names
+  the operation, the argument, what was expected and what came,
+- ``CudaError`` if the CUDA driver is missing, or a driver call or a kernel failed.
+
+Letters: n elements, M rows of x, N out_features, K in_features. "float" is float32, float16 or
+bfloat16. A block is ``blocksize`` consecutive elements of the flat tensor; the last may be short.
+"""
+
+from torch import Tensor
+
+class CudaError(RuntimeError):
+    """The CUDA driver is missing, or one of its calls or a kernel failed."""
+
+def quantize_4bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int
+) -> None:
+    """Quantize ``x`` to 4-bit codes, two a byte (the even element in the high nibble).
+
+    x: float [n]. packed: uint8 [ceil(n / 2)], out. absmax: float32 [ceil(n / blocksize)], out;
+    NaN or infinite for a block that holds such a value. quant_type: "nf4", "fp4" or "int4".
+    blocksize: a power of two in 32..4096.
+    """
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: float,
+    quant_type: str,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """``out = table[code] * scale`` in fp32, rounded once to ``out``'s dtype.
+
+    packed: uint8 [ceil(n / 2)]. out: float [n]. Scales, one a block: ``absmax`` float32 when
+    ``nested_absmax`` and ``nested_map`` are None, else
+    ``nested_map[absmax] * nested_absmax[block // 256] + offset`` with absmax uint8,
+    nested_absmax float32 [ceil(blocks / 256)] and nested_map float32 [256].
+    """
+
+def double_quantize(
+    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor
+) -> None:
+    """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around their mean.
+
+    absmax: float32 [blocks]. codes: uint8 [blocks], out. nested_absmax: float32
+    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean.
+    """
+
+def quantize_blockwise(
+    x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, blocksize: int
+) -> None:
+    """Quantize ``x`` to the nearest entries of a dynamic 8-bit map.
+
+    x: float [n]. codes: uint8 [n], out. absmax: float32 [ceil(n / blocksize)], out.
+    blocksize: a power of two in 64..4096.
+    """
+
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, signed: bool, blocksize: int, out: Tensor
+) -> None:
+    """``out = map[codes] * absmax`` of the block, in fp32, rounded once to ``out``'s dtype.
+
+    codes: uint8 [n]. absmax: float32 [ceil(n / blocksize)]. out: float [n].
+    """
+
+def gemv_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: float,
+    quant_type: str,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """``out = x @ W.T`` with W [N, K] in 4 bits, for a few rows of x.
+
+    x: float [M, K]. packed: uint8 [ceil(N K / 2)]. out: x's dtype [M, N]. Scales as in
+    ``dequantize_4bit``. Sums are fp32; a row of ``out`` depends on its row of ``x`` only.
+    """
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """One step of AdamW, in torch.optim.AdamW's order (decay first), with fp32 state.
+
+    param: float [n], updated. grad: param's dtype [n]. exp_avg, exp_avg_sq: float32 [n], updated.
+    step counts from 1. grad_scale: float32 [1] on the same device, multiplies the gradient.
+    """
+
+def adamw_8bit(
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """One step of AdamW (decay first) whose moments are 8-bit codes in blocks of 256.
+
+    param: float [n], updated. grad: param's dtype [n]. state1 (signed map), state2 (unsigned map):
+    uint8 [n], updated. absmax1, absmax2: float32 [ceil(n / 256)], updated; zeros before the first
+    step. Where the gradient is NaN or infinite the moments become 0 and the weight stays.
+    step and grad_scale as in ``adamw``.
+    """
+
+def codebook(quant_type: str) -> list[float]:
+    """The 16 values of "nf4", "fp4" or "int4" by code, as checkpoints store them."""
+
+def dynamic_map(signed: bool) -> list[float]:
+    """The 256 values of the dynamic 8-bit map, ascending."""
+
+def cuda_build() -> dict[str, str | list[str]] | None:
+    """``{"nvcc": version, "archs": [...]}`` of the embedded kernels, None in a CPU-only build."""
+
+def cuda_status() -> str:
+    """ "ok" if CUDA kernels can run here, otherwise the reason why not."""
+
+def cpu_features() -> list[str]:
+    """The vector instruction sets of this processor that the CPU loops look for."""
+
+def set_num_threads(threads: int) -> None:
+    """Set the number of threads of later CPU calls; 0 means one a core."""
+
+def get_num_threads() -> int:
+    """The number of threads that work on one CPU operation."""
