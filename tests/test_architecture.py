@@ -1,4 +1,4 @@
-"""Who may import whom: each module of halfbyte imports only from lower levels, never in a circle."""
+"""Who may import whom: modules import only from lower levels, and never in a circle."""
 
 from __future__ import annotations
 

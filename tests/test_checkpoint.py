@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import subprocess
@@ -731,7 +732,7 @@ BIG = CONFIG | {
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
     "head_dim": 64,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 5,
 }
 MEASURE = """
 import re, sys, torch
@@ -747,34 +748,36 @@ print(peak() - before)
 """
 
 
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("big"), config=BIG, shards=2)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("quant_type", ["nf4", None])
-def test_peak_memory_is_the_model_and_one_tensor(tmp_path, folder, quant_type):
-    tensors = random_tensors(BIG)
-    big = write_folder(tmp_path / "big", tensors, BIG, shards=2)
-    elements = {name: tensor.numel() for name, tensor in tensors.items()}
+def test_peak_memory_is_the_model_and_one_tensor(big, folder, quant_type):
+    elements = {tensor.name: math.prod(tensor.shape) for tensor in open_source(big).tensors}
     four_bit = sum(n for name, n in elements.items() if "_proj" in name)
     rest = sum(elements.values()) - four_bit
     stays = rest * 2 + (four_bit * 0.52 if quant_type else four_bit * 2)
-    one_tensor, staging, slack = max(elements.values()) * 2, 16 << 20, 24 << 20
+    one_tensor, staging, slack = max(elements.values()) * 2, 16 << 20, 20 << 20
     command = [sys.executable, "-c", MEASURE, str(folder), str(big), str(quant_type)]
     peak = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    assert peak <= stays + one_tensor + staging + slack
-    # The bound means something: the file is much larger.
-    assert sum(elements.values()) * 4 > 1.35 * (stays + one_tensor + staging + slack)
+    bound = stays + one_tensor + staging + slack
+    assert peak <= bound
+    # The bound means something: the file, and for 4 bits its cast, is far larger.
+    assert sum(elements.values()) * (2 if quant_type else 4) > 1.3 * bound
 
 
 @pytest.mark.gpu
-def test_peak_device_memory_is_the_model_and_one_tensor(tmp_path):
-    tensors = random_tensors(BIG)
-    folder = write_folder(tmp_path / "big", tensors, BIG)
+def test_peak_device_memory_is_the_model_and_one_tensor(big):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    load(folder, device="cuda", progress=False)
+    model = load(big, device="cuda", progress=False)
     stays = torch.cuda.memory_allocated() - before
     peak = torch.cuda.max_memory_allocated() - before
-    largest = max(tensor.numel() for tensor in tensors.values())
+    largest = max(parameter.numel() for parameter in model.parameters())
     # Beside one 16-bit tensor there are its codes and scales, which stay, and small temporaries.
     assert peak <= stays + largest * 2 + (2 << 20)
 

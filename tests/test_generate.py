@@ -9,14 +9,15 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from halfbyte.errors import ContextLengthError
 from halfbyte.generate import StopStrings, generate, stream
 from halfbyte.kv_cache import KVCache
 from halfbyte.models import Decoder, DecoderConfig, Output
 from halfbyte.sampling import Sampling, TokenCounts, candidates, sample, uniform
 from halfbyte.tokenizer import Tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 VOCAB = 260  # 256 bytes and four special tokens
 EOS, OTHER_EOS, BOS = 256, 257, 258
@@ -136,6 +137,23 @@ def test_greedy_equals_transformers():
         )[0, 3:]
         got = generate(model, prompt[0], repetition_penalty=penalty, max_new_tokens=30)
         assert got == expected.tolist()
+
+
+def test_stories260k_writes_what_transformers_writes(shared):
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    folder = shared / "models" / "stories260K"
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = Decoder(DecoderConfig.from_dict(json.loads((folder / "config.json").read_text())))
+    model.load_state_dict(reference.state_dict())
+    model.tokenizer = Tokenizer.from_folder(folder)
+    prompt = [1, *model.tokenizer.encode("Once upon a time")]
+    expected = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=120)
+    pieces = stream(model.eval(), prompt, max_new_tokens=120)
+    text = "".join(pieces)
+    assert pieces.token_ids == expected[0, len(prompt) :].tolist()
+    assert len(pieces.token_ids) == 120 and pieces.finish_reason == "length"
+    whole = model.tokenizer.decode(prompt + pieces.token_ids)
+    assert text.strip() and whole.endswith(text)
 
 
 def test_mixed_lengths_equal_single_rows(model):

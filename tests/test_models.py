@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from halfbyte.errors import ContextLengthError, UnsupportedModelError
 from halfbyte.kv_cache import KVCache
 from halfbyte.linear import Linear4bit

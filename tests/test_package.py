@@ -1,4 +1,4 @@
-"""The package as a whole: quick to import, typed as compiled, honest about its version and machine."""
+"""The package as a whole: quick to import, typed as compiled, honest about where it runs."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ FORBIDDEN = {
     "no notes to self": r"\b(TODO|FIXME|XXX)\b",
     "nothing downloads code to run": r"trust_remote_code=True",
 }
-# The user's cache folder, torchrun's variables and cuBLAS' workspace are set by others' conventions.
+# The user's cache folder, torchrun's variables and cuBLAS' workspace are others' conventions.
 READS_ENVIRONMENT = {"demo.py", "world.py", "loop.py"}
 
 

@@ -464,6 +464,21 @@ def test_resume_is_exact(tmp_path, optim):
     assert_same_adapter(resumed.adapter_dir, whole.adapter_dir)
 
 
+@pytest.mark.gpu
+def test_resume_is_exact_on_a_gpu(tmp_path):
+    from halfbyte.checkpoint import save
+
+    save(tiny_model(), tmp_path / "base")
+    base = dict(model=str(tmp_path / "base"), device="cuda", lora_dropout=0.1, lora_r=64)
+    for optim in ("fp32", "8bit"):
+        whole = finetune(config(tmp_path / f"whole-{optim}", max_steps=9, optim=optim, **base))
+        finetune(config(tmp_path / optim, max_steps=4, optim=optim, **base))
+        resumed = finetune(config(tmp_path / optim, max_steps=9, optim=optim, **base))
+        assert resumed.resumed_from == 4 and resumed.losses == whole.losses
+        assert_same_adapter(resumed.adapter_dir, whole.adapter_dir)
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_finished_run_returns_at_once(tmp_path):
     first = finetune(config(tmp_path))
     again = finetune(config(tmp_path))

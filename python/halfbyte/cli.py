@@ -137,18 +137,10 @@ def _option_type(annotation: Any) -> Any:
 
 
 def _field_help(settings: type) -> dict[str, str]:
-    """What a dataclass's docstring says of its fields: `name, name: text; name: text. name: text`."""
-    names = "|".join(field.name for field in dataclasses.fields(settings))
-    entries = re.split(rf"((?:^|(?<=[.;] ))(?:(?:{names})(?:, | or )?)+)[:,] ", _text(settings))
-    texts: dict[str, str] = {}
-    for heading, text in zip(entries[1::2], entries[2::2], strict=True):
-        for name in re.findall(names, heading):
-            texts[name] = text.strip().rstrip(".;")
-    return texts
-
-
-def _text(settings: type) -> str:
-    return " ".join((settings.__doc__ or "").split())
+    """What the lines `name: text` of a dataclass's docstring say; further lines are indented."""
+    doc = inspect.cleandoc(settings.__doc__ or "")
+    entries = re.findall(r"^(\w+): (.*(?:\n +.*)*)", doc, re.MULTILINE)
+    return {name: " ".join(text.split()).removesuffix(".") for name, text in entries}
 
 
 def _parameters(settings: type) -> list[inspect.Parameter]:

@@ -73,10 +73,6 @@ class _Text:
         self.stops = StopStrings(stops)
         self.ends = [0]
 
-    @property
-    def stopped(self) -> bool:
-        return self.stops.cut is not None
-
     def push(self, token: int) -> str:
         text = self.detokenizer.push(token)
         self.ends.append(self.ends[-1] + len(text))
@@ -85,9 +81,9 @@ class _Text:
     def flush(self) -> str:
         return self.stops.push(self.detokenizer.flush()) + self.stops.flush()
 
-    def tokens_before_cut(self) -> int:
-        """How many tokens it takes to write the text that ends before the stop string."""
-        return self.ends.index(max(end for end in self.ends if end <= self.stops.cut))
+    def tokens_before(self, cut: int) -> int:
+        """How many tokens it takes to write the text that ends at or before `cut` characters."""
+        return self.ends.index(max(end for end in self.ends if end <= cut))
 
 
 class _Row:
@@ -113,7 +109,7 @@ class _Row:
             return self._finish("stop")
         self.tokens.append(token)
         piece = self.text.push(token) if self.text else ""
-        if self.text and self.text.stopped:
+        if self.text and self.text.stops.cut is not None:
             return piece + self._finish("stop")
         if len(self.tokens) == self.limit:
             return piece + self._finish("length")
@@ -122,11 +118,13 @@ class _Row:
         return piece
 
     def _finish(self, reason: str) -> str:
-        piece = self.text.flush() if self.text else ""
-        if self.text and self.text.stopped:
-            reason = "stop"
-            del self.tokens[self.text.tokens_before_cut() :]
         self.finish_reason = reason
+        if self.text is None:
+            return ""
+        piece = self.text.flush()
+        if self.text.stops.cut is not None:
+            self.finish_reason = "stop"
+            del self.tokens[self.text.tokens_before(self.text.stops.cut) :]
         return piece
 
 
@@ -153,7 +151,12 @@ class _Batch:
     def step(self) -> list[str]:
         """Give each active row its next token; return the text each row gained."""
         rows = self.active
-        logits = self._prefill() if self.cache is None else self._decode()
+        if self.cache is None:
+            self.cache = self._prepare()
+            ids = [row.prompt for row in rows]
+        else:
+            ids = [row.tokens[-1:] for row in rows]
+        logits = self._forward(self.cache, ids)
         tokens = sample(
             logits[:, -1],
             self.sampling,
@@ -167,30 +170,28 @@ class _Batch:
         self._drop_finished()
         return pieces
 
-    def _prefill(self) -> Tensor:
+    def _prepare(self) -> KVCache:
+        """A cache with room for every row, and token counts if they are needed."""
         prompts = [row.prompt for row in self.active]
-        lengths = [len(prompt) for prompt in prompts]
-        longest, config = max(lengths), self.model.config
+        longest, config = max(map(len, prompts)), self.model.config
         embedding = self.model.model.embed_tokens.weight
-        room = min(config.max_position_embeddings, longest + self.sampling.max_new_tokens)
-        self.cache = KVCache(config, len(prompts), room, embedding.dtype, embedding.device)
-        if min(lengths) < longest:
-            self.cache.expect(lengths)
         if self.sampling.penalizes:
             self.counts = TokenCounts(prompts, config.vocab_size, embedding.device)
-        return self._forward([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+        room = min(config.max_position_embeddings, longest + self.sampling.max_new_tokens)
+        return KVCache(config, len(prompts), room, embedding.dtype, embedding.device)
 
-    def _decode(self) -> Tensor:
-        return self._forward([row.tokens[-1:] for row in self.active])
-
-    def _forward(self, ids: list[list[int]]) -> Tensor:
-        batch = torch.tensor(ids, device=self.cache.keys[0].device)
+    def _forward(self, cache: KVCache, ids: list[list[int]]) -> Tensor:
+        lengths = [len(row) for row in ids]
+        if min(lengths) < max(lengths):
+            cache.expect(lengths)
+        padded = [row + [0] * (max(lengths) - len(row)) for row in ids]
+        batch = torch.tensor(padded, device=cache.keys[0].device)
         with _evaluating(self.model):
-            return self.model(batch, cache=self.cache, last_only=True).logits
+            return self.model(batch, cache=cache, last_only=True).logits
 
     def _drop_finished(self) -> None:
         kept = [i for i, row in enumerate(self.active) if row.finish_reason is None]
-        if 0 < len(kept) < len(self.active):
+        if self.cache is not None and 0 < len(kept) < len(self.active):
             self.cache.select(kept)
             if self.counts is not None:
                 self.counts.select(kept)

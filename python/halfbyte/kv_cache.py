@@ -110,6 +110,10 @@ class KVCache:
         self.keys[layer][self._rows, positions] = keys.to(self.keys[layer].dtype)
         self.values[layer][self._rows, positions] = values.to(self.values[layer].dtype)
 
+    def read(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at positions first to last (exclusive), as views."""
+        return self.keys[layer][:, first:last], self.values[layer][:, first:last]
+
     def advance(self, tokens: int) -> None:
         """Count the tokens of a finished forward."""
         counts = self._counts or [tokens] * self.batch

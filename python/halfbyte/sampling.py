@@ -18,13 +18,18 @@ class Sampling:
     min_p, then a draw from the fp32 probabilities that are left. temperature 0 takes the largest
     penalized logit and skips the rest.
 
+    temperature: divides the logits; 0 is greedy.
+    top_k: keeps the k most likely tokens; 0 is off.
+    top_p: keeps the fewest most likely tokens whose probabilities reach it.
+    min_p: keeps tokens at least this fraction as likely as the likeliest.
     repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
-    the reply (arXiv 1909.05858). frequency_penalty, presence_penalty: subtracted from the logits of
-    tokens in the reply, once per occurrence and once. top_k: 0 for off. top_p: keeps the fewest
-    most likely tokens whose probabilities reach it. min_p: keeps tokens at least this fraction as
-    likely as the likeliest. seed: the same text from the same prompt, whatever else is in the
-    batch; None draws one from torch's generator. max_new_tokens: at most so many. stop: strings
-    that end the text and are not part of it.
+        the reply (arXiv 1909.05858).
+    frequency_penalty: subtracted from the logit of a token for each time the reply holds it.
+    presence_penalty: subtracted once from the logit of a token that the reply holds.
+    seed: the same text from the same prompt, whatever else is in the batch; None draws one from
+        torch's generator.
+    max_new_tokens: at most so many.
+    stop: strings that end the text and are not part of it.
 
     Raises ValueError naming the field that is out of range.
     """

@@ -1,7 +1,7 @@
 """Writes train.jsonl and heldout.jsonl, the demo's data: `python write_notes.py`.
 
-Each row turns a casual note about an appointment into one record: `Fri 15:30 | Nadia | piano lesson`.
-Training and held-out rows share no name, no activity and no sentence; days and times occur in both.
+Each row turns a casual note about an appointment into a record: `Fri 15:30 | Nadia | piano lesson`.
+Training and held-out rows share no name, no activity and no sentence; days and times they share.
 All words were written for this project.
 """
 
@@ -28,7 +28,8 @@ piano lesson/haircut/budget meeting/tennis match/dental check/bike repair/job in
 eye test/flat viewing/choir practice/car wash/parents evening/swimming/book club/physio/
 coffee/team call/cooking class/vet visit/chess game/photo shoot/tax advice/garden work/
 band rehearsal/flu shot/train trip/movie night/yoga/board meeting/guitar lesson/boat tour/
-language course/blood test/picnic/driving lesson/wine tasting/birthday dinner/museum tour/shoe fitting
+language course/blood test/picnic/driving lesson/wine tasting/birthday dinner/museum tour/
+shoe fitting
 """.replace("\n", "").split("/")
 HELDOUT_ACTIVITIES = """
 violin lesson/brunch/design review/football match/skin check/phone repair/house tour/drum practice/

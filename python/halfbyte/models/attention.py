@@ -115,15 +115,13 @@ class Attention(nn.Module):
         q = self.q_proj(x).reshape(heads)
         k = self.k_proj(x).reshape(heads)
         v = self.v_proj(x).reshape(heads)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
         span = step.spans[self.window]
         if step.cache is not None:
             step.cache.write(self.layer, step.positions, k, v)
-        if span.cached is not None:
-            first, last = span.cached
-            k = step.cache.keys[self.layer][:, first:last]
-            v = step.cache.values[self.layer][:, first:last]
+            if span.cached is not None:
+                k, v = step.cache.read(self.layer, *span.cached)
         out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
         return self.o_proj(out.reshape(*x.shape[:2], -1))

@@ -35,7 +35,7 @@ FAMILIES = {
 }
 
 # Fields of other architectures that change the arithmetic, with the values that do not.
-NEUTRAL = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),

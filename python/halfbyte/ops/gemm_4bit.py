@@ -55,6 +55,12 @@ define(f"gemm_4bit(Tensor x, {_SCALES}, SymInt n) -> Tensor", _forward, _forward
 define(f"gemm_4bit_grad_x(Tensor grad_y, {_SCALES}, SymInt k) -> Tensor", _grad_x, _forward_fake)
 
 
+def _product(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+    return torch.ops.halfbyte.gemm_4bit(
+        x, packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape[0]
+    )
+
+
 class _Gemm4bit(torch.autograd.Function):
     """Saves nothing of x: the weight is frozen, so grad_x needs the packed bytes alone."""
 
@@ -62,9 +68,7 @@ class _Gemm4bit(torch.autograd.Function):
     def forward(ctx, x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.state = state
-        return torch.ops.halfbyte.gemm_4bit(
-            x, packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape[0]
-        )
+        return _product(x, packed, state)
 
     @staticmethod
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None, None]:
@@ -91,5 +95,8 @@ def gemm_4bit(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
         raise ValueError(f"gemm_4bit: x: expected [..., {k}] for W {[n, k]}, got {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"gemm_4bit: x: expected fp32, fp16 or bf16, got {x.dtype}")
-    y = _Gemm4bit.apply(x.reshape(-1, k), packed, state)
+    rows = x.reshape(-1, k)
+    # Without a gradient to record, the autograd function would only add its own cost per call.
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    y = _Gemm4bit.apply(rows, packed, state) if tracked else _product(rows, packed, state)
     return y.reshape(*x.shape[:-1], n)

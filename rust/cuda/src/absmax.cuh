@@ -16,10 +16,11 @@ struct RawScale {
     uint32_t code;
 };
 
-__device__ inline RawScale load_scale(const Absmax& a, int64_t block) {
-    if (a.codes == nullptr)
-        return {__ldg(a.absmax + block), 0};
-    return {__ldg(a.absmax + (block >> 8)), __ldg(a.codes + block)};
+// Selected addresses instead of branches: the loads of several blocks stay side by side.
+template <typename Index>
+__device__ RawScale load_scale(const Absmax& a, Index block) {
+    const bool nested = a.codes != nullptr;
+    return {__ldg(a.absmax + (nested ? block >> 8 : block)), nested ? __ldg(a.codes + block) : 0u};
 }
 
 // Two roundings, never a fused multiply-add: absmax is one number in every kernel.

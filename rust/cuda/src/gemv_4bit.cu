@@ -7,34 +7,30 @@
 constexpr int MAX_WARPS = 4; // warps of a CTA; they share its rows of W and split K
 constexpr int UNIT = 32;     // weights of one 16-byte load; a unit never straddles two blocks
 
-// One lane's share of ROWS neighbouring rows of W, as it lies in memory.
+// One lane's units of ROWS neighbouring rows of W, as they lie in memory.
 template <int ROWS>
 struct Units {
     uint4 codes[ROWS];
     RawScale scale[ROWS];
 };
 
-// Lanes past the end of a row hold zeros, and so does x there.
 template <int ROWS>
-__device__ Units<ROWS> load_units(const uint8_t* packed, const Absmax& absmax, const int64_t (&row)[ROWS], int64_t k,
-                                  bool inside, int log2_blocksize) {
+__device__ Units<ROWS> load_units(const uint4* packed, const Absmax& absmax, const uint32_t (&row)[ROWS], uint32_t u,
+                                  int log2_units_a_block) {
     Units<ROWS> units;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        units.codes[r] = make_uint4(0, 0, 0, 0);
-        units.scale[r] = {0.0f, 0};
-        if (!inside)
-            continue;
-        units.codes[r] = load_stream(reinterpret_cast<const uint4*>(packed + (row[r] + k) / 2));
-        units.scale[r] = load_scale(absmax, (row[r] + k) >> log2_blocksize);
+        const uint32_t i = row[r] + u;
+        units.codes[r] = load_stream(packed + i);
+        units.scale[r] = load_scale(absmax, i >> log2_units_a_block);
     }
     return units;
 }
 
-// acc[r][m] += scale[r] * sum of 32 products. Each (r, m) adds in one order, whatever ROWS and M.
+// acc[r][m] += scale[r] * sum of 32 products, inside the row. Each (r, m) adds in one order, whatever ROWS and M.
 template <typename T, int ROWS, int M>
 __device__ void multiply_units(const Units<ROWS>& units, const Absmax& absmax, float entry, const T* const (&x)[M],
-                               int64_t k, bool inside, float (&acc)[ROWS][M]) {
+                               uint32_t u, bool inside, float (&acc)[ROWS][M]) {
     float sum[ROWS][M] = {};
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
@@ -49,9 +45,8 @@ __device__ void multiply_units(const Units<ROWS>& units, const Absmax& absmax, f
         }
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            float v[8] = {};
-            if (inside)
-                load8(x[m] + k + 8 * word, v);
+            float v[8];
+            load8(x[m] + uint64_t(u) * UNIT + 8 * word, v);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -64,7 +59,7 @@ __device__ void multiply_units(const Units<ROWS>& units, const Absmax& absmax, f
         const float scale = decode_scale(absmax, units.scale[r]);
 #pragma unroll
         for (int m = 0; m < M; ++m)
-            acc[r][m] = __fmaf_rn(scale, sum[r][m], acc[r][m]);
+            acc[r][m] = inside ? __fmaf_rn(scale, sum[r][m], acc[r][m]) : acc[r][m];
     }
 }
 
@@ -102,7 +97,7 @@ __device__ int64_t first_x() {
 
 template <int M, typename T>
 __device__ void gemv_units(const T* x,            // [rows_x, K], K % 32 == 0, 16-byte aligned
-                           const uint8_t* packed, // [N * K / 2], 16-byte aligned
+                           const uint8_t* packed, // [N * K / 2], N * K < 2^36, 16-byte aligned
                            const Absmax& absmax,  // [ceil(N * K / blocksize)]
                            T* out,                // [rows_x, N]
                            int64_t rows_x, int64_t N, int64_t K,
@@ -110,27 +105,32 @@ __device__ void gemv_units(const T* x,            // [rows_x, K], K % 32 == 0, 1
                            int quant_type) {   // row of the codebook tables
     constexpr int ROWS = rows_of(M);
     const float entry = CODEBOOK_4BIT[quant_type][lane_id() % 16];
+    const uint4* codes = reinterpret_cast<const uint4*>(packed);
     const int64_t n0 = int64_t(blockIdx.x) * ROWS, m0 = first_x<M>();
     if (m0 >= rows_x)
         return;
-    int64_t row[ROWS];
+    const uint32_t count = K / UNIT, step = blockDim.x;
+    uint32_t row[ROWS];
     const T* xs[M];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
-        row[r] = min(n0 + r, N - 1) * K;
+        row[r] = min(n0 + r, N - 1) * count;
 #pragma unroll
     for (int m = 0; m < M; ++m)
         xs[m] = x + min(m0 + m, rows_x - 1) * K;
 
-    const int64_t step = int64_t(blockDim.x) * UNIT;
-    int64_t k = int64_t(threadIdx.x) * UNIT;
-    int64_t warp_k = k - lane_id() * UNIT;
+    // Lanes past the end of a row repeat its last unit and add nothing.
+    const uint32_t last = count - 1;
+    uint32_t u = threadIdx.x, warp_u = u - lane_id();
     float acc[ROWS][M] = {};
-    auto units = load_units(packed, absmax, row, k, k < K, log2_blocksize);
-    for (; warp_k < K; warp_k += step, k += step) {
-        const auto next = load_units(packed, absmax, row, k + step, k + step < K, log2_blocksize);
-        multiply_units(units, absmax, entry, xs, k, k < K, acc);
+    Units<ROWS> units, next;
+    if (warp_u < count)
+        next = load_units(codes, absmax, row, min(u, last), log2_blocksize - 5);
+    for (; warp_u < count; warp_u += step, u += step) {
         units = next;
+        if (warp_u + step < count)
+            next = load_units(codes, absmax, row, min(u + step, last), log2_blocksize - 5);
+        multiply_units(units, absmax, entry, xs, min(u, last), u < count, acc);
     }
     reduce_and_store(acc, out, rows_x, N, m0, n0);
 }
@@ -148,6 +148,8 @@ __device__ void gemv_any(const T* x,            // [rows_x, K]
     const int64_t n = int64_t(blockIdx.x) * MAX_WARPS + threadIdx.x / 32, m0 = first_x<M>();
     if (n >= N || m0 >= rows_x)
         return;
+    const int64_t tile = min(rows_x - m0, int64_t(M));
+    x += m0 * K, out += m0 * N + n;
     float acc[M] = {};
     for (int64_t k = lane_id(); k < K; k += 32) {
         const int64_t i = n * K + k;
@@ -156,14 +158,14 @@ __device__ void gemv_any(const T* x,            // [rows_x, K]
         const float w = __fmul_rn(CODEBOOK_4BIT[quant_type][code], scale);
 #pragma unroll
         for (int m = 0; m < M; ++m)
-            if (m0 + m < rows_x)
-                acc[m] = __fmaf_rn(w, widen(x[(m0 + m) * K + k]), acc[m]);
+            if (m < tile)
+                acc[m] = __fmaf_rn(w, widen(x[m * K + k]), acc[m]);
     }
 #pragma unroll
     for (int m = 0; m < M; ++m) {
         const float sum = warp_sum(acc[m]);
-        if (lane_id() == 0 && m0 + m < rows_x)
-            out[(m0 + m) * N + n] = narrow<T>(sum);
+        if (lane_id() == 0 && m < tile)
+            out[m * N] = narrow<T>(sum);
     }
 }
 

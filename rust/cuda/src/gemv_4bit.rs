@@ -26,6 +26,8 @@ pub(crate) static FAMILY: Family = family!("gemv_4bit", &KERNELS);
 
 pub(crate) const MAX_WARPS: usize = 4;
 pub(crate) const UNIT: usize = 32;
+/// Past this a unit's index does not fit the fast kernels' 32 bits.
+const MOST_WEIGHTS: usize = 1 << 36;
 
 struct Variant {
     index: usize,
@@ -60,7 +62,7 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemv4bit<'_>) -> Result<()> {
     if m * n == 0 {
         return Ok(());
     }
-    let vector = k % UNIT == 0 && aligned(args.x, 16) && aligned(args.packed, 16);
+    let vector = k > 0 && k % UNIT == 0 && n * k < MOST_WEIGHTS && aligned(args.x, 16) && aligned(args.packed, 16);
     let Variant { index, tile, warps } = variant(m, k, vector);
     launcher.launch(
         &FAMILY,
