@@ -40,13 +40,15 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time every contender once a round, so that a slow minute of the machine slows them all.
 
-    On CUDA a contender must end with a synchronization of its own.
+    On CUDA the device's work counts, launches included.
     """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(-warmup, rounds):
         for name, work in contenders.items():
             start = time.perf_counter()
             work()
+            wait()
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: summary(values) for name, values in seconds.items()}

@@ -12,40 +12,25 @@ import ctypes
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import halfbyte
 import torch
 from bench import ROOT, append_row, interleave, rate_row, show
-from halfbyte import LoraConfig, _core, lora, optim
-from peers import transformers_model
-from torch import nn
+from contenders import (
+    halfbyte_decode,
+    halfbyte_step,
+    peft_step,
+    transformers_decode,
+    transformers_model,
+)
+
+import halfbyte
+from halfbyte import _core
 
 GGUF = ROOT.parent / "shared/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT = "Once upon a time, in a small village by the sea, there lived"
 LORA_R, BATCH, SEQ = 16, 4, 128
-
-
-def halfbyte_decode(model, ids: list[int], tokens: int) -> Callable[[], object]:
-    # Without an end-of-sequence id every call makes the same number of tokens.
-    model.generation_config = {}
-    model.config = replace(model.config, eos_token_ids=())
-    return lambda: _exactly(tokens, model.generate(ids, temperature=0.0, max_new_tokens=tokens))
-
-
-def transformers_decode(model: nn.Module, ids: list[int], tokens: int) -> Callable[[], object]:
-    prompt = torch.tensor([ids], device=model.device)
-    options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
-    mask = torch.ones_like(prompt)
-
-    @torch.no_grad()
-    def work() -> object:
-        out = model.generate(prompt, attention_mask=mask, pad_token_id=0, **options)
-        return _exactly(tokens, out[0, len(ids) :])
-
-    return work
 
 
 def llama_decode(gguf: Path, ids: list[int], tokens: int) -> Callable[[], object]:
@@ -63,12 +48,6 @@ def llama_decode(gguf: Path, ids: list[int], tokens: int) -> Callable[[], object
                 return made
 
     return work
-
-
-def _exactly(tokens: int, made):
-    if len(made) != tokens:
-        raise RuntimeError(f"expected {tokens} new tokens, got {len(made)}")
-    return made
 
 
 def requantize(gguf: Path, folder: Path) -> Path:
@@ -111,32 +90,13 @@ def _has_llama() -> bool:
     return True
 
 
-def halfbyte_step(model, ids: torch.Tensor) -> Callable[[], object]:
-    lora.inject(model, LoraConfig(r=LORA_R, lora_alpha=16))
-    optimizer = optim.AdamW(lora.adapter_parameters(model.train()))
-    return lambda: _step(model(ids, labels=ids).loss, optimizer)
-
-
-def peft_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
-    import peft
-
-    config = peft.LoraConfig(r=LORA_R, lora_alpha=16, target_modules="all-linear")
-    model = peft.get_peft_model(model, config).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
-    return lambda: _step(model(input_ids=ids, labels=ids, use_cache=False).loss, optimizer)
-
-
-def _step(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def measure_step(model, name: str, rounds: int) -> None:
     ids = torch.randint(0, model.config.vocab_size, (BATCH, SEQ))
-    peer = peft_step(transformers_model(model), ids)
-    times = interleave({"halfbyte": halfbyte_step(model, ids), "bitsandbytes": peer}, rounds, 1)
+    contenders = {
+        "halfbyte": halfbyte_step(model, ids, LORA_R),
+        "bitsandbytes": peft_step(transformers_model(model), ids, LORA_R),
+    }
+    times = interleave(contenders, rounds, warmup=1)
     show(f"train_step {name}, {BATCH}x{SEQ}", times)
     record("train_step", ids.numel(), times, dtype=name, batch=BATCH, seq=SEQ, r=LORA_R)
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import torch
 from bench import append_row, copies, interleave, rotation, show, time_row
-from halfbyte import Linear4bit, QuantState, _core, dequantize_4bit, quantize_4bit
-from peers import bnb_linear, bnb_state
+from contenders import bnb_linear, bnb_state
 from torch import Tensor, nn
+
+from halfbyte import Linear4bit, QuantState, _core, dequantize_4bit, quantize_4bit
 
 SHAPES = [(4096, 4096), (1536, 576), (576, 1536)]  # N, K
 FORWARD_ROWS = [1, 4, 16, 128, 512]

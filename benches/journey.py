@@ -6,20 +6,26 @@ Weights are drawn and quantized layer by layer on the device, so no 16-bit model
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
-from bench import append_row, machine, summary
+from bench import append_row, interleave, rate_row
+from contenders import (
+    halfbyte_decode,
+    halfbyte_step,
+    peft_step,
+    transformers_decode,
+    transformers_model,
+)
 from torch import Tensor, nn
 
-import halfbyte
-from halfbyte import Linear4bit, LoraConfig, lora, optim
+from halfbyte import Linear4bit
+from halfbyte.checkpoint import default_device
 from halfbyte.models import Decoder, DecoderConfig
 
 # hidden, intermediate, layers, heads, vocabulary
 SHAPES = {"7b": (4096, 11008, 32, 32, 32000), "tiny": (256, 688, 4, 4, 2048)}
 PROMPT_TOKENS = 16
+PEER = "transformers + bitsandbytes"
 
 
 def config(shape: str) -> DecoderConfig:
@@ -51,8 +57,10 @@ def random_model(shape: str, device: torch.device) -> Decoder:
             setattr(model.get_submodule(parent), leaf, layer)
             continue
         for leaf, value in module.named_parameters(recurse=False):
-            weight = random_weight(value, device) if value.dim() == 2 else torch.ones_like(
-                value, device=device, dtype=torch.bfloat16
+            weight = (
+                random_weight(value, device)
+                if value.dim() == 2
+                else torch.ones_like(value, device=device, dtype=torch.bfloat16)
             )
             setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
     return model.eval()
@@ -62,50 +70,50 @@ def random_weight(like: Tensor, device: torch.device) -> Tensor:
     return torch.empty(like.shape, dtype=torch.bfloat16, device=device).normal_(std=0.02)
 
 
-def timed(work: Callable[[], object], rounds: int, device: torch.device) -> list[float]:
-    """Seconds of each call, the device's work included, after one call to warm up."""
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+class Journey:
+    """One model, and its peer over the same tensors if there is to be one."""
+
+    def __init__(self, model: Decoder, args: argparse.Namespace) -> None:
+        self.model, self.args = model, args
+        self.peer = transformers_model(model) if args.peers else None
+
+    def decode(self, r: int) -> None:
+        tokens, prompt = self.args.tokens, list(range(1, PROMPT_TOKENS + 1))
+        works = {"halfbyte": halfbyte_decode(self.model.eval(), prompt, tokens)}
+        if self.peer is not None:
+            works[PEER] = transformers_decode(self.peer.eval(), prompt, tokens)
+        self.measure("decode", tokens, works, r=r, batch=1, seq=len(prompt), new_tokens=tokens)
+
+    def train(self) -> None:
+        shape, r = (self.args.batch, self.args.seq), self.args.r
+        device = self.model.lm_head.weight.device
+        ids = torch.randint(0, self.model.config.vocab_size, shape, device=device)
+        works = {}
+        if self.peer is not None:
+            # First, because injecting halfbyte's adapter changes the model that both read.
+            works[PEER] = peft_step(self.peer, ids, r, checkpointing=True)
+        works["halfbyte"] = halfbyte_step(self.model, ids, r, checkpointing=True)
+        self.measure("train_step", ids.numel(), works, r=r, batch=shape[0], seq=shape[1])
+
+    def measure(self, bench: str, tokens: int, works: dict, **sizes) -> None:
+        """halfbyte alone first, so that the peak is its own."""
+        reset_peak()
+        times = interleave({"halfbyte": works.pop("halfbyte")}, self.args.rounds, warmup=1)
+        peak = peak_gb()
+        times |= interleave(works, self.args.rounds, warmup=1)
+        fields = {"dtype": "bf16", "model": f"llama-{self.args.shape}", **sizes}
+        row = rate_row(bench, tokens, times, peak, **fields)
+        print(row, flush=True)
+        append_row("journey", row)
 
 
-def measure(
-    bench: str, work: Callable[[], object], tokens: int, rounds: int, device: torch.device, **sizes
-) -> None:
-    if device.type == "cuda":
+def reset_peak() -> None:
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    own = summary(timed(work, rounds, device))
-    row = {"bench": bench, **machine(), "dtype": "bf16", **sizes}
-    row |= {"tokens_per_s": round(tokens / own.median, 2), "spread": round(own.spread, 3)}
-    if device.type == "cuda":
-        row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    print(row, flush=True)
-    append_row("journey", {**row, "peers": {}})
 
 
-def decode(model: Decoder, tokens: int) -> Callable[[], object]:
-    prompt = list(range(1, PROMPT_TOKENS + 1))
-    return lambda: model.generate(prompt, temperature=0.0, max_new_tokens=tokens)
-
-
-def train_step(model: Decoder, r: int, ids: Tensor) -> Callable[[], object]:
-    """Forward, backward and AdamW on an adapter over all linear layers, with checkpointing."""
-    lora.inject(model, LoraConfig(r=r))
-    model.gradient_checkpointing = True
-    optimizer = optim.AdamW(lora.adapter_parameters(model), max_grad_norm=0.3)
-
-    def work() -> None:
-        model.train()
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return work
+def peak_gb() -> float | None:
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
 
 
 def main() -> None:
@@ -116,23 +124,13 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a decode")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--peers", action="store_true", help="also transformers + bitsandbytes")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = halfbyte.checkpoint.default_device()
-    model = random_model(args.shape, device)
-    ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq), device=device)
-    sizes = {"model": f"llama-{args.shape}"}
-
-    def run_decode(r: int) -> None:
-        work = decode(model.eval(), args.tokens)
-        decode_sizes = {"r": r, "batch": 1, "seq": PROMPT_TOKENS, "new_tokens": args.tokens}
-        measure("decode", work, args.tokens, args.rounds, device, **sizes, **decode_sizes)
-
-    run_decode(0)
-    step = train_step(model, args.r, ids)
-    train_sizes = {"r": args.r, "batch": args.batch, "seq": args.seq}
-    measure("train_step", step, ids.numel(), args.rounds, device, **sizes, **train_sizes)
-    run_decode(args.r)
+    journey = Journey(random_model(args.shape, default_device()), args)
+    journey.decode(r=0)
+    journey.train()
+    journey.decode(r=args.r)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def model(tmp_path):
-    made = tiny.tiny_model()
+    made = tiny.tiny_model(eos_token_id=None)
     made.tokenizer = Tokenizer.from_folder(tiny.write_tokenizer(tmp_path / "model", TEMPLATE))
     return made
 

@@ -13,11 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from halfbyte import Linear4bit, _core, quantize_4bit
-from halfbyte.checkpoint import default_device, load, open_source, save
-from halfbyte.checkpoint.folder import Folder
-from halfbyte.checkpoint.header import read_header
-from halfbyte.errors import CheckpointError, UnsupportedModelError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_files import (
@@ -28,6 +23,12 @@ from model_files import (
     write_folder,
     write_safetensors,
 )
+
+from halfbyte import Linear4bit, _core, quantize_4bit
+from halfbyte.checkpoint import default_device, load, open_source, save
+from halfbyte.checkpoint.folder import Folder
+from halfbyte.checkpoint.header import read_header
+from halfbyte.errors import CheckpointError, UnsupportedModelError
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -149,6 +150,16 @@ def test_sources_that_name_no_tokenizer_but_have_an_old_one_say_so(folder):
 def test_generation_config_is_kept(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     assert load_cpu(folder).generation_config == {"eos_token_id": [2, 5]}
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_drawn_on_a_terminal(folder, capsys, monkeypatch, progress):
+    load(folder, device="cpu", progress=progress)
+    assert capsys.readouterr() == ("", "")  # not a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    load(folder, device="cpu", progress=progress)
+    drawn = capsys.readouterr()
+    assert drawn.out == "" and ("loading model" in drawn.err) == progress
 
 
 # Damage of an unquantized folder
@@ -307,6 +318,10 @@ DAMAGE = {
     "gptq": (
         config(quantization_config={"quant_method": "gptq", "bits": 4}),
         "quant_method: expected 'bitsandbytes', got 'gptq'. Hint: use the unquantized",
+    ),
+    "quantization_config not an object": (
+        config(quantization_config=[1]),
+        r"quantization_config: expected a JSON object, got \[1\]",
     ),
     "8 bits": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
@@ -520,6 +535,15 @@ def blob(**changes):
     return lambda folder: rewrite(folder, change)
 
 
+def tie_to_4bit_head(folder):
+    def change(tensors):
+        parts = [name for name in tensors if name.startswith(Q)]
+        tensors.update({HEAD + name.removeprefix(Q): tensors[name] for name in parts})
+
+    rewrite(folder, change)
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+
+
 QUANTIZED_DAMAGE = {
     "no absmax": (drop_tensor(f"{Q}.absmax"), rf"missing tensor {Q}.absmax"),
     "no state": (drop_tensor(STATE), rf"missing tensor {STATE}"),
@@ -533,7 +557,7 @@ QUANTIZED_DAMAGE = {
     ),
     "short codes": (
         set_tensor(Q, torch.zeros(600, 1, dtype=torch.uint8)),
-        rf"model.safetensors: tensor {Q}: expected 675 packed bytes stored as .*, got U8 \[600, 1\]",
+        rf"model.safetensors: tensor {Q}: expected 675 packed bytes .*, got U8 \[600, 1\]",
     ),
     "16 bits in place of codes": (
         set_tensor(Q, torch.zeros(30, 45)),
@@ -562,12 +586,7 @@ QUANTIZED_DAMAGE = {
         "unexpected tensor .*Hint: 4-bit tensors need the quantization_config",
     ),
     "tied to a 4-bit head": (
-        lambda f: (
-            rewrite(
-                f, lambda t: t.update({HEAD + k.removeprefix(Q): t[k] for k in t if k[: len(Q)] == Q})
-            ),
-            config(tie_word_embeddings=True)(f),
-        ),
+        tie_to_4bit_head,
         rf"tensor {HEAD}: expected the embedding, which config.json ties, got 4-bit",
     ),
 }  # fmt: skip

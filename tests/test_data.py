@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiny import write_tokenizer
+
 from halfbyte.data import (
     FORMATS,
     Batches,
@@ -28,7 +30,6 @@ from halfbyte.data import (
 )
 from halfbyte.errors import DataError
 from halfbyte.tokenizer import Tokenizer
-from tiny import write_tokenizer
 
 BOS, EOS = 0, 1
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ü", "completion": "d"}]

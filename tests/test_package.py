@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tiny import tiny_model, write_tokenizer
 
 import halfbyte
 from halfbyte import _core, doctor
@@ -113,10 +114,10 @@ def test_doctor_tells_version_build_machine_and_libraries(capsys):
 def test_doctor_says_loudly_that_a_build_has_no_kernels(monkeypatch):
     monkeypatch.setattr(doctor._core, "cuda_build", lambda: None)
     assert "holds no CUDA kernels" in section("halfbyte").problems[0]
-    build = {"nvcc": "13.0", "archs": ["sm_80", "sm_90a"]}
+    build = {"nvcc": "13.0", "archs": ["90a", "compute_80"]}
     monkeypatch.setattr(doctor._core, "cuda_build", lambda: build)
     assert section("halfbyte").problems == []
-    assert ("CUDA kernels", "sm_80, sm_90a (13.0)") in section("halfbyte").lines
+    assert ("CUDA kernels", "sm_90a, PTX compute_80 (nvcc 13.0)") in section("halfbyte").lines
 
 
 def test_doctor_says_why_cuda_is_not_used(monkeypatch):
@@ -184,3 +185,34 @@ def test_functions_stay_short():
                 if length > 70:
                     long.append(f"{path.name}:{node.lineno}: {node.name} has {length} lines")
     assert long == []
+
+
+def tiny_folder(folder: Path) -> Path:
+    """A random model on disk that chats: bytes in, bytes out."""
+    model = tiny_model(max_position_embeddings=512)
+    halfbyte.save(model, folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def test_readme_s_python_runs(tmp_path, monkeypatch, capsys):
+    """The example as printed, on a tiny random model and two rows."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    base = tiny_folder(tmp_path / "base")
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(base))
+    code = code.replace("max_steps=100", "max_steps=2")
+    (tmp_path / "notes.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "notes/adapter/adapter_model.safetensors").is_file()
+
+
+def test_readme_s_commands_exist():
+    from halfbyte.cli import app
+
+    commands = {
+        info.name or info.callback.__name__ for info in app.registered_commands if info.callback
+    }
+    assert commands == set(
+        re.findall(r"^\| `halfbyte (\w+)", (ROOT / "README.md").read_text(), re.M)
+    )

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_files import CONFIG, random_tensors, write_folder
+from safetensors.torch import load_file
+from tiny import write_tokenizer
+
 from halfbyte import Linear4bit, LoraConfig
 from halfbyte.checkpoint import fingerprint, load, quantize, save
 from halfbyte.errors import CheckpointError
 from halfbyte.lora import adapter_parameters, inject, merge
-from model_files import CONFIG, random_tensors, write_folder
-from safetensors.torch import load_file
-from tiny import write_tokenizer
 
 BIASED = CONFIG | {"attention_bias": True}
 # Rows of whole blocks: bitsandbytes dequantizes others wrongly on CPUs with AVX-512.
@@ -315,7 +316,9 @@ def test_transformers_loads_what_is_saved(
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("rope", [{"type": "linear", "factor": 2.0}, {"rope_type": "llama3"} | LLAMA3])
+@pytest.mark.parametrize(
+    "rope", [{"type": "linear", "factor": 2.0}, {"rope_type": "llama3"} | LLAMA3]
+)
 def test_transformers_reads_the_config_alike(tmp_path, rope):
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     config = WHOLE_BLOCKS | {"rope_theta": 500.0, "rope_scaling": rope}

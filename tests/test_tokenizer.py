@@ -34,6 +34,11 @@ def stories(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def stories_tokenizer(stories) -> Tokenizer:
+    return Tokenizer.from_folder(stories)
+
+
+@pytest.fixture(scope="session")
 def smollm2_folder(shared, tmp_path_factory) -> Path:
     """SmolLM2's tokenizer files as the converter beside the checkout writes them."""
     spec = importlib.util.spec_from_file_location("gguf_to_hf", shared / "tools" / "gguf_to_hf.py")
@@ -66,10 +71,11 @@ def byte_level() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def samples(shared) -> list[str]:
-    """Real text: the first 60,000 characters of each file, and the multilingual lines."""
+    """Real text: the first 20,000 characters of each file, and the multilingual lines."""
     files = sorted((shared / "data" / "text").glob("*.txt.gz"))
     assert files
-    return [gzip.open(path, "rt", encoding="utf-8").read(60_000) for path in files] + texts.TEXTS
+    read = [gzip.decompress(path.read_bytes()).decode("utf-8")[:20_000] for path in files]
+    return read + texts.TEXTS
 
 
 def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
@@ -711,10 +717,40 @@ def test_repeated_content_is_not_confused(byte_level):
         assert [run.strip() for run in runs] == ["probe" + end] * 3
 
 
-def test_a_turn_that_cannot_be_found_is_an_error_not_a_guess(byte_level):
-    shouting = "{% for m in messages %}{{ m.content | upper }};{% endfor %}"
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content | upper }};{% endfor %}",
+        "{% for m in messages %}{{ 'ES: ' if m.content.startswith('Bien') }}{{ m.content }};"
+        "{% endfor %}",
+        "{% for m in messages %}{{ m.content }};{{ m.content }};{% endfor %}",
+        "{{ messages[2].content | length }}{% for m in messages %}{{ m.content }};{% endfor %}",
+    ],
+    ids=["changed", "header by content", "twice", "counted before"],
+)
+def test_a_turn_that_cannot_be_found_is_an_error_not_a_guess(byte_level, template):
     with pytest.raises(ValueError, match=r"message 2: .*generation %\}"):
-        with_template(byte_level, shouting).chat_ids_and_mask(texts.CHAT)
+        with_template(byte_level, template).chat_ids_and_mask(texts.CHAT)
+
+
+def test_spaces_at_the_end_of_an_answer_count(byte_level):
+    """The offsets of such a token are empty where a byte-level post-processor trims them."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
+    )
+    chat = [{"role": "assistant", "content": "     f(x)   "}]
+    assert masked_runs(with_template(byte_level, template), chat) == ["     f(x)   "]
+
+
+def test_a_template_that_works_on_the_tagged_text(byte_level):
+    """Trimming what holds a tag goes another way when the tag is marked."""
+    template = (
+        "{% for m in messages %}{% set turn %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endset %}<|user|>{{ turn | trim }}{{ eos_token }}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": " q "}, {"role": "assistant", "content": " a b "}]
+    assert masked_runs(with_template(byte_level, template), chat) == ["a b</s>"]
 
 
 def test_marks_in_the_users_text_do_not_move_the_mask(byte_level):
@@ -747,7 +783,7 @@ words = st.text(st.sampled_from("ab \n\t.42é你🎉-")) | st.text(max_size=8)
 turns = st.lists(st.tuples(words, words), min_size=1, max_size=3)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(turns)
 def test_masks_by_turn_and_by_tag_agree(byte_level, pairs):
     chat = [
@@ -780,7 +816,7 @@ def streamed(byte_level) -> dict[str, Tokenizer]:
     from tokenizers import decoders
 
     looks_ahead = texts.byte_level_backend()
-    looks_ahead.decoder = decoders.WordPiece()
+    looks_ahead.decoder = decoders.BPEDecoder(suffix="e")
     joined = texts.byte_level_backend()
     joined.decoder = None
     return {
@@ -796,7 +832,7 @@ KINDS = ["byte-level", "prefix space", "metaspace", "looks ahead", "no decoder"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_pieces_of_random_ids_join_to_the_full_text(streamed, kind, data):
     tokenizer = streamed[kind]
@@ -807,7 +843,7 @@ def test_pieces_of_random_ids_join_to_the_full_text(streamed, kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_pieces_of_any_text_join_to_the_full_text(streamed, kind, data):
     tokenizer = streamed[kind]
@@ -815,10 +851,10 @@ def test_pieces_of_any_text_join_to_the_full_text(streamed, kind, data):
     check_stream(tokenizer, tokenizer.encode(text), data.draw(st.booleans()))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_pieces_with_real_vocabularies(stories, smollm2_gguf, data):
-    for tokenizer in (Tokenizer.from_folder(stories), smollm2_gguf):
+def test_pieces_with_real_vocabularies(stories_tokenizer, smollm2_gguf, data):
+    for tokenizer in (stories_tokenizer, smollm2_gguf):
         any_id = st.integers(0, tokenizer.vocab_size - 1)
         ids = data.draw(st.lists(any_id | st.integers(0, 300), max_size=20))
         check_stream(tokenizer, ids, data.draw(st.booleans()))

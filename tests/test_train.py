@@ -7,15 +7,19 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model, tiny_rows, write_tokenizer
+
 from halfbyte.data import Batches, DataReport, Encoder, collate, encode_rows
 from halfbyte.errors import CheckpointError, DataError
 from halfbyte.lora import LoraConfig, inject, load_adapter
@@ -32,7 +36,6 @@ from halfbyte.train.checkpoints import (
 )
 from halfbyte.train.monitor import keep_rows
 from halfbyte.train.schedule import SCHEDULES, lr_factor
-from tiny import tiny_model, tiny_rows, write_tokenizer
 
 ROWS = tiny_rows(22)
 
@@ -126,6 +129,13 @@ def test_defaults_are_those_of_qlora():
 def test_settings_that_cannot_be(changes, error, message):
     with pytest.raises(error, match=message):
         TrainConfig("model", "data.jsonl", **changes).check()
+
+
+def test_device_that_is_not_there(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="torch finds no GPU"):
+        finetune(config(tmp_path, device="cuda"))
 
 
 def test_steps_of_epochs():
@@ -362,6 +372,40 @@ def test_terminal_lines(tmp_path, capsys):
     assert f"adapter: {tmp_path / 'out' / 'adapter'}" in text
 
 
+def test_progress_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    finetune(config(tmp_path, progress=True))
+    text = capsys.readouterr().err
+    assert "6/6" in text and "tokens/s" in text and "ETA" in text
+    assert "step 6: loss" not in text
+
+
+def test_trackers_are_told_every_logging_steps(tmp_path, monkeypatch):
+    told = []
+
+    class FakeRun:
+        def log(self, values, step):
+            told.append((step, values))
+
+        def finish(self):
+            told.append("finished")
+
+    def init(dir, config, resume):
+        assert config["learning_rate"] == 1e-2 and config["model"] == "<Decoder>"
+        return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    settings = dict(logging_steps=3, eval_dataset_size=2, eval_steps=2, report_to=("wandb",))
+    result = finetune(config(tmp_path, **settings))
+    assert told[-1] == "finished"
+    steps = [step for step, values in told[:-1] if "train/loss" in values]
+    assert steps == [3, 6]
+    assert [s for s, values in told[:-1] if "train/eval_loss" in values] == [2, 4, 6]
+    assert told[1][1]["train/loss"] == result.losses[2]
+
+
 def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
@@ -502,7 +546,8 @@ def test_damaged_newest_checkpoint_falls_back(tmp_path):
     whole = finetune(config(tmp_path / "whole"))
     finetune(config(tmp_path, max_steps=4, save_steps=2))
     (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").write_bytes(b"torn")
-    resumed = finetune(config(tmp_path))
+    with pytest.warns(UserWarning, match="checkpoint-4 is damaged"):
+        resumed = finetune(config(tmp_path))
     assert resumed.resumed_from == 2 and resumed.losses == whole.losses
     assert damage(tmp_path / "out" / "checkpoint-6") is None
 
@@ -543,6 +588,35 @@ def logged(log: Path, environment: dict[str, str], function, args) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     function(*args)
+
+
+def write_and_die(folder: Path, moment: int) -> None:
+    """Write checkpoint-10, but be killed at the given sync or rename."""
+    left = [moment]
+
+    def dying(function):
+        def call(*args):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return function(*args)
+
+        return call
+
+    os.fsync, Path.rename = dying(os.fsync), dying(Path.rename)
+    write_checkpoint(folder / "checkpoint-10", fill)
+
+
+def test_killed_at_every_moment_of_a_save(tmp_path, processes):
+    write_checkpoint(tmp_path / "checkpoint-5", fill)
+    found = []
+    for moment in range(7):
+        process = processes(tmp_path / "log", write_and_die, tmp_path, moment)
+        process.join()
+        found.append((newest_step(tmp_path), process.exitcode))
+        assert newest_complete(tmp_path)[1] == []
+        shutil.rmtree(tmp_path / "checkpoint-10", ignore_errors=True)
+    assert found == [(5, -signal.SIGKILL)] * 5 + [(10, -signal.SIGKILL), (10, 0)]
 
 
 def run_to_be_killed(folder: Path) -> None:

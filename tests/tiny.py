@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+
 from halfbyte.models import Decoder, DecoderConfig
 
 BOS, EOS = "<s>", "</s>"

@@ -246,7 +246,8 @@ class _Terminal:
 
     def _say(self, pieces: Iterable[str]) -> None:
         for piece in pieces:
-            self.console.out(piece.translate(CONTROLS), end="", highlight=False)
+            # Past rich, which would turn tabs into spaces.
+            self.console.file.write(piece.translate(CONTROLS))
             self.console.file.flush()
 
     def _note(self, text: str, style: str = "dim") -> None:

@@ -66,8 +66,14 @@ def _package() -> Section:
             "--no-build-isolation, or with HALFBYTE_NVCC=/path/to/nvcc"
         )
     else:
-        section.lines.append(("CUDA kernels", f"{', '.join(build['archs'])} ({build['nvcc']})"))
+        targets = ", ".join(_target(arch) for arch in build["archs"])
+        section.lines.append(("CUDA kernels", f"{targets} (nvcc {build['nvcc']})"))
     return section
+
+
+def _target(arch: str) -> str:
+    """90a is machine code for sm_90a; compute_80 is PTX for whatever comes later."""
+    return f"PTX {arch}" if arch.startswith("compute_") else f"sm_{arch}"
 
 
 def _cuda() -> Section:

@@ -31,7 +31,6 @@ const FAMILIES: [&str; 8] = [
 const DEFAULT_ARCHS: &str = "75,80,86,89,90a,100,120,compute_80";
 
 fn main() {
-    println!("cargo::rerun-if-changed=src");
     println!("cargo::rerun-if-changed=build");
     for name in ["HALFBYTE_CUDA", "HALFBYTE_CUDA_ARCHS"].iter().chain(&nvcc::VARIABLES) {
         println!("cargo::rerun-if-env-changed={name}");
@@ -43,6 +42,9 @@ fn main() {
 }
 
 fn build() -> Result<(), String> {
+    for source in device_sources()? {
+        println!("cargo::rerun-if-changed={}", source.display());
+    }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     write(&out.join("codebook.cuh"), &codebook::header())?;
     let mode = env::var("HALFBYTE_CUDA").unwrap_or_else(|_| "auto".to_string());
@@ -72,6 +74,7 @@ fn without_kernels(out: &Path) -> Result<(), String> {
     for family in FAMILIES {
         write(&out.join(format!("{family}.fatbin")), "")?;
         write(&out.join(format!("{family}.ptxas")), "")?;
+        write(&out.join(format!("{family}.inputs")), "")?;
     }
     println!("cargo::rustc-env=HALFBYTE_BUILT_BY=");
     println!("cargo::rustc-env=HALFBYTE_BUILT_FOR=");
@@ -90,6 +93,20 @@ fn check_arch(arch: &str) -> Result<String, String> {
         return Err(format!("HALFBYTE_CUDA_ARCHS takes targets like '90a' or 'compute_80', got '{arch}'"));
     }
     Ok(arch.to_string())
+}
+
+/// Every .cu and .cuh file, in a fixed order.
+fn device_sources() -> Result<Vec<PathBuf>, String> {
+    let entries = std::fs::read_dir("src").map_err(|error| format!("src: {error}"))?;
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut sources: Vec<_> =
+        paths.filter(|path| path.extension().is_some_and(|end| end == "cu" || end == "cuh")).collect();
+    sources.sort();
+    Ok(sources)
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn write(path: &Path, text: &str) -> Result<(), String> {

@@ -21,6 +21,11 @@ def quantization_config(config: dict[str, Any], location: str) -> dict[str, Any]
     stored = config.get("quantization_config")
     if not stored:
         return None
+    if not isinstance(stored, dict):
+        raise CheckpointError(
+            f"{location}: quantization_config: expected a JSON object, got {stored!r}"
+        )
+    # The first 4-bit configs named no method, as there was but this one.
     method = stored.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise CheckpointError(

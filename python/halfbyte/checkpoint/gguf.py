@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.gguf_metadata import Metadata
 from halfbyte.checkpoint.source import Source, StoredTensor, read_bytes
 from halfbyte.errors import CheckpointError, UnsupportedModelError
 from halfbyte.models.rope import RopeConfig, inverse_frequencies
 from halfbyte.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import ReaderTensor
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -58,9 +59,9 @@ class GGUF(Source):
         from gguf import GGMLQuantizationType
 
         self.location = str(path)
-        self.reader = _open_reader(path)
-        self.architecture = self._architecture()
-        self.types = {tensor.tensor_type.name: tensor.tensor_type for tensor in self.reader.tensors}
+        self.metadata = Metadata(path)
+        self._check_architecture()
+        self.types = {kind.name: kind for kind in GGMLQuantizationType}
         self.float_dtypes = tuple(t.name for t in GGMLQuantizationType if _decodes(t))
         self.tensors = self._tensors(path)
         self.config = self._config()
@@ -83,48 +84,34 @@ class GGUF(Source):
         return value if heads is None else _undo_rope_permutation(value, heads)
 
     def tokenizer(self) -> Tokenizer | None:
-        if "tokenizer.ggml.tokens" not in self.reader.fields:
+        if "tokenizer.ggml.tokens" not in self.metadata.reader.fields:
             return None
-        return Tokenizer.from_gguf(self.reader)
+        return Tokenizer.from_gguf(self.metadata.reader)
 
-    def _field(self, key: str, default: Any = None) -> Any:
-        """A metadata value; a leading dot stands for the architecture's name."""
-        name = f"{self.architecture}{key}" if key.startswith(".") else key
-        field = self.reader.fields.get(name)
-        return default if field is None else field.contents()
-
-    def _required(self, key: str) -> Any:
-        value = self._field(key)
-        if value is None:
+    def _check_architecture(self) -> None:
+        metadata = self.metadata
+        if metadata.count("split.count", 1) > 1:
             raise CheckpointError(
-                f"{self.location}: metadata {self.architecture}{key}: expected a value, got none"
-            )
-        return value
-
-    def _architecture(self) -> str:
-        self.architecture = ""
-        parts = self._field("split.count", 1)
-        if parts > 1:
-            raise CheckpointError(
-                f"{self.location}: expected a whole model, got one of {parts} parts. "
+                f"{self.location}: expected a whole model, got one of "
+                f"{metadata.count('split.count')} parts. "
                 "Hint: join them with llama.cpp's `gguf-split --merge`"
             )
-        architecture = self._field("general.architecture")
-        if architecture not in ARCHITECTURES or self._field(f"{architecture}.expert_count", 0):
-            experts = " with experts" if architecture in ARCHITECTURES else ""
+        architecture = metadata.architecture
+        experts = metadata.count(".expert_count", 0, least=0) > 0
+        if architecture not in ARCHITECTURES or experts:
             raise UnsupportedModelError(
                 f"{self.location}: general.architecture: expected one of "
-                f"{', '.join(ARCHITECTURES)}, got {architecture!r}{experts}"
+                f"{', '.join(ARCHITECTURES)}, got {architecture!r}{' with experts' * experts}"
             )
-        return architecture
 
     def _tensors(self, path: Path) -> list[StoredTensor]:
-        stored = [_stored(path, t) for t in self.reader.tensors if t.name != ROPE_FACTORS]
+        found = self.metadata.reader.tensors
+        stored = [_stored(path, tensor) for tensor in found if tensor.name != ROPE_FACTORS]
         return sorted(stored, key=lambda tensor: tensor.offset)
 
     def _interleaved_heads(self, name: str) -> int | None:
         """Heads of a tensor whose rows ggml's llama rope wants permuted; None for the others."""
-        if self.architecture != "llama":
+        if self.metadata.architecture != "llama":
             return None
         if ".q_proj." in name:
             return self.config["num_attention_heads"]
@@ -132,63 +119,65 @@ class GGUF(Source):
 
     def _config(self) -> dict[str, Any]:
         shapes = {tensor.name: tensor.shape for tensor in self.tensors}
-        if "model.embed_tokens.weight" not in shapes:
-            raise CheckpointError(f"{self.location}: missing tensor token_embd.weight")
-        heads = self._required(".attention.head_count")
-        hidden = self._required(".embedding_length")
-        eps = self._field(".attention.layer_norm_rms_epsilon", 1e-6)
+        if len(shapes.get("model.embed_tokens.weight", ())) != 2:
+            raise CheckpointError(f"{self.location}: expected a matrix token_embd.weight, got none")
+        metadata = self.metadata
+        heads, hidden = metadata.count(".attention.head_count"), metadata.count(".embedding_length")
+        head_dim = metadata.count(".attention.key_length", max(1, hidden // heads))
         config = {
-            "architectures": [ARCHITECTURES[self.architecture]],
-            "model_type": self.architecture,
+            "architectures": [ARCHITECTURES[metadata.architecture]],
+            "model_type": metadata.architecture,
             "vocab_size": shapes["model.embed_tokens.weight"][0],
             "hidden_size": hidden,
-            "intermediate_size": self._required(".feed_forward_length"),
-            "num_hidden_layers": self._required(".block_count"),
+            "intermediate_size": metadata.count(".feed_forward_length"),
+            "num_hidden_layers": metadata.count(".block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._field(".attention.head_count_kv", heads),
-            "head_dim": self._field(".attention.key_length", hidden // heads),
-            "max_position_embeddings": self._required(".context_length"),
-            # Stored as fp32: the shortest decimal is the number that was meant.
-            "rms_norm_eps": float(str(np.float32(eps))),
+            "num_key_value_heads": metadata.count(".attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": metadata.count(".context_length"),
+            "rms_norm_eps": _shortest(metadata.number(".attention.layer_norm_rms_epsilon", 1e-6)),
             "hidden_act": "silu",
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
             "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in shapes,
             "tie_word_embeddings": "lm_head.weight" not in shapes,
-            "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": self._field("tokenizer.ggml.padding_token_id"),
+            "bos_token_id": metadata.token_id("bos_token_id"),
+            "eos_token_id": metadata.token_id("eos_token_id"),
+            "pad_token_id": metadata.token_id("padding_token_id"),
             "use_cache": True,
             "initializer_range": 0.02,
         }
-        return config | self._rope(config["head_dim"])
+        return config | self._rope(head_dim)
 
     def _rope(self, head_dim: int) -> dict[str, Any]:
-        rotated = self._field(".rope.dimension_count", head_dim)
+        rotated = self.metadata.count(".rope.dimension_count", head_dim)
         if rotated != head_dim:
             raise UnsupportedModelError(
                 f"{self.location}: rope.dimension_count: expected {head_dim}, the whole head, "
                 f"got {rotated}"
             )
-        theta = float(self._field(".rope.freq_base", 10000.0))
+        theta = float(self.metadata.number(".rope.freq_base", 10000.0))
         return {"rope_theta": theta, "rope_scaling": self._rope_scaling(theta, head_dim)}
 
     def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
-        factors = next((t for t in self.reader.tensors if t.name == ROPE_FACTORS), None)
+        metadata = self.metadata
+        factors = next((t for t in metadata.reader.tensors if t.name == ROPE_FACTORS), None)
         if factors is not None:
             stored = torch.tensor(np.asarray(factors.data, dtype=np.float32))
             return self._llama3_scaling(stored, theta, head_dim)
-        kind = self._field(".rope.scaling.type", "none")
+        kind = metadata.text(".rope.scaling.type", "none")
         if kind == "none":
             return None
-        if kind not in ("linear", "yarn") or self._field(".rope.scaling.attn_factor", 1.0) != 1.0:
+        attention = metadata.number(".rope.scaling.attn_factor", 1.0)
+        if kind not in ("linear", "yarn") or attention != 1:
             raise UnsupportedModelError(
                 f"{self.location}: rope.scaling.type: expected none, linear or yarn with an "
-                f"attn_factor of 1, got {kind!r}"
+                f"attn_factor of 1, got {kind!r} with {attention:g}"
             )
-        scaling = {"rope_type": kind, "factor": float(self._required(".rope.scaling.factor"))}
+        factor = float(metadata.number(".rope.scaling.factor"))
+        scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
         if kind == "yarn":
-            original = ".rope.scaling.original_context_length"
-            scaling["original_max_position_embeddings"] = self._required(original)
+            original = metadata.count(".rope.scaling.original_context_length")
+            scaling["original_max_position_embeddings"] = original
         return scaling
 
     def _llama3_scaling(
@@ -201,7 +190,7 @@ class GGUF(Source):
         factor = float(factors.max())
         if factor == 1.0:
             return None
-        scaling = {
+        scaling: dict[str, Any] = {
             "rope_type": "llama3",
             "factor": factor,
             "low_freq_factor": 1.0,
@@ -219,7 +208,7 @@ class GGUF(Source):
 
     def _generation_config(self) -> dict[str, Any]:
         ends = ("eos_token_id", "eot_token_id", "eom_token_id")
-        ids = [self._field(f"tokenizer.ggml.{name}") for name in ends]
+        ids = [self.metadata.token_id(name) for name in ends]
         eos = list(dict.fromkeys(i for i in ids if i is not None))
         fields = {
             "bos_token_id": self.config["bos_token_id"],
@@ -227,29 +216,6 @@ class GGUF(Source):
             "pad_token_id": self.config["pad_token_id"],
         }
         return {name: value for name, value in fields.items() if value not in (None, [])}
-
-
-def _open_reader(path: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    class PlainReader(GGUFReader):
-        """Slices plain arrays: on a memmap each of the vocabulary's slices costs three times."""
-
-        @property
-        def data(self) -> np.ndarray:
-            return self._data
-
-        @data.setter
-        def data(self, value: np.ndarray) -> None:
-            self._data = np.asarray(value)
-
-    try:
-        return PlainReader(path)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise CheckpointError(
-            f"{path}: expected a GGUF file, got {path.stat().st_size} bytes that the gguf library "
-            f"cannot read ({error}). Hint: the file is truncated or corrupt, download it again"
-        ) from error
 
 
 def _decodes(kind: Any) -> bool:
@@ -264,6 +230,11 @@ def _decodes(kind: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _shortest(value: float) -> float:
+    """Numbers are stored as fp32; the shortest decimal is the one that was meant."""
+    return float(str(np.float32(value)))
 
 
 def _stored(path: Path, tensor: ReaderTensor) -> StoredTensor:

@@ -50,7 +50,9 @@ def _snapshot(repo_id: str, patterns: list[str]) -> Path:
             "for a private model log in with `hf auth login`"
         ) from None
     except errors.HFValidationError as error:
-        raise FileNotFoundError(f"{repo_id}: neither a local path nor a hub id: {_first_line(error)}") from None
+        raise FileNotFoundError(
+            f"{repo_id}: neither a local path nor a hub id: {_first_line(error)}"
+        ) from None
     except OSError as error:
         raise ConnectionError(
             f"{repo_id}: not a local path, and the hub cannot be reached ({_first_line(error)}). "

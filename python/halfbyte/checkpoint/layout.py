@@ -70,8 +70,7 @@ def _parts(names: set[str], linears: set[str], stored: dict[str, Any]) -> dict[s
         if linear not in quantized:
             parts[weight].add(f"{weight}.{STATE}{stored.get('bnb_4bit_quant_type', 'fp4')}")
     for name in names:
-        if companion_of(name) in parts:
-            parts[companion_of(name)].add(name)
+        parts.get(companion_of(name) or name, set()).add(name)
     return parts
 
 

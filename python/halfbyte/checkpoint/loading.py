@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,17 +173,19 @@ class _Filling:
 
     def _swap_linears(self, stored: dict[str, Any] | None) -> set[str]:
         """Put empty 4-bit layers in place; returns the names of their weights."""
-        if self.settings.quant_type is None:
+        quant_type = self.settings.quant_type
+        if quant_type is None:
             return set()
-        weights = self.layout.packed
+        weights = set(self.layout.packed)
         if stored is None:
-            weights = [f"{name}.weight" for name in linear_layers(self.model)]
+            weights = {f"{name}.weight" for name in linear_layers(self.model)}
         for weight in weights:
             path = weight.removesuffix(".weight")
             parent, _, leaf = path.rpartition(".")
-            linear = _linear_4bit(self.model.get_submodule(path), self.settings)
-            setattr(self.model.get_submodule(parent), leaf, linear)
-        return set(weights)
+            linear = cast(nn.Linear, self.model.get_submodule(path))
+            layer = _linear_4bit(linear, quant_type, self.settings)
+            setattr(self.model.get_submodule(parent), leaf, layer)
+        return weights
 
     def run(self, progress: bool) -> Decoder:
         total = sum(tensor.nbytes for tensor in self.tensors)
@@ -258,7 +260,7 @@ class _Filling:
         return state
 
     def _linear(self, weight: str) -> Linear4bit:
-        return self.model.get_submodule(weight.removesuffix(".weight"))
+        return cast(Linear4bit, self.model.get_submodule(weight.removesuffix(".weight")))
 
     def _assign(self, name: str, value: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
@@ -276,12 +278,12 @@ def _empty_decoder(source: Source) -> Decoder:
         return Decoder(config)
 
 
-def _linear_4bit(linear: nn.Linear, settings: Settings) -> Linear4bit:
+def _linear_4bit(linear: nn.Linear, quant_type: str, settings: Settings) -> Linear4bit:
     return Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
-        quant_type=settings.quant_type,
+        quant_type=quant_type,
         blocksize=settings.blocksize,
         double_quant=settings.double_quant,
         device="meta",

@@ -79,7 +79,7 @@ def read_bytes(tensor: StoredTensor, staging: Tensor, unit: int) -> Iterator[Ten
 
     Raises CheckpointError when the file ends too early.
     """
-    view = memoryview(staging.numpy())
+    view = staging.numpy().data
     step = len(view) // unit * unit
     done = 0
     with open(tensor.file, "rb") as file:

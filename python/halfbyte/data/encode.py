@@ -54,18 +54,22 @@ class Encoder:
         """Raise DataError if rows of this format cannot be tokenized at all."""
         if format_name == "tokenized":
             return
+        if format_name == "messages" and not self._tokenizer.chat_template:
+            raise DataError(
+                "rows hold chat messages but the model has no chat template. "
+                "hint: use an instruct model, or rows with prompt and completion, or text"
+            )
+        if format_name != "messages" and not self._tokenizer.eos_token:
+            raise DataError("the tokenizer names no eos token, so a trained model would never stop")
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise DataError(
                 "the model has no tokenizer. hint: put tokenizer.json beside its weights, "
                 "or give rows with input_ids and labels"
             )
-        if format_name == "messages" and not self.tokenizer.chat_template:
-            raise DataError(
-                "rows hold chat messages but the model has no chat template. "
-                "hint: use an instruct model, or rows with prompt and completion, or text"
-            )
-        if format_name != "messages" and not self.tokenizer.eos_token:
-            raise DataError("the tokenizer names no eos token, so a trained model would never stop")
+        return self.tokenizer
 
     def encode(self, sample: Sample, number: int) -> tuple[EncodedRow, bool]:
         """One row, and whether it was truncated; BadRow if nothing of it can be learnt."""
@@ -84,8 +88,8 @@ class Encoder:
         return row, cut
 
     def _pair(self, pair: Pair) -> tuple[list[int], list[bool], bool]:
-        source = self._ids((self.tokenizer.bos_token or "") + pair.source)
-        target = self._ids(pair.target + self.tokenizer.eos_token)
+        source = self._ids((self._tokenizer.bos_token or "") + pair.source)
+        target = self._ids(pair.target + (self._tokenizer.eos_token or ""))
         cut = len(source) > self.source_max_len or len(target) > self.target_max_len
         source, target = source[: self.source_max_len], target[: self.target_max_len]
         trained = [self.train_on_source] * len(source) + [True] * len(target)
@@ -93,7 +97,7 @@ class Encoder:
 
     def _chat(self, chat: Chat) -> tuple[list[int], list[bool]]:
         try:
-            ids, mask = self.tokenizer.chat_ids_and_mask(chat.messages)
+            ids, mask = self._tokenizer.chat_ids_and_mask(chat.messages)
         except CheckpointError:
             raise
         except (ValueError, TypeError) as error:
@@ -103,9 +107,9 @@ class Encoder:
     def _plain(self, text: Text) -> tuple[list[int], list[bool]]:
         if not text.text:
             raise BadRow("the text is empty")
-        bos = self.tokenizer.bos_token or ""
+        bos, eos = self._tokenizer.bos_token or "", self._tokenizer.eos_token or ""
         start = "" if text.text.startswith(bos) else bos
-        ids = self._ids(start + text.text + self.tokenizer.eos_token)
+        ids = self._ids(start + text.text + eos)
         return ids, [True] * len(ids)
 
     def _whole(self, ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool], bool]:
@@ -113,7 +117,7 @@ class Encoder:
         return ids[:limit], trained[:limit], len(ids) > limit
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _check_row(self, row: EncodedRow, cut: bool) -> None:
         if row.targets == 0:

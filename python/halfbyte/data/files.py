@@ -115,7 +115,7 @@ def _table_row(row: dict[str, Any], line: int) -> Any:
 
 def _read_parquet(path: Path) -> list[Any]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowInvalid, parquet  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ImportError(
             f"reading {path} needs pyarrow. hint: pip install 'halfbyte[parquet]'"

@@ -47,7 +47,7 @@ def grouped_by_length(
     return [row for batch in batches for row in batch]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batches:
     """The global batches of a run.
 

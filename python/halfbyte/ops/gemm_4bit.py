@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from halfbyte import _core
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.library import define
-from halfbyte.ops.quant_state import Nested, QuantState
+from halfbyte.ops.quant_state import NESTED_BLOCKSIZE, Nested, QuantState
 from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
 
-# Up to here reading each code once beats writing and re-reading a dequantized W.
-GEMV_ROWS = 8
+# Rows of x up to which reading each code once beats writing and re-reading a dequantized W.
+GEMV_ROWS = {"cuda": 8, "cpu": 32}
+# Elements of W dequantized at a time on the CPU: 8 MiB in fp32 are still cached when multiplied.
+PIECE = 1 << 21
 
 
 def _state(absmax, nested_absmax, nested_map, offset, quant_type, blocksize, shape) -> QuantState:
@@ -20,20 +25,50 @@ def _state(absmax, nested_absmax, nested_map, offset, quant_type, blocksize, sha
     return QuantState(absmax, nested, offset, blocksize, quant_type, shape, torch.float32)
 
 
-def _weight(packed: Tensor, state: QuantState, like: Tensor) -> Tensor:
-    """W for a library matmul: in x's dtype on the GPU, fp32 on the CPU, where 16-bit is slow."""
-    return dequantize_4bit(packed, state, like.dtype if like.is_cuda else torch.float32)
+def _pieces(packed: Tensor, state: QuantState) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of W at a time in fp32, each piece in the same buffer."""
+    n, k = state.shape
+    # The first element of a piece begins a block of blocks, so that all scales can be sliced.
+    span = state.blocksize * NESTED_BLOCKSIZE
+    step = span // math.gcd(span, k)
+    rows = step * max(1, PIECE // max(1, step * k))
+    buffer = torch.empty(min(rows, n), k)
+    codes = packed.view(-1)
+    absmax, nested_absmax, nested_map, offset = state.scale_args()
+    for first in range(0, n, rows):
+        last = min(first + rows, n)
+        start, stop = first * k, last * k
+        blocks = slice(start // state.blocksize, -(-stop // state.blocksize))
+        nested = None if nested_absmax is None else nested_absmax[start // span : -(-stop // span)]
+        piece = buffer[: last - first]
+        _core.dequantize_4bit(
+            codes[start // 2 : (stop + 1) // 2],
+            absmax[blocks],
+            nested,
+            nested_map,
+            offset,
+            state.quant_type,
+            state.blocksize,
+            piece,
+        )
+        yield slice(first, last), piece
 
 
 def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     *scales, quant_type, blocksize, n = scales_and_sizes
     m, k = x.shape
-    if m <= GEMV_ROWS:
+    if m <= GEMV_ROWS[x.device.type]:
         out = x.new_empty(m, n)
         _core.gemv_4bit(x.contiguous(), packed, *scales, quant_type, blocksize, out)
         return out
-    weight = _weight(packed, _state(*scales, quant_type, blocksize, (n, k)), x)
-    return torch.mm(x.to(weight.dtype), weight.t()).to(x.dtype)
+    state = _state(*scales, quant_type, blocksize, (n, k))
+    if x.is_cuda:
+        return torch.mm(x, dequantize_4bit(packed, state, x.dtype).t())
+    # fp32, because the CPU multiplies 16-bit matrices slower.
+    rows, out = x.float(), torch.empty(m, n)
+    for part, weight in _pieces(packed, state):
+        torch.mm(rows, weight.t(), out=out[:, part])
+    return out.to(x.dtype)
 
 
 def _forward_fake(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
@@ -42,9 +77,14 @@ def _forward_fake(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
 
 def _grad_x(grad_y: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     *scales, quant_type, blocksize, k = scales_and_sizes
-    shape = (grad_y.shape[1], k)
-    weight = _weight(packed, _state(*scales, quant_type, blocksize, shape), grad_y)
-    return torch.mm(grad_y.to(weight.dtype), weight).to(grad_y.dtype)
+    m, n = grad_y.shape
+    state = _state(*scales, quant_type, blocksize, (n, k))
+    if grad_y.is_cuda:
+        return torch.mm(grad_y, dequantize_4bit(packed, state, grad_y.dtype))
+    rows, out = grad_y.float(), torch.zeros(m, k)
+    for part, weight in _pieces(packed, state):
+        out.addmm_(rows[:, part], weight)
+    return out.to(grad_y.dtype)
 
 
 _SCALES = (

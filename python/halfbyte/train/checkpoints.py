@@ -73,7 +73,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint, and a sentence for each damaged one passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for folder in checkpoints(output_dir):
         reason = damage(folder)
         if reason is None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,15 +108,16 @@ def _deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
         return
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        memory.fill_uninitialized_memory = filling
 
 
 @contextmanager
@@ -132,8 +134,9 @@ def _training(run: Run) -> Iterator[None]:
 
 
 def _resume(run: Run, folder: Path | None, notes: list[str]) -> None:
-    for note in notes:
-        run.monitor.say(note)
+    if run.world.main:
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
     if folder is not None:
         state = checkpoints.read_state(folder)
         checkpoints.check_settings(folder, state["settings"], run.settings())

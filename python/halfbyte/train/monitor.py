@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
 from halfbyte.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 METRICS = "metrics.jsonl"
 CURVE = "loss_curve.png"
@@ -46,8 +49,8 @@ class Monitor:
         self.shown = main and shown
         self.logging_steps = config.logging_steps
         self.trackers = [_tracker(name, config, output_dir) for name in config.trackers if main]
-        self.bar = None
-        self.file = None
+        self.bar: Progress | None = None
+        self.file: TextIO | None = None
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -70,7 +73,7 @@ class Monitor:
 
     def row(self, values: dict[str, Any]) -> None:
         """Record the measurements after a step."""
-        if not self.main:
+        if self.file is None:
             return
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
@@ -109,7 +112,7 @@ def _sentence(values: dict[str, Any]) -> str:
     )
 
 
-def _bar():
+def _bar() -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -157,7 +160,7 @@ def _tensorboard(config: TrainConfig, output_dir: Path) -> Tracker:
 
 
 def _wandb(config: TrainConfig, output_dir: Path) -> Tracker:
-    import wandb
+    import wandb  # type: ignore[import-not-found,unused-ignore]
 
     run = wandb.init(dir=str(output_dir), config=config.as_json(), resume="allow")
 

@@ -37,7 +37,10 @@ from halfbyte.train.world import World
 
 @dataclass
 class Run:
-    """A run under way; `step` optimizer steps are done and `tokens` tokens were seen."""
+    """A run under way; `step` optimizer steps are done and `tokens` tokens were seen.
+
+    base: fingerprint of the frozen model; data: of the rows; history: rows of metrics.jsonl.
+    """
 
     config: TrainConfig
     world: World
@@ -50,6 +53,7 @@ class Run:
     rows: list[EncodedRow]
     eval_rows: list[EncodedRow]
     report: DataReport
+    data: str
     batches: Batches
     total_steps: int
     pad_id: int
@@ -63,7 +67,7 @@ class Run:
         config = self.config
         return {
             "base": self.base,
-            "data": data_fingerprint([*self.rows, *self.eval_rows]),
+            "data": self.data,
             "adapter": [list(parameter.shape) for parameter in self.parameters],
             "lora_alpha": config.lora_alpha,
             "lora_dropout": config.lora_dropout,
@@ -117,6 +121,7 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
         rows=rows,
         eval_rows=eval_rows,
         report=report,
+        data=data_fingerprint([*rows, *eval_rows]),
         batches=batches,
         total_steps=config.steps(batches.steps_per_epoch),
         pad_id=_pad_id(model),
@@ -173,8 +178,9 @@ def _encoded(
 ) -> tuple[list[EncodedRow], DataReport]:
     if len(raw) == 0:
         raise DataError(f"the {name} holds no rows")
-    detected = config.dataset_format is None
-    report = DataReport(detect_format(raw) if detected else config.dataset_format, detected)
+    monitor.say(f"{name}: tokenizing {len(raw):,} rows")
+    format_name = config.dataset_format or detect_format(raw)
+    report = DataReport(format_name, detected=config.dataset_format is None)
     rows = encode_rows(raw, encoder, report.format, report)
     check_report(report, config.strict)
     for line in report.lines():
@@ -206,16 +212,17 @@ def _add_adapter(model: Decoder, config: TrainConfig) -> None:
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=config.use_rslora,
         bias=config.lora_bias,
-        modules_to_save=config.modules_to_save and list(config.modules_to_save),
+        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
     )
     inject(model, lora, generator=torch.Generator().manual_seed(config.seed))
 
 
 def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> AdamW:
+    beta1, beta2 = config.adam_betas
     return AdamW(
         parameters,
         lr=config.learning_rate,
-        betas=tuple(config.adam_betas),
+        betas=(beta1, beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         state=config.optim,

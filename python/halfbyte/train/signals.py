@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 NOTICE = b"\nstopping after this step, then saving; Ctrl-C again stops at once\n"
 
@@ -19,7 +20,7 @@ class StopRequest:
     def __init__(self, shown: bool):
         self.signum: int | None = None
         self.shown = shown
-        self.before: dict[int, object] = {}
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

@@ -93,6 +93,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     device = torch.device(device)
     if device.type != "cuda":
         return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch finds no GPU. hint: run halfbyte doctor")
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

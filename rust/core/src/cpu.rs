@@ -27,6 +27,11 @@ impl CpuBackend {
     pub fn oracle() -> Self {
         Self { simd: Simd::Scalar }
     }
+
+    /// One backend for each instruction set of this processor, the oracle first.
+    pub fn all() -> Vec<Self> {
+        Simd::available().into_iter().map(|simd| Self { simd }).collect()
+    }
 }
 
 impl Default for CpuBackend {

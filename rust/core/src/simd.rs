@@ -5,11 +5,13 @@ use half::{bf16, f16};
 use crate::tensor::Float;
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 
 /// A float type that every SIMD level can load and store.
 #[cfg(target_arch = "x86_64")]
-pub(crate) trait Lanes: Float + avx512::Lanes512 {}
+pub(crate) trait Lanes: Float + avx2::Lanes256 + avx512::Lanes512 {}
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) trait Lanes: Float {}
 
@@ -17,26 +19,77 @@ impl Lanes for f32 {}
 impl Lanes for f16 {}
 impl Lanes for bf16 {}
 
+/// Registers of fp32 lanes, as the matrix loops use them.
+///
+/// # Safety
+/// All methods need the processor features of the implementing level.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe trait Vector {
+    type Register: Copy;
+    /// Sixteen fp32 values, indexed by a 4-bit code.
+    type Table: Copy;
+    const LANES: usize;
+    /// Rows of x whose sums fit the registers beside the weights, at most 8.
+    const GROUP: usize;
+
+    unsafe fn splat(value: f32) -> Self::Register;
+
+    /// `LANES` floats, aligned to the size of a register.
+    unsafe fn load(from: *const f32) -> Self::Register;
+
+    /// a * b + c, rounded once.
+    unsafe fn multiply_add(a: Self::Register, b: Self::Register, c: Self::Register) -> Self::Register;
+
+    /// The sum of the lanes, in a fixed order.
+    unsafe fn sum(values: Self::Register) -> f32;
+
+    unsafe fn table(table: &[f32; 16]) -> Self::Table;
+
+    /// The even and the odd elements of `LANES` packed bytes.
+    unsafe fn decode(packed: *const u8, table: Self::Table) -> (Self::Register, Self::Register);
+}
+
 /// The instruction set that an operation runs on; every level gives the same codes and the same dequantized bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Simd {
     /// The plain loops.
     Scalar,
+    /// AVX2, FMA, F16C.
+    Avx2,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
 }
 
 impl Simd {
+    /// The levels of this processor, ascending.
+    pub fn available() -> Vec<Self> {
+        [Simd::Scalar, Simd::Avx2, Simd::Avx512].into_iter().filter(|level| level.is_available()).collect()
+    }
+
+    /// The highest level of this processor.
     pub fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-        {
-            return Simd::Avx512;
+        [Simd::Avx512, Simd::Avx2].into_iter().find(|level| level.is_available()).unwrap_or(Simd::Scalar)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn is_available(self) -> bool {
+        match self {
+            Simd::Scalar => true,
+            Simd::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            Simd::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
         }
-        Simd::Scalar
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn is_available(self) -> bool {
+        self == Simd::Scalar
     }
 }
 

@@ -101,6 +101,11 @@ impl Nvcc {
 
     fn compile(&self, family: &str, archs: &[String], out: &Path) -> Result<(), String> {
         let source = format!("src/{family}.cu");
+        let inputs = self.inputs(&source, archs, out)?;
+        let remembered = out.join(format!("{family}.inputs"));
+        if std::fs::read_to_string(&remembered).is_ok_and(|last| last == inputs) {
+            return Ok(());
+        }
         let mut command = Command::new(&self.path);
         command.args(FLAGS).args(archs.iter().flat_map(|arch| gencode(arch)));
         command.arg("-I").arg(out).arg("-o").arg(out.join(format!("{family}.fatbin"))).arg(&source);
@@ -110,7 +115,19 @@ impl Nvcc {
             let hint = "a C++ compiler must be on PATH; HALFBYTE_CUDA=0 builds without CUDA";
             return Err(format!("{source} does not compile ({hint}):\n{command:?}\n{report}"));
         }
-        super::write(&out.join(format!("{family}.ptxas")), &report)
+        super::write(&out.join(format!("{family}.ptxas")), &report)?;
+        super::write(&remembered, &inputs)
+    }
+
+    /// All that an image depends on: cargo runs this script again whenever core changes, nvcc need not.
+    fn inputs(&self, source: &str, archs: &[String], out: &Path) -> Result<String, String> {
+        let mut inputs = format!("{} {archs:?} {FLAGS:?}\n", self.version);
+        let headers =
+            super::device_sources()?.into_iter().filter(|path| path.extension().is_some_and(|end| end == "cuh"));
+        for path in headers.chain([out.join("codebook.cuh"), PathBuf::from(source)]) {
+            inputs += &super::read(&path)?;
+        }
+        Ok(inputs)
     }
 }
 

@@ -14,6 +14,9 @@ mod launch;
 mod quantize_4bit;
 mod quantize_blockwise;
 
+#[cfg(test)]
+mod tests;
+
 use halfbyte_core::ops::adamw::Adamw;
 use halfbyte_core::ops::adamw_8bit::Adamw8bit;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;

@@ -10,6 +10,8 @@ use crate::simd::{Lanes, Simd};
 use crate::tensor::{DType, Float, TensorMut, TensorRef, with_float};
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 
 const OP: &str = "dequantize_4bit";
@@ -77,8 +79,18 @@ pub(crate) fn dequantize_block<T: Lanes>(simd: Simd, packed: &[u8], out: &mut [T
             // SAFETY: the level was detected; out is a multiple of 32 elements and packed has half as many bytes.
             unsafe { avx512::dequantize_block(packed, out, table, scale) }
         }
-        _ => look_up(packed, out, &table.map(|value| T::from_f32(value * scale))),
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx2 if out.len().is_multiple_of(32) => {
+            // SAFETY: as above.
+            unsafe { avx2::dequantize_block(packed, out, table, scale) }
+        }
+        _ => look_up(packed, out, &scaled(table, scale)),
     }
+}
+
+#[inline(always)]
+fn scaled<T: Float>(table: &[f32; 16], scale: f32) -> [T; 16] {
+    table.map(|value| T::from_f32(value * scale))
 }
 
 fn look_up<T: Float>(packed: &[u8], out: &mut [T], table: &[T; 16]) {

@@ -13,10 +13,12 @@ use crate::ops::dequantize_4bit::dequantize_block;
 use crate::parallel;
 use crate::quant_state::{Absmax, QuantType, Scales};
 use crate::simd::{Lanes, Simd};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{Vector, avx2::Avx2, avx512::Avx512};
 use crate::tensor::{DType, Float, TensorMut, TensorRef, with_float};
 
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+mod units;
 
 const OP: &str = "gemv_4bit";
 
@@ -92,11 +94,20 @@ impl Gemv4bit<'_> {
             k: self.shape.k,
         };
         #[cfg(target_arch = "x86_64")]
-        if simd == Simd::Avx512 && weight.k.is_multiple_of(weight.blocksize) && weight.blocksize >= avx512::UNIT {
-            // SAFETY: the level was detected, and rows are whole blocks.
-            let x = unsafe { avx512::SplitRows::new(x, weight.k) };
-            // SAFETY: as above.
-            return self.for_each_chunk(sums, |first, sums| unsafe { avx512::rows_of_units(&weight, &x, first, sums) });
+        if weight.k.is_multiple_of(weight.blocksize) && weight.blocksize >= units::UNIT {
+            match simd {
+                Simd::Avx512 => {
+                    let x = units::SplitRows::new(x, weight.k, Avx512::LANES);
+                    // SAFETY: the level was detected.
+                    return self.for_each_chunk(sums, |first, sums| unsafe { avx512(&weight, &x, first, sums) });
+                }
+                Simd::Avx2 => {
+                    let x = units::SplitRows::new(x, weight.k, Avx2::LANES);
+                    // SAFETY: the level was detected.
+                    return self.for_each_chunk(sums, |first, sums| unsafe { avx2(&weight, &x, first, sums) });
+                }
+                Simd::Scalar => {}
+            }
         }
         let x: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
         self.for_each_chunk(sums, |first, sums| weight.any_rows(simd, &x, first, sums));
@@ -111,6 +122,20 @@ impl Gemv4bit<'_> {
         let chunks = sums.chunks_mut(rows * m).enumerate();
         parallel::for_each(chunks, n.div_ceil(rows), |(chunk, sums)| work(chunk * rows, sums));
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn avx512(weight: &Weight<'_>, x: &units::SplitRows, first: usize, sums: &mut [f32]) {
+    // SAFETY: the features are those of this function.
+    unsafe { units::accumulate::<Avx512>(weight, x, first, sums) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn avx2(weight: &Weight<'_>, x: &units::SplitRows, first: usize, sums: &mut [f32]) {
+    // SAFETY: the features are those of this function.
+    unsafe { units::accumulate::<Avx2>(weight, x, first, sums) }
 }
 
 /// W as the CPU loops read it.

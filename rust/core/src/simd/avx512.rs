@@ -1,8 +1,61 @@
-//! Loads, stores and 16-entry tables of the float types in 512-bit registers.
+//! 512-bit registers (AVX-512 F, BW, DQ, VL): loads, 4-bit tables, and their stores by float type.
 
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
+
+use crate::simd::Vector;
+
+/// Sixteen fp32 lanes.
+pub(crate) struct Avx512;
+
+// SAFETY: the methods use nothing beyond the features that their callers guarantee.
+unsafe impl Vector for Avx512 {
+    type Register = __m512;
+    type Table = __m512;
+    const LANES: usize = 16;
+    const GROUP: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m512 {
+        // SAFETY: the caller vouches for the features.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        // SAFETY: the caller vouches for the features and for 16 aligned floats.
+        unsafe { _mm512_load_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: the caller vouches for the features.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(values: __m512) -> f32 {
+        // SAFETY: the caller vouches for the features.
+        unsafe { _mm512_reduce_add_ps(values) }
+    }
+
+    #[inline(always)]
+    unsafe fn table(table: &[f32; 16]) -> __m512 {
+        // SAFETY: the caller vouches for the features; the table has 16 entries.
+        unsafe { _mm512_loadu_ps(table.as_ptr()) }
+    }
+
+    #[inline(always)]
+    unsafe fn decode(packed: *const u8, table: __m512) -> (__m512, __m512) {
+        // SAFETY: the caller vouches for the features and for 16 bytes.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(packed.cast()));
+            // A permutation reads the low 4 bits of each lane only.
+            (_mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table), _mm512_permutexvar_ps(bytes, table))
+        }
+    }
+}
 
 /// # Safety
 /// All methods need AVX-512 F, BW, DQ and VL.

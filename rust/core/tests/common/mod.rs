@@ -9,9 +9,17 @@ use halfbyte_core::{Absmax, Backend, CpuBackend, QuantType, TensorMut, TensorRef
 
 pub const QUANT_TYPES: [QuantType; 3] = [QuantType::Nf4, QuantType::Fp4, QuantType::Int4];
 
-/// The plain loops and the fastest ones of this machine.
-pub fn backends() -> [CpuBackend; 2] {
-    [CpuBackend::oracle(), CpuBackend::new()]
+/// The plain loops and their siblings of every instruction set of this machine.
+pub fn backends() -> Vec<CpuBackend> {
+    CpuBackend::all()
+}
+
+/// What every backend makes of `work`; all results but the first are compared with the first.
+pub fn assert_siblings_equal<R: PartialEq + std::fmt::Debug>(context: &str, work: impl Fn(&CpuBackend) -> R) {
+    let expected = work(&CpuBackend::oracle());
+    for backend in backends() {
+        assert_eq!(work(&backend), expected, "{context} {backend:?}");
+    }
 }
 
 /// Roughly normal values, the same on every run (splitmix64).

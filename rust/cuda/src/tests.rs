@@ -1,0 +1,136 @@
+//! What can be known of the kernels without a GPU. A build without kernels has nothing to check and passes.
+
+use halfbyte_core::codebook::{DYNAMIC_SIGNED, FP4, FP4_RANKS, INT4, NEAREST_UNSIGNED, NF4, NF4_RANKS};
+
+use crate::launch::Family;
+
+struct Sources {
+    family: &'static Family,
+    cuda: &'static str,
+    ptxas: &'static str,
+}
+
+macro_rules! sources {
+    ($($name:ident),+) => {
+        [$(Sources {
+            family: &crate::$name::FAMILY,
+            cuda: include_str!(concat!(stringify!($name), ".cu")),
+            ptxas: include_str!(concat!(env!("OUT_DIR"), "/", stringify!($name), ".ptxas")),
+        }),+]
+    };
+}
+
+static SOURCES: [Sources; 8] = sources!(
+    adamw,
+    adamw_8bit,
+    dequantize_4bit,
+    dequantize_blockwise,
+    double_quantize,
+    gemv_4bit,
+    quantize_4bit,
+    quantize_blockwise
+);
+
+fn contains(haystack: &[u8], needle: &str) -> bool {
+    haystack.windows(needle.len()).any(|window| window == needle.as_bytes())
+}
+
+#[test]
+fn every_kernel_is_in_its_image() {
+    for Sources { family, .. } in SOURCES.iter().filter(|_| crate::build_info().is_some()) {
+        for kernel in family.kernels {
+            assert!(contains(&family.image.0, &format!(".text.{kernel}\0")), "{kernel}");
+        }
+    }
+}
+
+#[test]
+fn images_are_empty_only_without_kernels() {
+    for Sources { family, .. } in &SOURCES {
+        assert_eq!(family.image.0.is_empty(), crate::build_info().is_none(), "{}", family.name);
+        assert_eq!(family.image.0.as_ptr().addr() % 16, 0, "{}", family.name);
+    }
+}
+
+/// ptxas reports every kernel once for each target of machine code.
+#[test]
+fn no_kernel_spills_or_uses_local_memory() {
+    let archs = crate::build_info().map_or(Vec::new(), |info| info.archs);
+    let machine_code = archs.iter().filter(|arch| !arch.starts_with("compute_")).count();
+    for Sources { family, ptxas, .. } in &SOURCES {
+        let frames: Vec<&str> = ptxas.lines().filter(|line| line.contains("bytes stack frame")).collect();
+        assert_eq!(frames.len(), family.kernels.len() * machine_code, "{}", family.name);
+        for frame in frames {
+            let clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+            assert_eq!(frame.trim(), clean, "{}\n{ptxas}", family.name);
+        }
+    }
+}
+
+/// The value of `constexpr <type> <name> = <number>;`.
+fn constant(source: &str, name: &str) -> Option<usize> {
+    let (_, rest) = source.split_once(&format!(" {name} = "))?;
+    rest.split_once(';')?.0.parse().ok()
+}
+
+#[test]
+fn launchers_and_kernels_agree_on_their_geometry() {
+    let expected = [
+        ("adamw", "THREADS", crate::adamw::THREADS as usize),
+        ("adamw", "PER_THREAD", crate::adamw::PER_THREAD),
+        ("adamw_8bit", "THREADS", crate::adamw_8bit::THREADS as usize),
+        ("adamw_8bit", "BLOCKSIZE", halfbyte_core::ops::adamw_8bit::STATE_BLOCKSIZE),
+        ("dequantize_4bit", "THREADS", crate::dequantize_4bit::THREADS as usize),
+        ("dequantize_4bit", "GROUPS", crate::dequantize_4bit::GROUPS),
+        ("dequantize_blockwise", "THREADS", crate::dequantize_blockwise::THREADS as usize),
+        ("dequantize_blockwise", "PER_THREAD", crate::dequantize_blockwise::PER_THREAD),
+        ("double_quantize", "THREADS", crate::double_quantize::THREADS as usize),
+        ("double_quantize", "CHUNK", crate::double_quantize::CHUNK),
+        ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
+        ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
+        ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
+        ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
+        ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
+    ];
+    for (family, name, value) in expected {
+        let source = SOURCES.iter().find(|sources| sources.family.name == family);
+        assert_eq!(source.and_then(|source| constant(source.cuda, name)), Some(value), "{family}: {name}");
+    }
+}
+
+/// The numbers of one row of a table of the printed header.
+fn row(name: &str, row: usize) -> Vec<f32> {
+    let header = include_str!(concat!(env!("OUT_DIR"), "/codebook.cuh"));
+    let (_, table) = header.split_once(name).expect("the table is printed");
+    let numbers = table.split('{').nth(2 + row).and_then(|row| row.split('}').next()).expect("the row is printed");
+    let number = |text: &str| match text.trim() {
+        "__builtin_huge_valf()" => f32::INFINITY,
+        text => text.trim_end_matches('f').parse().expect("a number"),
+    };
+    numbers.split(',').map(number).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn the_device_reads_the_same_codebooks() {
+    for (i, table) in [NF4, FP4, INT4].iter().enumerate() {
+        assert_eq!(bits(&row("CODEBOOK_4BIT", i)), bits(table));
+    }
+    assert_eq!(bits(&row("THRESHOLDS_4BIT", 0)[..15]), bits(&NF4_RANKS.thresholds));
+    assert_eq!(bits(&row("THRESHOLDS_4BIT", 1)[..15]), bits(&FP4_RANKS.thresholds));
+    assert_eq!(row("THRESHOLDS_4BIT", 2)[14], f32::INFINITY);
+    assert_eq!(row("ORDER_4BIT", 1), FP4_RANKS.order.map(f32::from));
+    assert_eq!(bits(&row("DYNAMIC_MAP", 1)), bits(&DYNAMIC_SIGNED));
+    assert_eq!(bits(&row("NEAREST_THRESHOLDS", 0)), bits(&NEAREST_UNSIGNED));
+}
+
+#[test]
+fn status_says_why_not_without_a_driver() {
+    if let Err(reason) = crate::status() {
+        assert!(reason.contains("CUDA") || reason.contains("NVIDIA"), "{reason}");
+        assert!(crate::CudaBackend::new(0, 0).is_err());
+    }
+}

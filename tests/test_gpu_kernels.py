@@ -1,0 +1,482 @@
+"""CUDA kernels against the CPU backend: equal bytes, inside their bounds, on the right stream."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte import _core
+
+pytestmark = pytest.mark.gpu
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+QUANT_TYPES = ["nf4", "fp4", "int4"]
+BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+ODD_SIZES = [1, 2, 31, 63, 64, 65, 1000, 3300, 4095, 4096, 4097, 8193, 100_001]
+CUDA = torch.device("cuda")
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Guarded:
+    """A poisoned tensor between two canaries."""
+
+    buffer: Tensor
+    view: Tensor
+
+    def intact(self) -> Tensor:
+        """The view, once the canaries are found unharmed."""
+        raw = self.buffer.view(torch.uint8)
+        start = (self.view.data_ptr() - self.buffer.data_ptr()) // raw.element_size()
+        end = start + self.view.numel() * self.view.element_size()
+        assert bool((raw[:start] == POISON).all()) and bool((raw[end:] == POISON).all())
+        return self.view
+
+
+POISON = 0xFF  # NaN in every float dtype
+
+
+def guarded(n: int, dtype: torch.dtype, device: torch.device, shift: int = 0) -> Guarded:
+    """n elements that start ``shift`` elements past a 256-byte boundary."""
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = torch.full(((n + shift) * size + 512,), POISON, dtype=torch.uint8, device=device)
+    buffer = raw[: raw.numel() // size * size].view(dtype)
+    first = 256 // size + shift
+    return Guarded(buffer, buffer[first : first + n])
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weights(n: int, dtype: torch.dtype, blocksize: int, seed: int = 0) -> Tensor:
+    """Gaussian and coarse values; some blocks of zeros, of denormals and of huge values."""
+    rng = generator(seed + n)
+    x = torch.randn(n, generator=rng)
+    coarse = torch.randint(-100, 101, (n,), generator=rng) / 100
+    kind = torch.randint(0, 6, (-(-n // blocksize),), generator=rng).repeat_interleave(blocksize)
+    kind = kind[:n]
+    x = torch.where(kind < 3, x, coarse)
+    scale = torch.tensor([1.0, 1.0, 3e4, 1.0, 0.0, 1e-39])[kind]
+    return (x * scale).to(dtype)
+
+
+def at(x: Tensor, device: torch.device, shift: int = 0) -> Tensor:
+    """A copy on the device that starts ``shift`` elements past an aligned address."""
+    home = torch.empty(x.numel() + shift, dtype=x.dtype, device=device)
+    return home[shift:].copy_(x)
+
+
+def quantize(x: Tensor, quant_type: str, blocksize: int, shift: int = 0) -> tuple[Tensor, Tensor]:
+    n = x.numel()
+    packed = guarded((n + 1) // 2, torch.uint8, x.device, shift)
+    absmax = guarded(-(-n // blocksize), torch.float32, x.device, shift)
+    _core.quantize_4bit(x, packed.view, absmax.view, quant_type, blocksize)
+    return packed.intact(), absmax.intact()
+
+
+def same(ours: Tensor, expected: Tensor) -> None:
+    """Equal bytes, except that one NaN is as good as another."""
+    ours, expected = ours.cpu(), expected.cpu()
+    if expected.is_floating_point():
+        assert torch.equal(ours.isnan(), expected.isnan())
+        number = ~expected.isnan()
+        ours, expected = ours[number], expected[number]
+    wrong = (ours.view(torch.uint8) != expected.view(torch.uint8)).sum()
+    assert wrong == 0, f"{int(wrong)} of {expected.nbytes} bytes differ"
+
+
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_4bit(dtype, quant_type, blocksize):
+    for n in ODD_SIZES:
+        x = weights(n, dtype, blocksize)
+        for ours, expected in zip(
+            quantize(at(x, CUDA), quant_type, blocksize),
+            quantize(x, quant_type, blocksize),
+            strict=True,
+        ):
+            same(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_4bit_at_every_threshold(dtype):
+    table = sorted(_core.codebook("nf4"))
+    middle = torch.tensor([(a + b) / 2 for a, b in zip(table, table[1:], strict=False)])
+    near = torch.cat([middle.nextafter(torch.tensor(s)) for s in (-2.0, 2.0)] + [middle])
+    for scale in (1.0, 0.37, 2.5e-3):
+        x = torch.full((64 * 64,), 1.0)
+        x[1::2] = near[torch.randint(0, near.numel(), (64 * 32,), generator=generator(1))]
+        x = (x * scale).to(dtype)
+        same(quantize(at(x, CUDA), "nf4", 64)[0], quantize(x, "nf4", 64)[0])
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_4bit_unaligned(dtype, shift):
+    x = weights(10_001, dtype, 64)
+    packed, absmax = quantize(at(x, CUDA, shift), "nf4", 64, shift)
+    same(packed, quantize(x, "nf4", 64)[0])
+    same(absmax, quantize(x, "nf4", 64)[1])
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 1024, 4096])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_block_with_nan_or_inf_says_so(dtype, blocksize):
+    x = weights(5 * blocksize + 3, dtype, 32)
+    x[blocksize + 5], x[3 * blocksize - 1] = float("nan"), float("-inf")
+    x[4 * blocksize], x[4 * blocksize + 1] = float("inf"), float("nan")
+    absmax = quantize(at(x, CUDA), "nf4", blocksize)[1]
+    same(absmax, quantize(x, "nf4", blocksize)[1])
+    assert absmax.isnan().cpu().tolist() == [False, True, False, False, True, False]
+    assert absmax.isinf().cpu().tolist() == [False, False, True, False, False, False]
+
+
+NBLOCKS = [0, 1, 255, 256, 257, 2049, 65535, 65536, 65537, 65836, 131072, 5 * 65536 + 1]
+
+
+def double_quantize(absmax: Tensor, shift: int = 0) -> list[Tensor]:
+    nblocks, device = absmax.numel(), absmax.device
+    codes = guarded(nblocks, torch.uint8, device, shift)
+    nested = guarded(-(-nblocks // 256), torch.float32, device, shift)
+    offset = guarded(1, torch.float32, device, shift)
+    _core.double_quantize(absmax, codes.view, nested.view, offset.view)
+    return [codes.intact(), nested.intact(), offset.intact()]
+
+
+@pytest.mark.parametrize("nblocks", NBLOCKS)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_double_quantize(nblocks, shift):
+    absmax = torch.rand(nblocks, generator=generator(nblocks)) ** 3
+    absmax[: nblocks // 3] = 0.25
+    for ours, expected in zip(
+        double_quantize(at(absmax, CUDA, shift), shift), double_quantize(absmax), strict=True
+    ):
+        same(ours, expected)
+
+
+def scales(nblocks: int, nested: bool, device: torch.device, shift: int = 0) -> tuple:
+    """The four scale arguments of a reader."""
+    rng = generator(nblocks)
+    if not nested:
+        return at(torch.rand(nblocks, generator=rng), device, shift), None, None, 0.0
+    codes = torch.randint(0, 256, (nblocks,), generator=rng, dtype=torch.uint8)
+    absmax = torch.rand(-(-nblocks // 256), generator=rng)
+    table = torch.tensor(_core.dynamic_map(True))
+    return at(codes, device, shift), at(absmax, device, shift), at(table, device, shift), 1.0625
+
+
+def codes(n: int, seed: int = 3) -> Tensor:
+    return torch.randint(0, 256, ((n + 1) // 2,), generator=generator(seed + n), dtype=torch.uint8)
+
+
+def dequantize(packed, scale, quant_type, blocksize, n, dtype, shift=0) -> Tensor:
+    out = guarded(n, dtype, packed.device, shift)
+    _core.dequantize_4bit(packed, *scale, quant_type, blocksize, out.view)
+    return out.intact()
+
+
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dequantize_4bit(dtype, quant_type, blocksize):
+    for n in ODD_SIZES:
+        packed, nblocks = codes(n), -(-n // blocksize)
+        for nested in (False, True):
+            args = (quant_type, blocksize, n, dtype)
+            ours = dequantize(at(packed, CUDA), scales(nblocks, nested, CUDA), *args)
+            same(ours, dequantize(packed, scales(nblocks, nested, CPU), *args))
+
+
+@pytest.mark.parametrize("shift", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dequantize_4bit_unaligned(dtype, shift):
+    n, packed = 20_001, codes(20_001)
+    expected = dequantize(packed, scales(313, True, CPU), "nf4", 64, n, dtype)
+    for read_shift, write_shift in ((shift, 0), (0, shift), (shift, shift)):
+        scale = scales(313, True, CUDA, read_shift)
+        ours = dequantize(at(packed, CUDA, read_shift), scale, "nf4", 64, n, dtype, write_shift)
+        same(ours, expected)
+
+
+def quantize_blockwise(x: Tensor, signed: bool, blocksize: int, shift: int = 0) -> list[Tensor]:
+    codes = guarded(x.numel(), torch.uint8, x.device, shift)
+    absmax = guarded(-(-x.numel() // blocksize), torch.float32, x.device, shift)
+    _core.quantize_blockwise(x, codes.view, absmax.view, signed, blocksize)
+    out = guarded(x.numel(), x.dtype, x.device, shift)
+    _core.dequantize_blockwise(codes.view, absmax.view, signed, blocksize, out.view)
+    return [codes.intact(), absmax.intact(), out.intact()]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("blocksize", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_blockwise(dtype, blocksize, signed):
+    for n in ODD_SIZES:
+        x = weights(n, dtype, blocksize)
+        for shift in (0, 3):
+            ours = quantize_blockwise(at(x, CUDA, shift), signed, blocksize, shift)
+            for got, expected in zip(ours, quantize_blockwise(x, signed, blocksize), strict=True):
+                same(got, expected)
+
+
+@dataclass
+class Linear:
+    """A random W [N, K] in 4 bits on the GPU, and its fp64 values on the CPU."""
+
+    N: int
+    K: int
+    blocksize: int = 64
+    quant_type: str = "nf4"
+    nested: bool = True
+
+    def __post_init__(self):
+        n, nblocks = self.N * self.K, -(-self.N * self.K // self.blocksize)
+        packed = codes(n)
+        self.packed, self.scale = at(packed, CUDA), scales(nblocks, self.nested, CUDA)
+        scale = scales(nblocks, self.nested, CPU)
+        weight = dequantize(packed, scale, self.quant_type, self.blocksize, n, torch.float32)
+        self.weight = weight.double().view(self.N, self.K)
+
+    def __call__(self, x: Tensor, shift: int = 0) -> Tensor:
+        out = guarded(x.shape[0] * self.N, x.dtype, x.device, shift)
+        args = (self.packed, *self.scale, self.quant_type, self.blocksize)
+        _core.gemv_4bit(x, *args, out.view.view(x.shape[0], self.N))
+        return out.intact().view(x.shape[0], self.N)
+
+
+def rows(M: int, K: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
+    x = torch.randn(M * K, generator=generator(K)).to(dtype)
+    return at(x, CUDA, shift).view(M, K)
+
+
+def close(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Rounding of the result once, and of an fp32 sum."""
+    x, out = x.cpu().double(), out.cpu()
+    exact, size = x @ weight.T, x.abs() @ weight.abs().T
+    rounding = torch.finfo(out.dtype).eps
+    assert bool(((out.double() - exact).abs() <= rounding * exact.abs() + 2e-6 * size + 1e-7).all())
+
+
+SHAPES = [(1, 1), (5, 33), (17, 31), (9, 100), (1, 32), (3, 96), (40, 64), (33, 576), (1000, 1024)]
+SHAPES += [(1032, 2880), (64, 4096), (24, 11008), (8, 14336), (1001, 1056)]
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemv_4bit(dtype, N, K):
+    for number, M in enumerate([1, 2, 3, 7, 8, 9, 17, 33]):
+        blocksize = BLOCKSIZES[(N + number) % 8]
+        linear = Linear(N, K, blocksize, QUANT_TYPES[number % 3], nested=number % 2 == 0)
+        for shift in (0, 1):
+            x = rows(M, K, dtype, shift)
+            close(linear(x, shift), x, linear.weight)
+
+
+@pytest.mark.parametrize("K", [100, 1024, 4096, 11008])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_row_does_not_depend_on_the_others(dtype, K):
+    linear, x = Linear(72, K), rows(19, K, dtype)
+    alone = torch.cat([linear(x[i : i + 1].clone()) for i in range(19)])
+    for M in (2, 3, 4, 5, 8, 9, 19):
+        same(linear(x[:M].clone()), alone[:M])
+
+
+@pytest.mark.parametrize("K", [100, 1056, 4096])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_and_inf_stay_in_their_row(dtype, K):
+    linear, x = Linear(40, K), rows(3, K, dtype)
+    clean = linear(x)
+    x[1, K - 1], x[2, K // 2] = float("nan"), float("inf")
+    out = linear(x)
+    same(out[0], clean[0])
+    assert bool(out[1].isnan().all())
+    expected = (linear.weight[:, K // 2] * float("inf")).to(dtype)
+    same(out[2], expected)
+
+
+def test_one_hot_reads_every_weight():
+    linear = Linear(16, 256)
+    out = linear(torch.eye(256, device=CUDA))
+    assert torch.equal(out.cpu().double().T, linear.weight)
+
+
+def test_large_sums_hold_beyond_fp16():
+    linear = Linear(16, 4096)
+    x = torch.full((1, 4096), 6e4, dtype=torch.float16, device=CUDA)
+    exact = (x.cpu().double() @ linear.weight.T).to(torch.float16)
+    assert torch.equal(linear(x).cpu().isinf(), exact.isinf())
+
+
+def optimizer_state(n: int, dtype: torch.dtype, kind: str, device: torch.device) -> list[Tensor]:
+    param = torch.randn(n, generator=generator(n)).to(dtype)
+    if kind == "adamw":
+        state = [torch.zeros(n), torch.zeros(n)]
+    else:
+        moments = [torch.full((n,), 127, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)]
+        state = moments + [torch.zeros(-(-n // 256)) for _ in range(2)]
+    return [at(t, device) for t in [param, *state]]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 8192, 100_003])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_optimizers(dtype, n, scaled, kind):
+    ours, expected = (optimizer_state(n, dtype, kind, device) for device in (CUDA, CPU))
+    for step in range(1, 6):
+        grad = (torch.randn(n, generator=generator(step)) * 0.01).to(dtype)
+        grad[::11] = 0
+        if kind == "adamw_8bit":
+            grad[n // 2] = float("nan") if step % 2 else float("inf")
+        for tensors, device in ((ours, CUDA), (expected, CPU)):
+            scale = torch.tensor([0.37], device=device) if scaled else None
+            rule = (1e-3, 0.9, 0.999, 1e-8, 0.01, step, scale)
+            getattr(_core, kind)(tensors[0], at(grad, device, 1), *tensors[1:], *rule)
+    for got, want in zip(ours, expected, strict=True):
+        same(got, want)
+
+
+def test_empty_tensors():
+    empty = torch.empty(0, dtype=torch.bfloat16, device=CUDA)
+    assert quantize(empty, "nf4", 64)[0].numel() == 0
+    nothing = torch.empty(0, dtype=torch.uint8, device=CUDA)
+    assert dequantize(nothing, scales(0, False, CUDA), "nf4", 64, 0, torch.float32).numel() == 0
+    assert Linear(8, 64)(torch.empty(0, 64, device=CUDA)).shape == (0, 8)
+    assert quantize_blockwise(empty, True, 256)[0].numel() == 0
+
+
+def test_tensors_of_two_devices_are_refused():
+    x = torch.ones(64, device=CUDA)
+    with pytest.raises(ValueError, match="cuda:0"):
+        _core.quantize_4bit(x, torch.empty(32, dtype=torch.uint8), torch.empty(1), "nf4", 64)
+
+
+def test_work_is_queued_on_the_current_stream():
+    x, side = torch.zeros(1 << 20, device=CUDA), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        x.copy_(torch.linspace(-1, 1, 1 << 20, device=CUDA))
+        packed, absmax = quantize(x, "nf4", 64)
+    assert not side.query() or absmax.max() > 0
+    side.synchronize()
+    expected = quantize(torch.linspace(-1, 1, 1 << 20, device=CUDA), "nf4", 64)
+    same(packed, expected[0])
+    same(absmax, expected[1])
+
+
+def test_two_streams_at_once():
+    linears = [Linear(512, 4096), Linear(512, 4096, blocksize=128)]
+    x = rows(4, 4096, torch.bfloat16)
+    expected = [linear(x) for linear in linears]
+    streams = [torch.cuda.Stream() for _ in linears]
+    torch.cuda.synchronize()
+    outs: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for linear, stream, out in zip(linears, streams, outs, strict=True):
+            with torch.cuda.stream(stream):
+                out.append(torch.empty(4, 512, dtype=x.dtype, device=CUDA))
+                args = (linear.packed, *linear.scale, "nf4", linear.blocksize, out[-1])
+                _core.gemv_4bit(x, *args)
+    torch.cuda.synchronize()
+    for out, want in zip(outs, expected, strict=True):
+        assert all(torch.equal(got, want) for got in out)
+
+
+def test_a_hundred_runs_are_equal():
+    linear, x = Linear(4096, 4096), rows(3, 4096, torch.bfloat16)
+    weight = weights(1 << 22, torch.bfloat16, 64).to(CUDA)
+    absmax = torch.rand(300_000, device=CUDA)
+    first = [linear(x), *quantize(weight, "nf4", 64), *double_quantize(absmax)]
+    for _ in range(100):
+        again = [linear(x), *quantize(weight, "nf4", 64), *double_quantize(absmax)]
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_graph_capture():
+    linear, x = Linear(512, 4096), rows(2, 4096, torch.bfloat16)
+    scale, n = linear.scale, 512 * 4096
+    out = torch.empty(2, 512, dtype=torch.bfloat16, device=CUDA)
+    weight = torch.empty(n, dtype=torch.bfloat16, device=CUDA)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _core.dequantize_4bit(linear.packed, *scale, "nf4", 64, weight)
+        _core.gemv_4bit(x, linear.packed, *scale, "nf4", 64, out)
+    for seed in range(3):
+        fresh = torch.randint(0, 256, (n // 2,), generator=generator(seed), dtype=torch.uint8)
+        linear.packed.copy_(fresh)
+        x.normal_()
+        graph.replay()
+        same(weight, dequantize(linear.packed, scale, "nf4", 64, n, torch.bfloat16))
+        same(out, linear(x))
+
+
+FIRST_CALL_IN_CAPTURE = """
+import torch
+from halfbyte import _core
+x = torch.randn(4096, device="cuda")
+packed = torch.empty(2048, dtype=torch.uint8, device="cuda")
+absmax = torch.empty(64, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    _core.quantize_4bit(x, packed, absmax, "nf4", 64)
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(absmax, x.view(64, 64).abs().amax(1))
+"""
+
+
+def test_the_first_call_may_be_captured():
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL_IN_CAPTURE], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_current_device_stays():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    other = torch.device("cuda:1")
+    same(quantize(at(torch.ones(64), other), "nf4", 64)[0], quantize(torch.ones(64), "nf4", 64)[0])
+    assert torch.cuda.current_device() == 0 and torch.empty(1, device="cuda").get_device() == 0
+
+
+def test_more_than_two_to_the_31_elements():
+    period, repeats = 1 << 20, 2049
+    n = period * repeats + 3
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    x = weights(period, torch.bfloat16, 64)
+    many = torch.cat([x.to(CUDA).repeat(repeats), x[:3].to(CUDA)])
+    packed, absmax = quantize(many, "nf4", 64)
+    expected = quantize(x, "nf4", 64)
+    for ours, want in zip((packed, absmax), expected, strict=True):
+        body = ours[: want.numel() * repeats].view(repeats, -1)
+        assert bool((body == want.to(CUDA)).all())
+    tail = quantize(x[:3], "nf4", 64)
+    same(packed[-2:], tail[0])
+    same(absmax[-1:], tail[1])
+
+    out = dequantize(packed, (absmax, None, None, 0.0), "nf4", 64, n, torch.bfloat16)
+    want = dequantize(
+        expected[0], (expected[1], None, None, 0.0), "nf4", 64, period, torch.bfloat16
+    )
+    assert bool((out[:-3].view(repeats, period) == want.to(CUDA)).all())
+    del many, out
+
+    K = 4096
+    v = rows(1, K, torch.bfloat16)
+    y = torch.empty(1, period * repeats // K, dtype=torch.bfloat16, device=CUDA)
+    whole = (packed[:-2], absmax[:-1], None, None, 0.0, "nf4", 64)
+    _core.gemv_4bit(v, *whole, y)
+    small = torch.empty(1, period // K, dtype=torch.bfloat16, device=CUDA)
+    first = (packed[: period // 2], absmax[: period // 64], None, None, 0.0, "nf4", 64)
+    _core.gemv_4bit(v, *first, small)
+    assert bool((y.view(repeats, -1) == small).all())
