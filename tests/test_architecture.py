@@ -19,7 +19,7 @@ LEVELS = [
     {"chat"},
     {"train", "generate", "sampling"},
     {"checkpoint", "data", "optim"},
-    {"lora", "models"},
+    {"lora", "fingerprint", "models"},
     {"linear", "kv_cache", "tokenizer"},
     {"ops"},
     {"errors", "_core"},

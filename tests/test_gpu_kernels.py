@@ -62,7 +62,7 @@ def weights(n: int, dtype: torch.dtype, blocksize: int, seed: int = 0) -> Tensor
     kind = torch.randint(0, 6, (-(-n // blocksize),), generator=rng).repeat_interleave(blocksize)
     kind = kind[:n]
     x = torch.where(kind < 3, x, coarse)
-    scale = torch.tensor([1.0, 1.0, 3e4, 1.0, 0.0, 1e-39])[kind]
+    scale = torch.tensor([1.0, 1.0, 3e3, 1.0, 0.0, 1e-39])[kind]
     return (x * scale).to(dtype)
 
 
@@ -228,7 +228,7 @@ def test_blockwise(dtype, blocksize, signed):
 
 @dataclass
 class Linear:
-    """A random W [N, K] in 4 bits on the GPU, and its fp64 values on the CPU."""
+    """A random W [N, K] in 4 bits on the GPU."""
 
     N: int
     K: int
@@ -238,11 +238,13 @@ class Linear:
 
     def __post_init__(self):
         n, nblocks = self.N * self.K, -(-self.N * self.K // self.blocksize)
-        packed = codes(n)
-        self.packed, self.scale = at(packed, CUDA), scales(nblocks, self.nested, CUDA)
-        scale = scales(nblocks, self.nested, CPU)
-        weight = dequantize(packed, scale, self.quant_type, self.blocksize, n, torch.float32)
-        self.weight = weight.double().view(self.N, self.K)
+        self.packed, self.scale = at(codes(n), CUDA), scales(nblocks, self.nested, CUDA)
+
+    def weight(self) -> Tensor:
+        """W in fp64 on the CPU, by the CPU backend."""
+        scale = [t.cpu() if isinstance(t, Tensor) else t for t in self.scale]
+        args = (self.quant_type, self.blocksize, self.N * self.K, torch.float32)
+        return dequantize(self.packed.cpu(), scale, *args).double().view(self.N, self.K)
 
     def __call__(self, x: Tensor, shift: int = 0) -> Tensor:
         out = guarded(x.shape[0] * self.N, x.dtype, x.device, shift)
@@ -276,7 +278,7 @@ def test_gemv_4bit(dtype, N, K):
         linear = Linear(N, K, blocksize, QUANT_TYPES[number % 3], nested=number % 2 == 0)
         for shift in (0, 1):
             x = rows(M, K, dtype, shift)
-            close(linear(x, shift), x, linear.weight)
+            close(linear(x, shift), x, linear.weight())
 
 
 @pytest.mark.parametrize("K", [100, 1024, 4096, 11008])
@@ -297,21 +299,26 @@ def test_nan_and_inf_stay_in_their_row(dtype, K):
     out = linear(x)
     same(out[0], clean[0])
     assert bool(out[1].isnan().all())
-    expected = (linear.weight[:, K // 2] * float("inf")).to(dtype)
+    expected = (linear.weight()[:, K // 2] * float("inf")).to(dtype)
     same(out[2], expected)
 
 
 def test_one_hot_reads_every_weight():
     linear = Linear(16, 256)
     out = linear(torch.eye(256, device=CUDA))
-    assert torch.equal(out.cpu().double().T, linear.weight)
+    assert torch.equal(out.cpu().double().T, linear.weight())
 
 
-def test_large_sums_hold_beyond_fp16():
-    linear = Linear(16, 4096)
+def test_sums_beyond_fp16_hold():
+    linear = Linear(16, 4096, nested=False)
+    for halves in (linear.packed.view(16, 2, -1), linear.scale[0].view(16, 2, -1)):
+        halves[:, 1] = halves[:, 0]
     x = torch.full((1, 4096), 6e4, dtype=torch.float16, device=CUDA)
-    exact = (x.cpu().double() @ linear.weight.T).to(torch.float16)
-    assert torch.equal(linear(x).cpu().isinf(), exact.isinf())
+    x[:, 2048:] = -6e4
+    x[:, :8] = 5e4
+    out = linear(x)
+    assert bool(out.isfinite().all())
+    close(out, x, linear.weight())
 
 
 def optimizer_state(n: int, dtype: torch.dtype, kind: str, device: torch.device) -> list[Tensor]:
@@ -365,7 +372,6 @@ def test_work_is_queued_on_the_current_stream():
         torch.cuda._sleep(50_000_000)
         x.copy_(torch.linspace(-1, 1, 1 << 20, device=CUDA))
         packed, absmax = quantize(x, "nf4", 64)
-    assert not side.query() or absmax.max() > 0
     side.synchronize()
     expected = quantize(torch.linspace(-1, 1, 1 << 20, device=CUDA), "nf4", 64)
     same(packed, expected[0])

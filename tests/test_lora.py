@@ -193,17 +193,29 @@ def test_what_we_write_loads_strictly_in_peft(tmp_path, config):
         torch.testing.assert_close(theirs(IDS).logits, logits(model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.mlp\..*_proj",
-                                     ["model.layers.0.self_attn.q_proj"]])  # fmt: skip
-@pytest.mark.parametrize("extra", [{}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True},
-                                   {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}}])  # fmt: skip
+PEFT_TARGETS = [
+    "all-linear",
+    ["q_proj", "v_proj"],
+    r".*\.mlp\..*_proj",
+    ["model.layers.0.self_attn.q_proj"],
+]
+PEFT_EXTRAS = [
+    {},
+    {"modules_to_save": ["lm_head"]},
+    {"use_rslora": True},
+    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+]
+
+
+@pytest.mark.parametrize("targets", PEFT_TARGETS)
+@pytest.mark.parametrize("extra", PEFT_EXTRAS)
 def test_what_peft_writes_loads_here(tmp_path, targets, extra):
     peft = pytest.importorskip("peft")
     base = decoder()
     theirs = peft.get_peft_model(
         hf_twin(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **extra)
     )
-    for name, parameter in theirs.named_parameters():
+    for parameter in theirs.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import write_tokenizer
 
 from halfbyte import Linear4bit, LoraConfig
-from halfbyte.checkpoint import fingerprint, load, quantize, save
+from halfbyte.checkpoint import load, quantize, save
 from halfbyte.errors import CheckpointError
 from halfbyte.lora import adapter_parameters, inject, merge
 

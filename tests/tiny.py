@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from halfbyte import checkpoint
 from halfbyte.models import Decoder, DecoderConfig
 
 BOS, EOS = "<s>", "</s>"
@@ -61,6 +62,12 @@ def tiny_model(seed: int = 0, **changes) -> Decoder:
     model = Decoder(DecoderConfig.from_dict(CONFIG | changes))
     model.source = "tiny"
     return model.eval()
+
+
+def tiny_folder(folder: Path, **changes) -> Path:
+    """A tiny model with its tokenizer as a folder on disk."""
+    checkpoint.save(tiny_model(**changes), folder)
+    return write_tokenizer(folder)
 
 
 def tiny_rows(count: int, seed: int = 1) -> list[dict]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -105,7 +105,7 @@ class Conversation:
     def _opening(self) -> list[dict[str, Any]]:
         return [] if self.system is None else [_message("system", self.system)]
 
-    def send(self, text: str) -> Iterator[str]:
+    def send(self, text: str) -> Generator[str, None, None]:
         """Pieces of the answer to `text`; question and answer join `messages` when it ends.
 
         An answer that is closed or interrupted joins as far as it came; if it had not begun, it
@@ -115,7 +115,7 @@ class Conversation:
         pieces = stream_chat(self.model, self._opening() + turns, self.sampling)
         return self._answer(turns, pieces)
 
-    def _answer(self, turns: list[dict[str, Any]], pieces: Stream) -> Iterator[str]:
+    def _answer(self, turns: list[dict[str, Any]], pieces: Stream) -> Generator[str, None, None]:
         said = ""
         try:
             for piece in pieces:

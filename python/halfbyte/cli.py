@@ -225,7 +225,7 @@ def chat(
         model, _none(quant_type), double_quant, dtype=_torch_dtype(dtype), device=device
     )
     if adapter is not None:
-        lora.load_adapter(decoder, adapter, base_record=checkpoint.fingerprint(decoder))
+        lora.load_adapter(decoder, adapter)
     repl(Conversation(decoder, system, Sampling(**sampling)), raw)
 
 
@@ -255,7 +255,7 @@ def merge(
     merged = checkpoint.load(
         model, quant_type=_none(quant_type), double_quant=double_quant, **where
     )
-    lora.load_adapter(merged, adapter, base_record=checkpoint.fingerprint(merged))
+    lora.load_adapter(merged, adapter)
     weights = checkpoint.load(original, None, **where).state_dict() if original else None
     lora.merge(merged, dtype_, weights)
     checkpoint.save(merged, out)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfbyte.errors import CheckpointError
+from halfbyte.fingerprint import fingerprint
 from halfbyte.linear import Linear4bit
 
 CONFIG_FILE = "adapter_config.json"
@@ -236,8 +237,9 @@ def save_adapter(
 ) -> None:
     """Write the adapter as PEFT reads it: adapter_config.json, adapter_model.safetensors (fp32).
 
-    base_name: the base model's path or hub id, recorded in the config. base_record: what the
-    base was (hash, quantization), written beside as halfbyte_base.json; PEFT ignores it.
+    base_name: the base model's path or hub id, recorded in the config. base_record: the base's
+    `fingerprint`, written beside as halfbyte_base.json, which PEFT ignores; computed here unless
+    the adapter trains biases of the base in place, when only the caller can have it from before.
     Raises ValueError when the model carries no adapter.
     """
     from safetensors.torch import save_file
@@ -253,6 +255,8 @@ def save_adapter(
     )
     fields = json.dumps(_peft_config(model, config, base_name), indent=2, sort_keys=True)
     _write_aside(folder / CONFIG_FILE, lambda path: path.write_text(fields + "\n"))
+    if base_record is None and config.bias == "none":
+        base_record = fingerprint(model)
     if base_record is not None:
         record = json.dumps(dict(base_record), indent=2, sort_keys=True)
         _write_aside(folder / BASE_FILE, lambda path: path.write_text(record + "\n"))
@@ -317,8 +321,9 @@ def load_adapter(
     """Wrap `model` with the PEFT LoRA adapter in `folder`, in place; returns the model.
 
     The layers, their ranks and the modules trained in full are those whose tensors the file
-    holds, so every spelling of target_modules loads. base_record: what the model at hand is;
-    a difference from the record beside the adapter is a warning that says what differs.
+    holds, so every spelling of target_modules loads. base_record: the model's `fingerprint`
+    (default: computed if the adapter has a record to compare it with); a difference is a warning
+    that says what differs.
 
     Raises CheckpointError naming file and tensor for a missing or corrupt file, a tensor that
     does not fit the model, and adapter kinds other than LoRA.
@@ -328,7 +333,7 @@ def load_adapter(
     tensors = _read_tensors(folder)
     if hasattr(model, "lora_config"):
         raise ValueError("load_adapter: the model already carries an adapter")
-    _compare_base(folder, base_record)
+    _compare_base(folder, model, base_record)
     config = LoraConfig(
         r=fields["r"],
         lora_alpha=fields.get("lora_alpha", 8),
@@ -440,10 +445,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
         parameters[name].data.copy_(value)
 
 
-def _compare_base(folder: Path, base_record: Mapping[str, Any] | None) -> None:
+def _compare_base(folder: Path, model: nn.Module, base_record: Mapping[str, Any] | None) -> None:
     path = folder / BASE_FILE
-    if base_record is None or not path.exists():
+    if not path.exists():
         return
+    base_record = base_record or fingerprint(model)
     stored = json.loads(path.read_text())
     differences = [
         f"{key}: trained on {stored[key]!r}, loaded on {base_record.get(key)!r}"

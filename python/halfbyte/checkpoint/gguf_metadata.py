@@ -80,8 +80,8 @@ def _strict_reader() -> type[GGUFReader]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
     class StrictReader(GGUFReader):
-        @property
-        def data(self) -> np.ndarray:  # type: ignore[override]
+        @property  # type: ignore[override]
+        def data(self) -> np.ndarray:
             return self._data
 
         @data.setter

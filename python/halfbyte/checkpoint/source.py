@@ -70,7 +70,7 @@ class Source(ABC):
 
 
 def new_staging(device: torch.device) -> Tensor:
-    """A host buffer that tensors pass through; pinned for CUDA, where that doubles the speed."""
+    """A host buffer that tensors pass through; pinned for CUDA, which copies from it directly."""
     return torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from halfbyte.checkpoint import fingerprint, load
+from halfbyte.checkpoint import load
 from halfbyte.data import (
     Batches,
     DataReport,
@@ -27,6 +27,7 @@ from halfbyte.data import (
     split_rows,
 )
 from halfbyte.errors import DataError
+from halfbyte.fingerprint import fingerprint
 from halfbyte.lora import LoraConfig, adapter_parameters, inject
 from halfbyte.models import Decoder
 from halfbyte.optim import AdamW

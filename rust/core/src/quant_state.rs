@@ -140,6 +140,7 @@ impl Scales<'_> {
         }
     }
     /// `out[i]` is the scale of unit `first + i`, where a block is `blocksize / unit` units.
+    #[cfg(target_arch = "x86_64")]
     pub fn fill(&self, first: usize, unit: usize, blocksize: usize, out: &mut [f32]) {
         let shift = (blocksize / unit).trailing_zeros();
         match *self {

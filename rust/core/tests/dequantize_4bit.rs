@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Bits, QUANT_TYPES, assert_siblings_equal, backends, bits, dequantize, normal, plain, quantize};

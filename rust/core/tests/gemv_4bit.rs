@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{QUANT_TYPES, backends, bits, cast, dequantize, normal, plain, quantize};

@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{QUANT_TYPES, assert_siblings_equal, backends, bits, cast, normal, quantize};
@@ -71,7 +73,7 @@ fn assert_bytes_equal<T: Float>(x: &[f32], quant_type: QuantType, blocksize: usi
 fn simd_gives_the_bytes_of_the_plain_loop() {
     for quant_type in QUANT_TYPES {
         for blocksize in BLOCKSIZES {
-            for n in [1, 2, 31, 63, 64, 65, 4097, 3 * blocksize - 1, 70_001] {
+            for n in [1, 2, 31, 63, 64, 65, 4097, 3 * blocksize - 1] {
                 let mut x = normal(n, n as u64);
                 x.iter_mut().step_by(7).for_each(|x| *x = 0.0);
                 assert_bytes_equal::<f32>(&x, quant_type, blocksize);
@@ -109,7 +111,7 @@ fn a_value_that_is_not_finite_shows_in_its_block_only() {
 
 #[test]
 fn the_number_of_threads_changes_nothing() {
-    let x = normal(1_000_003, 1);
+    let x = normal(300_003, 1);
     let results = [1, 2, 3].map(|threads| {
         parallel::set_num_threads(threads);
         quantize(&CpuBackend::new(), &x, QuantType::Nf4, 64)
