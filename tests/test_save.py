@@ -16,6 +16,7 @@ from tiny import write_tokenizer
 from halfbyte import Linear4bit, LoraConfig
 from halfbyte.checkpoint import load, quantize, save
 from halfbyte.errors import CheckpointError
+from halfbyte.fingerprint import fingerprint
 from halfbyte.lora import adapter_parameters, inject, merge
 
 BIASED = CONFIG | {"attention_bias": True}
