@@ -175,6 +175,13 @@ PEFT_CASES = [
 ]
 
 
+# What transformers and PEFT warn of among themselves is not ours to mend.
+PEERS_WARNINGS = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:.*(fetch remote|config file|some/base):UserWarning"
+)
+
+
+@PEERS_WARNINGS
 @pytest.mark.parametrize("config", PEFT_CASES)
 def test_what_we_write_loads_strictly_in_peft(tmp_path, config):
     peft = pytest.importorskip("peft")
@@ -207,6 +214,7 @@ PEFT_EXTRAS = [
 ]
 
 
+@PEERS_WARNINGS
 @pytest.mark.parametrize("targets", PEFT_TARGETS)
 @pytest.mark.parametrize("extra", PEFT_EXTRAS)
 def test_what_peft_writes_loads_here(tmp_path, targets, extra):

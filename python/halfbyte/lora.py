@@ -333,7 +333,6 @@ def load_adapter(
     tensors = _read_tensors(folder)
     if hasattr(model, "lora_config"):
         raise ValueError("load_adapter: the model already carries an adapter")
-    _compare_base(folder, model, base_record)
     config = LoraConfig(
         r=fields["r"],
         lora_alpha=fields.get("lora_alpha", 8),
@@ -343,9 +342,12 @@ def load_adapter(
         bias=fields.get("bias", "none"),
         modules_to_save=fields.get("modules_to_save"),
     )
-    model.requires_grad_(False)
-    for name in sorted(n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n):
+    targets = sorted(n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n)
+    for name in targets:
         _check_target(model, name, folder)
+    _compare_base(folder, model, base_record)
+    model.requires_grad_(False)
+    for name in targets:
         rank = tensors[f"{name}.lora_A.weight"].shape[0]
         alpha = _pattern_value(fields.get("alpha_pattern"), name, config.lora_alpha)
         _wrap(model, name, rank, alpha, config)

@@ -2,7 +2,7 @@
 //!
 //! | variable | meaning |
 //! |---|---|
-//! | `HALFBYTE_CUDA` | `1`: nvcc is required; `0`: CPU only; `auto` (default): CPU only, with a warning, if there is no nvcc |
+//! | `HALFBYTE_CUDA` | `1`: nvcc is required; `0`: CPU only; `auto` (default): CPU only, with a warning, if none is found |
 //! | `HALFBYTE_CUDA_ARCHS` | comma-separated targets: `90a` for machine code, `compute_80` for PTX |
 //! | `HALFBYTE_NVCC`, `NVCC` | the nvcc to use, before the one of the Python packages, `CUDA_HOME`, `CUDA_PATH` and PATH |
 
@@ -53,6 +53,7 @@ fn build() -> Result<(), String> {
         "1" => with_kernels(&out, &nvcc::find()?),
         "auto" | "" => match nvcc::find() {
             Ok(nvcc) => with_kernels(&out, &nvcc),
+            Err(reason) if nvcc::is_named() => Err(reason),
             Err(reason) => {
                 println!("cargo::warning=halfbyte is built WITHOUT CUDA and will run on the CPU only: {reason}");
                 without_kernels(&out)

@@ -124,20 +124,71 @@ pub static NEAREST_UNSIGNED: [f32; 255] = nearest_thresholds(&DYNAMIC_UNSIGNED);
 static MIDPOINTS_SIGNED: [f32; 255] = midpoints(&DYNAMIC_SIGNED);
 
 /// Number of ascending thresholds strictly below `x`; 0 for NaN.
-#[inline(always)]
-fn rank(thresholds: &[f32; 255], x: f32) -> u8 {
-    let mut rank = 0usize;
-    for step in [128, 64, 32, 16, 8, 4, 2, 1] {
-        // A sum, not a branch: the outcome is a coin toss, which a processor mispredicts.
-        rank += step * usize::from(x > thresholds[rank + step - 1]);
+const fn rank(thresholds: &[f32; 255], x: f32) -> u8 {
+    let (mut rank, mut step) = (0, 128);
+    while step > 0 {
+        if x > thresholds[rank + step - 1] {
+            rank += step;
+        }
+        step /= 2;
     }
     rank as u8
+}
+
+/// A table of ranks by the leading bits of a float: at most two thresholds lie inside one bucket.
+struct Buckets {
+    /// Padded with infinity.
+    thresholds: [f32; 256],
+    /// Rank at the lower end of each bucket, of positive and of negative values.
+    ranks: [[u8; BUCKETS]; 2],
+}
+
+/// 2^-23: below the smallest threshold that is not zero.
+const MAGNITUDE_MIN: u32 = 0x3400_0000;
+const MAGNITUDE_MAX: u32 = 1.0f32.to_bits();
+/// Leaves six bits of the mantissa.
+const BUCKET_SHIFT: u32 = 17;
+const BUCKETS: usize = ((MAGNITUDE_MAX - MAGNITUDE_MIN) >> BUCKET_SHIFT) as usize + 1;
+
+const fn buckets(ascending: &[f32; 255]) -> Buckets {
+    let mut thresholds = [f32::INFINITY; 256];
+    let mut i = 0;
+    while i < 255 {
+        thresholds[i] = ascending[i];
+        i += 1;
+    }
+    let mut ranks = [[0; BUCKETS]; 2];
+    let mut bucket = 0;
+    while bucket < BUCKETS {
+        let low = if bucket == 0 { 0 } else { MAGNITUDE_MIN + ((bucket as u32) << BUCKET_SHIFT) };
+        let high = MAGNITUDE_MIN + ((bucket as u32 + 1) << BUCKET_SHIFT);
+        ranks[0][bucket] = rank(ascending, f32::from_bits(low));
+        ranks[1][bucket] = rank(ascending, -f32::from_bits(high));
+        bucket += 1;
+    }
+    Buckets { thresholds, ranks }
+}
+
+static BUCKETS_SIGNED: Buckets = buckets(&NEAREST_SIGNED);
+static BUCKETS_UNSIGNED: Buckets = buckets(&NEAREST_UNSIGNED);
+
+impl Buckets {
+    #[inline(always)]
+    fn rank(&self, x: f32) -> u8 {
+        let bits = x.to_bits();
+        let magnitude = (bits & 0x7fff_ffff).clamp(MAGNITUDE_MIN, MAGNITUDE_MAX);
+        let bucket = ((magnitude - MAGNITUDE_MIN) >> BUCKET_SHIFT) as usize;
+        let mut rank = self.ranks[(bits >> 31) as usize][bucket];
+        rank += u8::from(x > self.thresholds[usize::from(rank)]);
+        rank += u8::from(x > self.thresholds[usize::from(rank)]);
+        if x.is_nan() { 0 } else { rank }
+    }
 }
 
 /// The nearest rule (optimizer state): the entry nearest to `x` by fp32 midpoints, a tie takes the even code.
 #[inline(always)]
 pub fn encode_nearest(signed: bool, x: f32) -> u8 {
-    rank(if signed { &NEAREST_SIGNED } else { &NEAREST_UNSIGNED }, x)
+    if signed { BUCKETS_SIGNED.rank(x) } else { BUCKETS_UNSIGNED.rank(x) }
 }
 
 /// The grid rule (nested absmax, signed map): `x` is snapped to 65,536 steps over [-1, 1], then the nearest entry
@@ -245,6 +296,17 @@ mod tests {
             let at_midpoints = midpoints(map).into_iter().flat_map(|t| [t.next_down(), t, t.next_up()]);
             for x in at_midpoints.chain(*map).chain([-1.0, -0.0, 0.0, 1.0, f32::NAN]) {
                 assert_eq!(encode_nearest(signed, x), pivot_search(map, x), "{x:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_buckets_of_the_nearest_rule_equal_the_search() {
+        for (signed, thresholds) in [(true, &NEAREST_SIGNED), (false, &NEAREST_UNSIGNED)] {
+            let leading_bits = (0..=u32::MAX >> 12).map(|bits| f32::from_bits(bits << 12));
+            let special = [f32::from_bits(1), -f32::from_bits(1), 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY];
+            for x in leading_bits.chain(special) {
+                assert_eq!(encode_nearest(signed, x), rank(thresholds, x), "{x:e}");
             }
         }
     }

@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// What the search below reads.
 pub const VARIABLES: [&str; 6] = ["HALFBYTE_NVCC", "NVCC", "PYO3_PYTHON", "CUDA_HOME", "CUDA_PATH", "PATH"];
 
+/// The ones that name an nvcc, which then has to work.
+const NAMING: [&str; 2] = ["HALFBYTE_NVCC", "NVCC"];
+
 /// The first toolkit whose nvcc knows every default target.
 const OLDEST: (u32, u32) = (12, 9);
 
@@ -27,7 +30,7 @@ pub struct Nvcc {
 
 /// The nvcc named by a variable, else the first of: Python packages, toolkit folders, PATH.
 pub fn find() -> Result<Nvcc, String> {
-    for name in ["HALFBYTE_NVCC", "NVCC"] {
+    for name in NAMING {
         if let Some(path) = variable(name) {
             return Nvcc::open(PathBuf::from(path)).map_err(|error| format!("{name}: {error}"));
         }
@@ -36,6 +39,10 @@ pub fn find() -> Result<Nvcc, String> {
     let path =
         path.ok_or("no nvcc found; install the packages of pyproject.toml's [build-system] or a CUDA toolkit")?;
     Nvcc::open(path)
+}
+
+pub fn is_named() -> bool {
+    NAMING.into_iter().any(|name| variable(name).is_some())
 }
 
 fn candidates() -> Vec<PathBuf> {

@@ -5,6 +5,7 @@
 
 constexpr int THREADS = 256;
 constexpr int GROUPS = 4; // 16-byte stores a thread, all their loads in flight at once
+constexpr int CTAS = 4;   // an SM, at least; left to choose, ptxas wants all of them on sm_80 and spills
 
 // The codes of one 16-byte store: eight (4 bytes) or four (2 bytes).
 template <int COUNT>
@@ -20,11 +21,13 @@ __device__ void dequantize_tile(const uint8_t* packed, const Absmax& absmax, T* 
     constexpr int COUNT = 16 / sizeof(T);
     uint32_t codes[GROUPS];
     RawScale scales[GROUPS];
+    packed += tile / 2, out += tile;
+    const int64_t first_block = tile >> log2_blocksize; // a tile is a whole number of blocks
 #pragma unroll
     for (int j = 0; j < GROUPS; ++j) {
-        const int64_t first = tile + (j * THREADS + threadIdx.x) * COUNT;
-        codes[j] = load_codes<COUNT>(packed + first / 2);
-        scales[j] = load_scale(absmax, first >> log2_blocksize);
+        const uint32_t i = (j * THREADS + threadIdx.x) * COUNT;
+        codes[j] = load_codes<COUNT>(packed + i / 2);
+        scales[j] = load_scale(absmax, first_block + (i >> log2_blocksize));
     }
 #pragma unroll
     for (int j = 0; j < GROUPS; ++j) {
@@ -33,7 +36,7 @@ __device__ void dequantize_tile(const uint8_t* packed, const Absmax& absmax, T* 
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)
             v[i] = __fmul_rn(lookup16(entry, codes[j] >> nibble_shift(i)), scale);
-        store16(out + tile + (j * THREADS + threadIdx.x) * COUNT, v);
+        store16(out + (j * THREADS + threadIdx.x) * COUNT, v);
     }
 }
 
@@ -66,7 +69,7 @@ __device__ void dequantize_4bit(const uint8_t* packed, // [ceil(n / 2)]
 }
 
 #define DEQUANTIZE_4BIT(T, dtype)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_##dtype(                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, CTAS) dequantize_4bit_##dtype(                               \
         const uint8_t* packed, Absmax absmax, T* out, int64_t n, int log2_blocksize, int quant_type, bool vector) {    \
         dequantize_4bit(packed, absmax, out, n, log2_blocksize, quant_type, vector);                                   \
     }
