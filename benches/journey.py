@@ -88,11 +88,9 @@ class Journey:
         shape, r = (self.args.batch, self.args.seq), self.args.r
         device = self.model.lm_head.weight.device
         ids = torch.randint(0, self.model.config.vocab_size, shape, device=device)
-        works = {}
+        works = {"halfbyte": halfbyte_step(self.model, ids, r, checkpointing=True)}
         if self.peer is not None:
-            # First, because injecting halfbyte's adapter changes the model that both read.
             works[PEER] = peft_step(self.peer, ids, r, checkpointing=True)
-        works["halfbyte"] = halfbyte_step(self.model, ids, r, checkpointing=True)
         self.measure("train_step", ids.numel(), works, r=r, batch=shape[0], seq=shape[1])
 
     def measure(self, bench: str, tokens: int, works: dict, **sizes) -> None:

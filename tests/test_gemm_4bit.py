@@ -174,6 +174,8 @@ def test_linear_without_weight_and_with_the_wrong_one():
         Linear4bit(64, 24).quantize_(torch.ones(64, 24), "q_proj")
 
 
+# torch's tracer makes an instance of every autograd function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("rows", [1, 32])
 def test_compile_has_no_graph_break(device, rows):
     linear = layer(device)

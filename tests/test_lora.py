@@ -177,7 +177,10 @@ PEFT_CASES = [
 
 # What transformers and PEFT warn of among themselves is not ours to mend.
 PEERS_WARNINGS = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore:.*(fetch remote|config file|some/base):UserWarning"
+    "ignore::FutureWarning",
+    "ignore:.*(fetch remote|config file|some/base):UserWarning",
+    "ignore:.*rank_pattern keys did not match:RuntimeWarning",
+    "ignore:.*alpha_pattern keys did not match:RuntimeWarning",
 )
 
 

@@ -89,30 +89,31 @@ fn device_state(ordinal: u32) -> Result<&'static DeviceState> {
     Ok(state)
 }
 
-/// Gives the calling thread its current context back when dropped, even if that was none: torch reads the current
-/// device from it.
+/// Gives the calling thread its current context back when dropped: torch reads the current device from it.
 struct Bound {
+    /// Null if the thread had none; absent if there is nothing to undo.
     previous: Option<sys::CUcontext>,
 }
 
 impl Bound {
     fn to(context: &CudaContext) -> std::result::Result<Self, DriverError> {
-        let bound = Self::restoring()?;
-        if bound.previous != Some(context.cu_ctx()) {
-            context.bind_to_thread()?;
+        if result::ctx::get_current()? == Some(context.cu_ctx()) {
+            return Ok(Self { previous: None });
         }
+        let bound = Self::restoring()?;
+        context.bind_to_thread()?;
         Ok(bound)
     }
 
-    /// Binds nothing, restores all the same.
+    /// Binds nothing, restores what is current now.
     fn restoring() -> std::result::Result<Self, DriverError> {
-        Ok(Self { previous: result::ctx::get_current()? })
+        Ok(Self { previous: Some(result::ctx::get_current()?.unwrap_or(ptr::null_mut())) })
     }
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        let previous = self.previous.unwrap_or(ptr::null_mut());
+        let Some(previous) = self.previous else { return };
         // SAFETY: it was current on this thread a moment ago, and null means none. A failure here has no one to be
         // told to; the next call on this thread reports it.
         let _ = unsafe { result::ctx::set_current(previous) };
@@ -190,7 +191,7 @@ impl fmt::Debug for Launcher {
 
 impl Launcher {
     pub fn new(ordinal: u32, stream: u64) -> Result<Self> {
-        if crate::build_info().is_none() {
+        if !crate::HAS_KERNELS {
             let message = "this build has no CUDA kernels; rebuild with nvcc".to_string();
             return Err(Error::Cuda { what: "opening the device".into(), device: Device::Cuda(ordinal), message });
         }
