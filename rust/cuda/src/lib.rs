@@ -38,11 +38,12 @@ pub struct BuildInfo {
     pub archs: Vec<String>,
 }
 
+const HAS_KERNELS: bool = !env!("HALFBYTE_BUILT_BY").is_empty();
+
 /// `None` if this is a build without kernels.
 pub fn build_info() -> Option<BuildInfo> {
     let (nvcc, archs) = (env!("HALFBYTE_BUILT_BY"), env!("HALFBYTE_BUILT_FOR"));
-    (!nvcc.is_empty())
-        .then(|| BuildInfo { nvcc: nvcc.to_string(), archs: archs.split(',').map(String::from).collect() })
+    HAS_KERNELS.then(|| BuildInfo { nvcc: nvcc.to_string(), archs: archs.split(',').map(String::from).collect() })
 }
 
 /// Whether kernels can run here, or why not. Starts the CUDA driver, but makes no context.
