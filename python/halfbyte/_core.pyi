@@ -47,7 +47,7 @@ def dequantize_4bit(
     """
 
 def double_quantize(absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
-    """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around their mean.
+    """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around the mean.
 
     absmax: float32 [blocks]. codes: uint8 [blocks], out. nested_absmax: float32
     [ceil(blocks / 256)], out. offset: float32 [1], out: the mean.
