@@ -75,13 +75,17 @@ class ScriptedStream:
 
 @pytest.fixture
 def script(monkeypatch):
+    # A process started in the background may ignore the signal that the tests raise.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def use(*answers) -> Scripted:
         scripted = Scripted(*answers)
         # halfbyte.chat is the function; the module of that name is reached by its entry.
         monkeypatch.setattr(sys.modules["halfbyte.chat"], "stream", scripted)
         return scripted
 
-    return use
+    yield use
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
