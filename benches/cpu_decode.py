@@ -25,7 +25,6 @@ from contenders import (
 )
 
 import halfbyte
-from halfbyte import _core
 
 GGUF = ROOT.parent / "shared/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -112,7 +111,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.manual_seed(0)
-    _core.set_num_threads(torch.get_num_threads())
     for name, dtype in DTYPES.items():
         model = halfbyte.load(args.model, dtype=dtype, device="cpu", progress=False)
         measure_decode(model, name, args.model, args.tokens, args.rounds)

@@ -14,7 +14,7 @@ from bench import append_row, copies, interleave, rotation, show, time_row
 from contenders import bnb_linear, bnb_state
 from torch import Tensor, nn
 
-from halfbyte import Linear4bit, QuantState, _core, dequantize_4bit, quantize_4bit
+from halfbyte import Linear4bit, QuantState, dequantize_4bit, quantize_4bit
 
 SHAPES = [(4096, 4096), (1536, 576), (576, 1536)]  # N, K
 FORWARD_ROWS = [1, 4, 16, 128, 512]
@@ -115,7 +115,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
-    _core.set_num_threads(torch.get_num_threads())
     for n, k in SHAPES:
         measure_shape(n, k, rounds)
 

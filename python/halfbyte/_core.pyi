@@ -143,9 +143,3 @@ def cuda_status() -> str:
 
 def cpu_features() -> list[str]:
     """The vector instruction sets of this processor that the CPU loops look for."""
-
-def set_num_threads(threads: int) -> None:
-    """Set the number of threads of later CPU calls; 0 means one a core."""
-
-def get_num_threads() -> int:
-    """The number of threads that work on one CPU operation."""

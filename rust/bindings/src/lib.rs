@@ -13,6 +13,6 @@ mod _core {
     #[pymodule_export]
     use super::ops::{
         adamw, adamw_8bit, codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
-        double_quantize, dynamic_map, gemv_4bit, get_num_threads, quantize_4bit, quantize_blockwise, set_num_threads,
+        double_quantize, dynamic_map, gemv_4bit, quantize_4bit, quantize_blockwise,
     };
 }

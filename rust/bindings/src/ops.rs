@@ -9,7 +9,7 @@ use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, GemvShape};
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
-use halfbyte_core::{Absmax, QuantType, parallel, simd};
+use halfbyte_core::{Absmax, QuantType, simd};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -263,17 +263,6 @@ pub fn cuda_status() -> String {
 #[pyfunction]
 pub fn cpu_features() -> Vec<&'static str> {
     simd::cpu_features()
-}
-
-#[pyfunction]
-pub fn set_num_threads(threads: i64) -> PyResult<()> {
-    parallel::set_num_threads(not_negative("set_num_threads", "threads", threads)?);
-    Ok(())
-}
-
-#[pyfunction]
-pub fn get_num_threads() -> usize {
-    parallel::num_threads()
 }
 
 fn not_negative(op: &str, name: &str, value: i64) -> PyResult<usize> {

@@ -1,51 +1,20 @@
-//! The one pool of threads, shared by all operations.
+//! The threads of all operations: those of the process's OpenMP runtime, else a pool of our own.
 
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError};
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+#[cfg(target_os = "linux")]
+mod openmp;
+mod pool;
 
-struct Pool {
-    threads: usize,
-    /// The caller works too, so there is one worker less than threads; none are needed for one thread.
-    workers: Option<ThreadPool>,
-    /// Threads do not survive a fork: a pool made by another process is replaced.
-    process: u32,
-}
-
-static POOL: RwLock<Option<Arc<Pool>>> = RwLock::new(None);
-
-/// Sets the number of threads of every later call; 0 means one a core.
-pub fn set_num_threads(threads: usize) {
-    install(threads);
-}
+pub use pool::set_num_threads;
 
 /// The number of threads that work on one operation, the caller included.
 pub fn num_threads() -> usize {
-    pool().threads
-}
-
-fn pool() -> Arc<Pool> {
-    let current = POOL.read().unwrap_or_else(PoisonError::into_inner).clone();
-    match current {
-        Some(pool) if pool.process == std::process::id() => pool,
-        Some(stale) => install(stale.threads),
-        None => install(0),
+    #[cfg(target_os = "linux")]
+    if let Some(runtime) = openmp::runtime() {
+        return runtime.num_threads();
     }
-}
-
-fn install(threads: usize) -> Arc<Pool> {
-    let cores = || std::thread::available_parallelism().map_or(1, |count| count.get());
-    let threads = if threads == 0 { cores() } else { threads };
-    let builder = ThreadPoolBuilder::new().num_threads(threads - 1).thread_name(|i| format!("halfbyte-{i}"));
-    // Without workers (thread limit reached) the caller does the work alone: slower, the same result.
-    let workers = if threads > 1 { builder.build().ok() } else { None };
-    let pool = Arc::new(Pool { threads, workers, process: std::process::id() });
-    let mut slot = POOL.write().unwrap_or_else(PoisonError::into_inner);
-    if let Some(old) = slot.replace(pool.clone()).filter(|old| old.process != pool.process) {
-        // The workers of a stale pool exist in the parent process only and cannot be told to stop.
-        std::mem::forget(old);
-    }
-    pool
+    pool::pool().num_threads()
 }
 
 /// Calls `work` once for each of `count` chunks, on as many threads as there are chunks and workers.
@@ -55,23 +24,25 @@ pub(crate) fn for_each<I>(chunks: I, count: usize, work: impl Fn(I::Item) + Sync
 where
     I: Iterator + Send,
 {
-    let pool = if count > 1 { Some(pool()) } else { None };
-    let Some(workers) = pool.as_ref().and_then(|pool| pool.workers.as_ref()) else {
+    if count <= 1 {
         return chunks.for_each(work);
-    };
+    }
     let queue = Mutex::new(chunks);
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let drain = || {
+    on_threads(count, &|| {
         while let Some(chunk) = next() {
             work(chunk);
         }
-    };
-    workers.in_place_scope(|scope| {
-        for _ in 1..count.min(workers.current_num_threads() + 1) {
-            scope.spawn(|_| drain());
-        }
-        drain();
     });
+}
+
+/// Runs `work` on this and other threads, at most `limit` of them.
+fn on_threads(limit: usize, work: &(dyn Fn() + Sync)) {
+    #[cfg(target_os = "linux")]
+    if let Some(runtime) = openmp::runtime() {
+        return runtime.run(limit, work);
+    }
+    pool::pool().run(limit, work);
 }
 
 #[cfg(test)]
