@@ -105,7 +105,7 @@ def section(title: str) -> doctor.Section:
 def test_doctor_tells_version_build_machine_and_libraries(capsys):
     doctor.report()
     shown = capsys.readouterr().out
-    assert metadata.version("halfbyte") in shown
+    assert metadata.version("halfbyte") == halfbyte.__version__ and halfbyte.__version__ in shown
     assert "CUDA kernels" in shown and "driver" in shown and "used by default" in shown
     assert re.search(r"available +\d+\.\d GiB", shown)
     assert re.search(r"threads +\d+ of \d+ usable cores", shown)

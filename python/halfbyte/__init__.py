@@ -1,6 +1,7 @@
 """halfbyte: half a byte per weight, trained and served from one wheel."""
 
 from halfbyte import optim
+from halfbyte._core import __version__
 from halfbyte.chat import chat
 from halfbyte.checkpoint import load, save
 from halfbyte.generate import generate, stream
@@ -9,7 +10,7 @@ from halfbyte.lora import LoraConfig, LoRALinear, load_adapter, merge, save_adap
 from halfbyte.models import Decoder
 from halfbyte.ops import QuantState, dequantize_4bit, quantize_4bit
 from halfbyte.sampling import Sampling
-from halfbyte.train import TrainConfig, finetune
+from halfbyte.train import TrainConfig, TrainResult, finetune
 
 # Attached here, so that the model need not know how it is sampled from.
 Decoder.generate = generate
@@ -22,6 +23,8 @@ __all__ = [
     "QuantState",
     "Sampling",
     "TrainConfig",
+    "TrainResult",
+    "__version__",
     "chat",
     "dequantize_4bit",
     "finetune",

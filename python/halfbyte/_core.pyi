@@ -15,6 +15,8 @@ bfloat16. A block is ``blocksize`` consecutive elements of the flat tensor; the 
 
 from torch import Tensor
 
+__version__: str
+
 class CudaError(RuntimeError):
     """The CUDA driver is missing, or one of its calls or a kernel failed."""
 

@@ -52,7 +52,7 @@ def _package() -> Section:
     section = Section(
         "halfbyte",
         [
-            ("version", metadata.version("halfbyte")),
+            ("version", _core.__version__),
             ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
             ("torch", f"{torch.__version__} (built for CUDA {torch.version.cuda or 'none'})"),
         ],
