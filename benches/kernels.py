@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from halfbyte import QuantState, _core, quantize_4bit
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]  # N, K
-GEMV_ROWS = [1, 2, 4, 8]
+GEMV_ROWS = [1, 2, 4, 8, 16]
 COLD_BYTES = 320 << 20
 # Read and write together, as a large device copy reaches them.
 COPY_RATE = {"H200": 4.3e12, "H100": 3.0e12}

@@ -246,6 +246,17 @@ class Linear:
         args = (self.quant_type, self.blocksize, self.N * self.K, torch.float32)
         return dequantize(self.packed.cpu(), scale, *args).double().view(self.N, self.K)
 
+    def table_weight(self, dtype: torch.dtype) -> Tensor:
+        """W in fp64 as tensor cores see it: the codebook rounded to `dtype`, the scales exact."""
+        gain = {"nf4": 1.43675, "fp4": 12.0, "int4": 7.0}[self.quant_type]
+        table = (torch.tensor(_core.codebook(self.quant_type)) * gain).to(dtype).double() / gain
+        packed = self.packed.cpu().long()
+        values = table[torch.stack([packed >> 4, packed & 15], 1).flatten()]
+        absmax, nested_absmax, nested_map, offset = self.scale
+        nested_absmax = nested_absmax.cpu().repeat_interleave(256)[: absmax.numel()]
+        scale = nested_map.cpu()[absmax.cpu().long()] * nested_absmax + offset
+        return (values.view(-1, self.blocksize) * scale.double()[:, None]).view(self.N, self.K)
+
     def __call__(self, x: Tensor, shift: int = 0) -> Tensor:
         out = guarded(x.shape[0] * self.N, x.dtype, x.device, shift)
         args = (self.packed, *self.scale, self.quant_type, self.blocksize)
@@ -279,6 +290,82 @@ def test_gemv_4bit(dtype, N, K):
         for shift in (0, 1):
             x = rows(M, K, dtype, shift)
             close(linear(x, shift), x, linear.weight())
+
+
+MMA_SHAPES = [(1, 256), (8, 512), (17, 2816), (40, 4096), (1000, 1024), (1032, 8192)]
+MMA_SHAPES += [(4099, 256), (2305, 5120), (24, 11008), (33, 14336), (9, 28672)]
+
+
+@pytest.mark.parametrize("N, K", MMA_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gemv_4bit_on_tensor_cores(dtype, N, K):
+    for number, M in enumerate([1, 2, 3, 7, 8, 9, 16, 33]):
+        linear = Linear(N, K, quant_type=QUANT_TYPES[number % 3])
+        x = rows(M, K, dtype)
+        for shift in (0, 1):
+            close(linear(x, shift), x, linear.table_weight(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gemv_4bit_reads_every_weight_in_every_place(dtype):
+    linear = Linear(16, 512)
+    linear.packed.copy_(torch.arange(4096).to(torch.uint8))
+    x = torch.eye(512, device=CUDA, dtype=dtype)
+    close(linear(x), x, linear.table_weight(dtype))
+
+
+@pytest.mark.parametrize("M", [1, 5, 8])
+def test_gemv_4bit_is_no_less_accurate_than_bitsandbytes(M):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    linear, x = Linear(4096, 2048), rows(M, 2048, torch.bfloat16)
+    exact = x.cpu().double() @ linear.weight().T
+    absmax, nested_absmax, nested_map, offset = linear.scale
+    state = functional.QuantState(
+        absmax=absmax,
+        shape=torch.Size([linear.N, linear.K]),
+        code=torch.tensor(_core.codebook("nf4"), device=CUDA),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=torch.bfloat16,
+        offset=torch.tensor(offset, device=CUDA),
+        state2=functional.QuantState(
+            absmax=nested_absmax, code=nested_map, blocksize=256, dtype=torch.float32
+        ),
+    )
+    peer = functional.dequantize_4bit(linear.packed.view(-1, 1), state).float()
+    theirs = (x.float() @ peer.T).bfloat16()
+    assert error(linear(x), exact) <= error(theirs, exact)
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    return (y.cpu().double() - exact).norm().item()
+
+
+def test_gemv_4bit_sees_what_the_kernel_before_it_wrote():
+    """It may start before that kernel has ended, so its weights, scales and x are all at risk."""
+    linear, x = Linear(4096, 4096), rows(4, 4096, torch.bfloat16)
+    fresh = [Linear(4096, 4096, quant_type=name) for name in ("fp4", "int4")]
+    for other in fresh:
+        other.quant_type = "nf4"
+        other.packed.bitwise_xor_(0x5A)
+        expected = other(x + 1)
+        for _ in range(50):
+            linear.packed.zero_(), linear.scale[0].zero_()
+            linear(x)
+            linear.scale[0].copy_(other.scale[0])
+            linear(x)
+            y = x + 1
+            linear.packed.copy_(other.packed)
+            got = linear(y)
+            same(got, expected)
+        # As a chain, each reading what the one before it has just made.
+        chain, alone = x, x
+        for _ in range(20):
+            chain = linear(chain.clone()) * 0.01
+        for _ in range(20):
+            torch.cuda.synchronize()
+            alone = linear(alone.clone()) * 0.01
+        same(chain, alone)
 
 
 @pytest.mark.parametrize("K", [100, 1024, 4096, 11008])

@@ -2,7 +2,8 @@ use halfbyte_core::Result;
 use halfbyte_core::ops::gemv_4bit::Gemv4bit;
 
 use crate::args::{DeviceAbsmax, aligned, args, codebook_row, dtype_index, log2};
-use crate::launch::{Dim, Family, Launcher, extent, family};
+use crate::gemv_4bit_mma;
+use crate::launch::{Dim, Family, Geometry, Launcher, extent, family};
 
 /// By variant (1, 2, 4, 8 rows of x at a time; any layout), then by dtype.
 const KERNELS: [&str; 15] = [
@@ -62,13 +63,20 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemv4bit<'_>) -> Result<()> {
     if m * n == 0 {
         return Ok(());
     }
+    if let Some(warps) = gemv_4bit_mma::warps(launcher.limits(), &args) {
+        return gemv_4bit_mma::launch(launcher, args, warps);
+    }
     let vector = k > 0 && k % UNIT == 0 && n * k < MOST_WEIGHTS && aligned(args.x, 16) && aligned(args.packed, 16);
     let Variant { index, tile, warps } = variant(m, k, vector);
     launcher.launch(
         &FAMILY,
         KERNELS[3 * index + dtype_index(args.x.dtype())],
-        grid(m.div_ceil(tile.0), n.div_ceil(tile.1)),
-        (extent(32 * warps), 1, 1),
+        Geometry {
+            grid: grid(m.div_ceil(tile.0), n.div_ceil(tile.1)),
+            block: (extent(32 * warps), 1, 1),
+            shared: 0,
+            overlaps: false,
+        },
         args![
             args.x.ptr(),
             args.packed.ptr(),

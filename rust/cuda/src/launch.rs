@@ -18,6 +18,17 @@ pub(crate) type Dim = (u32, u32, u32);
 #[repr(C, align(16))]
 pub(crate) struct Image<B: ?Sized>(pub B);
 
+/// How a kernel is spread over the device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Geometry {
+    pub grid: Dim,
+    pub block: Dim,
+    /// bytes of dynamic shared memory
+    pub shared: usize,
+    /// The kernel itself waits for the one before it in the stream, so it may start before that has ended.
+    pub overlaps: bool,
+}
+
 /// One family's fatbin and the kernels that its launcher asks for.
 pub(crate) struct Family {
     pub name: &'static str,
@@ -69,7 +80,33 @@ unsafe impl Send for Function {}
 struct DeviceState {
     ordinal: u32,
     context: Arc<CudaContext>,
+    limits: Limits,
     functions: Mutex<HashMap<&'static str, Function>>,
+}
+
+/// What a launcher has to know of a device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// compute capability, major and minor
+    pub capability: (i32, i32),
+    pub multiprocessors: usize,
+    /// most dynamic shared memory of a CTA, bytes
+    pub shared: usize,
+}
+
+impl Limits {
+    fn of(context: &CudaContext) -> std::result::Result<Self, DriverError> {
+        use sys::CUdevice_attribute::*;
+        let read = |attribute| context.attribute(attribute);
+        Ok(Self {
+            capability: (
+                read(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                read(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            multiprocessors: read(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            shared: read(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+        })
+    }
 }
 
 /// The state of a device; made at first use, never dropped.
@@ -83,8 +120,9 @@ fn device_state(ordinal: u32) -> Result<&'static DeviceState> {
     driver_status().map_err(fail)?;
     let restored = Bound::restoring().map_err(|error| fail(describe(error)))?;
     let context = CudaContext::new(ordinal as usize).map_err(|error| fail(describe(error)))?;
+    let limits = Limits::of(&context).map_err(|error| fail(describe(error)))?;
     drop(restored);
-    let state = Box::leak(Box::new(DeviceState { ordinal, context, functions: Mutex::default() }));
+    let state = Box::leak(Box::new(DeviceState { ordinal, context, limits, functions: Mutex::default() }));
     devices.insert(ordinal, state);
     Ok(state)
 }
@@ -151,9 +189,21 @@ impl DeviceState {
             // SAFETY: the module was loaded above and is never unloaded.
             let function = unsafe { result::module::get_function(module, name) };
             let function = function.map_err(|error| self.error(format!("looking up {kernel}"), error))?;
+            self.allow_shared_memory(function).map_err(|error| self.error(format!("setting up {kernel}"), error))?;
             Ok((kernel, Function(function)))
         };
         family.kernels.iter().map(look_up).collect()
+    }
+
+    /// Without this a kernel gets 48 KiB of dynamic shared memory, however much the device has.
+    fn allow_shared_memory(&self, function: sys::CUfunction) -> std::result::Result<(), DriverError> {
+        use sys::CUfunction_attribute::*;
+        // SAFETY: the function belongs to the current context.
+        unsafe {
+            let fixed = result::function::get_function_attribute(function, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+            let most = self.limits.shared as i32 - fixed;
+            result::function::set_function_attribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
+        }
     }
 }
 
@@ -198,26 +248,40 @@ impl Launcher {
         Ok(Self { state: device_state(ordinal)?, stream })
     }
 
+    pub fn limits(&self) -> Limits {
+        self.state.limits
+    }
+
     /// Queues one kernel. `args` are addresses of values that match the kernel's parameters one by one (`args!`),
     /// and every pointer among them comes from an argument struct of core, which has checked its extent.
     pub fn launch(
         &self,
         family: &Family,
         kernel: &'static str,
-        grid: Dim,
-        block: Dim,
+        geometry: Geometry,
         args: &mut [Arg<'_>],
     ) -> Result<()> {
-        let what = || format!("{kernel} with grid {grid:?} and block {block:?}");
-        let fail = |error| self.state.error(what(), error);
+        let fail = |error| self.state.error(format!("{kernel} with {geometry:?}"), error);
         let _bound = Bound::to(&self.state.context).map_err(fail)?;
         let function = self.state.function(family, kernel)?;
-        let stream = self.stream as usize as sys::CUstream;
-        // SAFETY: an `Arg` is one address, and the driver only reads what they point to.
-        let args = unsafe { &mut *(ptr::from_mut(args) as *mut [*mut c_void]) };
+        let mut attribute = overlap();
+        let config = sys::CUlaunchConfig {
+            gridDimX: geometry.grid.0,
+            gridDimY: geometry.grid.1,
+            gridDimZ: geometry.grid.2,
+            blockDimX: geometry.block.0,
+            blockDimY: geometry.block.1,
+            blockDimZ: geometry.block.2,
+            sharedMemBytes: geometry.shared as u32,
+            hStream: self.stream as usize as sys::CUstream,
+            attrs: &mut attribute,
+            numAttrs: (geometry.overlaps && self.state.limits.capability >= (9, 0)).into(),
+        };
+        // An `Arg` is one address, and the driver only reads what they point to.
+        let args: *mut *mut c_void = args.as_mut_ptr().cast();
         // SAFETY: the function belongs to the current context, the stream to the same device by `CudaBackend::new`'s
         // contract, and the parameters are copied before the call returns.
-        unsafe { result::launch_kernel(function, grid, block, 0, stream, args) }.map_err(fail)
+        unsafe { sys::cuLaunchKernelEx(&config, function, args, ptr::null_mut()) }.result().map_err(fail)
     }
 
     /// Queues one kernel of one-dimensional grid and block. More CTAs than a grid can have is the driver's error.
@@ -229,8 +293,18 @@ impl Launcher {
         threads: u32,
         args: &mut [Arg<'_>],
     ) -> Result<()> {
-        self.launch(family, kernel, (extent(ctas), 1, 1), (threads, 1, 1), args)
+        let geometry = Geometry { grid: (extent(ctas), 1, 1), block: (threads, 1, 1), shared: 0, overlaps: false };
+        self.launch(family, kernel, geometry, args)
     }
+}
+
+/// Programmatic dependent launch.
+fn overlap() -> sys::CUlaunchAttribute {
+    // SAFETY: all zeros is a valid attribute.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
 }
 
 /// A count as a grid extent; one that no grid can have stays too large.

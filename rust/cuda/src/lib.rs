@@ -10,6 +10,7 @@ mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
 mod gemv_4bit;
+mod gemv_4bit_mma;
 mod launch;
 mod quantize_4bit;
 mod quantize_blockwise;

@@ -20,13 +20,14 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 8] = sources!(
+static SOURCES: [Sources; 9] = sources!(
     adamw,
     adamw_8bit,
     dequantize_4bit,
     dequantize_blockwise,
     double_quantize,
     gemv_4bit,
+    gemv_4bit_mma,
     quantize_4bit,
     quantize_blockwise
 );
@@ -89,6 +90,12 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
+        ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
+        ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
+        ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),
+        ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
+        ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
+        ("gemv_4bit_mma", "TABLE", crate::gemv_4bit_mma::TABLE),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
     ];
