@@ -543,3 +543,12 @@ def test_gpu_generates_what_the_cpu_does():
     model.cuda()
     got = [generate(model, prompts, **options), generate(model, prompts, max_new_tokens=16)]
     assert got == expected
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7], [8]]])
+def test_the_head_reads_rows(prompts):
+    """For a strided third dimension torch would copy the head's frozen matrix."""
+    model, shapes = tiny(), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    generate(model, prompts, max_new_tokens=2)
+    assert shapes == [(len(prompts), 32)] * 2

@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         if labels is not None:
             return Output(self._loss(hidden, labels, num_items), None)
         if last_only:
-            hidden = _last(hidden, counts)
+            return Output(None, self.lm_head(_last(hidden, counts))[:, None])
         return Output(None, self.lm_head(hidden))
 
     def _check(
@@ -183,9 +183,12 @@ class Decoder(nn.Module):
 
 
 def _last(hidden: Tensor, counts: list[int] | None) -> Tensor:
-    """hidden [B, T, d] -> [B, 1, d], each row's last token that is not padding."""
+    """hidden [B, T, d] -> [B, d], each row's last token that is not padding.
+
+    Two dimensions, because torch would copy the head's matrix for a strided third.
+    """
     if counts is None:
-        return hidden[:, -1:]
+        return hidden[:, -1]
     last = torch.tensor(counts, device=hidden.device) - 1
     rows = torch.arange(len(counts), device=hidden.device)
-    return hidden[rows, last][:, None]
+    return hidden[rows, last]
