@@ -145,6 +145,11 @@ ERRORS = {
     "missing model": (["chat", "no/such/folder.gguf"], "no/such/folder.gguf"),
     "bad choice": (["quantize", "BASE", "OUT", "--dtype", "int8"], "expected one of bfloat16"),
     "bad setting": (["finetune", "BASE", "DATA", "--lora-r", "0"], "lora_r"),
+    "no such device": (["chat", "BASE", "--device", "gpu"], "expected cpu or cuda, got gpu"),
+    "no such device to train on": (
+        ["finetune", "BASE", "DATA", "--device", "gpu", "--output-dir", "OUT"],
+        "device: expected cpu or cuda, got gpu",
+    ),
     "missing data": (["finetune", "BASE", "nothing.jsonl", "--output-dir", "OUT"], "nothing.jsonl"),
     "missing adapter": (["merge", "BASE", "nothing", "OUT"], "adapter_config.json"),
 }
@@ -160,6 +165,33 @@ def test_errors_are_one_message(case, base, tmp_path):
     assert result.output.splitlines()[-1].startswith("error: ") or "error: " in result.output
     assert expected in result.output and "Traceback" not in result.output
     assert run("--debug", *words).exception.__class__ is not SystemExit
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["quantize", "chat", "finetune", "merge", "demo"])
+def test_a_gpu_that_is_not_there_is_one_message(command, base, tmp_path):
+    words = {
+        "quantize": [base, tmp_path / "out"],
+        "chat": [base],
+        "finetune": [base, base.parent / "data.jsonl", "--output-dir", tmp_path / "out"],
+        "merge": [base, tmp_path, tmp_path / "out"],
+        "demo": ["--model", base, "--output-dir", tmp_path / "out"],
+    }
+    result = run(command, *words[command], "--device", "cuda")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "error: device cuda: " in result.output and "halfbyte doctor" in result.output
+
+
+def test_a_single_target_module_is_a_name(base, trained, tmp_path):
+    options = "--max-steps 1 --lora-r 4 --dtype float32 --device cpu --save-total-limit none "
+    options += "--target-modules q_proj --modules-to-save lm_head"
+    data = base.parent / "data.jsonl"
+    result = run("finetune", base, data, "--output-dir", tmp_path, *options.split())
+    assert result.exit_code == 0, result.output
+    fields = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (fields["target_modules"], fields["modules_to_save"]) == (["q_proj"], ["lm_head"])
+    state = json.loads((tmp_path / "checkpoint-1/state.json").read_text())
+    assert state["config"]["save_total_limit"] is None
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

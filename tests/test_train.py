@@ -7,35 +7,44 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_rows, write_tokenizer
+from tiny import tiny_folder, tiny_model, tiny_rows, write_tokenizer
 
+from halfbyte import _core
+from halfbyte.checkpoint import load
 from halfbyte.data import Batches, DataReport, Encoder, collate, encode_rows
 from halfbyte.errors import CheckpointError, DataError
-from halfbyte.lora import LoraConfig, inject, load_adapter
+from halfbyte.linear import Linear4bit
+from halfbyte.lora import LoraConfig, LoRALinear, inject, load_adapter
 from halfbyte.tokenizer import Tokenizer
-from halfbyte.train import TrainConfig, finetune
+from halfbyte.train import TrainConfig, finetune, loop
 from halfbyte.train.checkpoints import (
     checkpoints,
     damage,
     find_checkpoint,
     newest_complete,
+    prune,
     rng_state,
     set_rng_state,
     write_checkpoint,
 )
-from halfbyte.train.monitor import keep_rows
+from halfbyte.train.monitor import Monitor, keep_rows
 from halfbyte.train.schedule import SCHEDULES, lr_factor
+from halfbyte.train.setup import prepare
+from halfbyte.train.world import World, join_world
 
 ROWS = tiny_rows(22)
 
@@ -123,6 +132,14 @@ def test_defaults_are_those_of_qlora():
         (dict(lora_dropout=1.0), ValueError, "lora_dropout: 1.0 leaves nothing"),
         (dict(warmup_ratio=1.5), ValueError, "warmup_ratio: expected 0 to 1"),
         (dict(max_grad_norm=-1), ValueError, "max_grad_norm"),
+        (dict(eval_dataset_size=0.1), TypeError, "eval_dataset_size: expected a whole number"),
+        (dict(eval_dataset_size=-1), ValueError, "eval_dataset_size: expected at least 0, got -1"),
+        (dict(adam_betas=(0.9,)), TypeError, r"adam_betas: expected two numbers, got \(0.9,\)"),
+        (dict(adam_betas=(0.9, 1.0)), ValueError, r"adam_betas: expected .* in \[0, 1\)"),
+        (dict(seed=None), TypeError, "seed: expected a whole number, got None"),
+        (dict(data_seed="1"), TypeError, "data_seed: expected a whole number"),
+        (dict(gradient_checkpointing="false"), TypeError, "gradient_checkpointing: expected True"),
+        (dict(resume=3.5), TypeError, 'resume: expected "auto"'),
         (dict(num_epochs=0), ValueError, "num_epochs: 0 leaves nothing"),
     ],
 )
@@ -134,8 +151,18 @@ def test_settings_that_cannot_be(changes, error, message):
 def test_device_that_is_not_there(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="torch finds no GPU"):
+    with pytest.raises(_core.CudaError, match="device cuda: .*halfbyte doctor"):
         finetune(config(tmp_path, device="cuda"))
+    with pytest.raises(ValueError, match="device: expected cpu or cuda, got gpu"):
+        finetune(config(tmp_path, device="gpu"))
+
+
+def test_a_gpu_that_halfbyte_cannot_use_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_core, "cuda_status", lambda: "built without nvcc")
+    with pytest.warns(UserWarning, match="uses the CPU .*: built without nvcc"):
+        with join_world(None) as world:
+            assert world.device == torch.device("cpu")
 
 
 def test_steps_of_epochs():
@@ -286,7 +313,100 @@ def test_text_rows_from_a_file_with_a_saved_model(tmp_path):
     assert record["quant_type"] == "nf4"
 
 
+def first_targets(tmp_path, targets) -> list[str]:
+    result = finetune(config(tmp_path / str(targets), target_modules=targets, max_steps=1))
+    adapted = [name for name, one in result.model.named_modules() if isinstance(one, LoRALinear)]
+    return [name.removeprefix("model.layers.0.") for name in adapted if ".layers.0." in name]
+
+
+def test_target_modules_are_a_name_a_path_a_list_or_a_regular_expression(tmp_path):
+    assert first_targets(tmp_path, "q_proj") == ["self_attn.q_proj"]
+    assert first_targets(tmp_path, "mlp.up_proj") == ["mlp.up_proj"]
+    both = ["self_attn.q_proj", "self_attn.k_proj"]
+    assert first_targets(tmp_path, ("q_proj", "k_proj")) == both
+    assert first_targets(tmp_path, r".*\.[qk]_proj") == both
+    with pytest.raises(ValueError, match=r"no linear layer matches \['q_projj'\]"):
+        first_targets(tmp_path, "q_projj")
+
+
+def test_modules_to_save_are_layers(tmp_path):
+    result = finetune(config(tmp_path, modules_to_save="lm_head", max_steps=1))
+    assert "base_model.model.lm_head.weight" in adapter_values(result.adapter_dir)
+    settings = dict(modules_to_save=["mlp"], target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"got model.layers.0.mlp, which holds \['gate_proj'"):
+        finetune(config(tmp_path / "b", **settings))
+
+
+def test_settings_that_a_given_adapter_overrules(tmp_path):
+    model = inject(tiny_model(), LoraConfig(r=2, lora_alpha=3))
+    settings = dict(model=model, lora_r=64, lora_alpha=8, max_steps=1)
+    with pytest.warns(UserWarning, match=r"not used: lora_alpha 8 \(it has 3\)$"):
+        finetune(config(tmp_path, **settings))
+    state = json.loads((tmp_path / "out/checkpoint-1/state.json").read_text())
+    assert state["settings"]["lora_alpha"] == [3]
+
+
+# fp16
+
+
+def step_gradients(tmp_path, dtype: torch.dtype, scale: float | None = None) -> torch.Tensor:
+    """Of the first step, on a model whose last norm makes them tiny without rounding."""
+    model = tiny_model().to(dtype)
+    with torch.no_grad():
+        model.model.norm.weight *= 2**-17
+    settings = config(tmp_path, model=model, lora_dropout=0.0)
+    world = World(0, 1, torch.device("cpu"))
+    run = prepare(settings, world, Monitor(settings, tmp_path, True, False), tmp_path)
+    with torch.no_grad():
+        for number, parameter in enumerate(run.parameters):
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(number))
+    run.loss_scale = run.loss_scale if scale is None else scale
+    loop._accumulate(run)
+    assert all(gradient.dtype == torch.float32 for gradient in loop._gradients(run))
+    return torch.cat([gradient.flatten() for gradient in loop._gradients(run)])
+
+
+def test_fp16_gradients_do_not_vanish(tmp_path):
+    exact = step_gradients(tmp_path, torch.float32)
+    scaled = step_gradients(tmp_path, torch.float16)
+    unscaled = step_gradients(tmp_path, torch.float16, scale=1.0)
+    assert (exact == 0).float().mean() < 0.01 and (scaled == 0).float().mean() < 0.01
+    assert torch.cosine_similarity(scaled, exact, dim=0) > 0.999
+    assert (scaled.norm() / exact.norm()).item() == pytest.approx(1, abs=0.01)
+    assert (unscaled == 0).float().mean() > 0.3, "the scale is what keeps them"
+
+
+def half_model():
+    """Whose gradients, times 65536, are beyond fp16."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight *= 100
+    return model.half()
+
+
+def test_fp16_overflow_halves_the_scale_and_resumes(tmp_path, capsys):
+    settings = dict(lora_dropout=0.1, progress=True)
+    whole = finetune(config(tmp_path / "a", model=half_model(), **settings))
+    assert "step 1: fp16 overflow, loss scale now 32768" in capsys.readouterr().err
+    finetune(config(tmp_path / "b", model=half_model(), max_steps=3, **settings))
+    state = json.loads((tmp_path / "b/out/checkpoint-3/state.json").read_text())
+    assert 1 <= state["loss_scale"] < 65536
+    resumed = finetune(config(tmp_path / "b", model=half_model(), **settings))
+    assert resumed.losses == whole.losses and all(map(math.isfinite, whole.losses))
+    exact = finetune(config(tmp_path / "c", model=half_model().float(), lora_dropout=0.1))
+    assert whole.losses == pytest.approx(exact.losses, rel=0.01)
+
+
 # Bad data, bad numbers
+
+
+def test_a_file_without_rows_is_named(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text("")
+    with pytest.raises(DataError, match=f"the data {path} holds no rows"):
+        finetune(config(tmp_path, data=path))
+    with pytest.raises(DataError, match=f"the eval data {path} holds no rows"):
+        finetune(config(tmp_path, eval_data=path))
 
 
 def test_no_usable_rows(tmp_path):
@@ -325,7 +445,70 @@ def test_nan_is_caught_before_the_weights_change(tmp_path):
         torch.testing.assert_close(value, saved["base_model.model." + name], rtol=0, atol=0)
 
 
+@pytest.fixture
+def nan_in_step_4(monkeypatch):
+    measure = loop._measure
+
+    def broken(run, stop):
+        losses, loss, norm, asked = measure(run, stop)
+        return losses, loss * (math.nan if run.step == 3 else 1), norm, asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_measure", broken)
+        yield patch
+
+
+def test_the_weights_before_a_nan_are_saved_and_resumed_to_the_bit(tmp_path, nan_in_step_4):
+    settings = dict(lora_dropout=0.1)
+    with pytest.raises(FloatingPointError, match="resume .*checkpoint-3 by name .*lower learning"):
+        finetune(config(tmp_path, **settings))
+    nan_in_step_4.undo()
+    resumed = finetune(config(tmp_path, **settings))
+    assert resumed.resumed_from == 3
+    assert resumed.losses == finetune(config(tmp_path / "whole", **settings)).losses
+
+
+def test_a_nan_is_followed_by_a_lower_learning_rate(tmp_path, nan_in_step_4):
+    with pytest.raises(FloatingPointError, match=r"resume='(.*)'") as error:
+        finetune(config(tmp_path))
+    nan_in_step_4.undo()
+    named = re.search(r"resume='(.*)'", str(error.value))[1]
+    with pytest.raises(ValueError, match="learning_rate: 0.01 then, 0.001 now"):
+        finetune(config(tmp_path, learning_rate=1e-3))
+    with pytest.raises(ValueError, match="weight_decay: 0.0 then, 0.1 now"):
+        finetune(config(tmp_path, weight_decay=0.1, resume=named))
+    with pytest.warns(UserWarning, match="no longer exact: learning_rate: 0.01 then, 0.001 now"):
+        resumed = finetune(config(tmp_path, learning_rate=1e-3, resume=named))
+    rows = [json.loads(line) for line in resumed.metrics_path.read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == [1e-2] * 3 + [1e-3] * 3
+
+
+def test_a_nan_in_the_first_step_leaves_nothing_to_resume(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match="start again with a lower learning_rate"):
+        finetune(config(tmp_path, model=model))
+    assert checkpoints(tmp_path / "out") == []
+
+
 # Evaluation
+
+
+def test_eval_loss_that_is_not_finite_is_told_and_written_as_json(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = math.nan
+    rows = [{"input_ids": [i for i in row["input_ids"] if i != 7]} for row in ROWS]
+    bad = [*rows[:2], {"input_ids": [5, 7, 9]}]
+    settings = dict(model=model, data=rows, eval_data=bad, per_device_batch_size=1, max_steps=2)
+    with pytest.warns(UserWarning, match=r"step 2: eval loss is not finite in rows \[3\]"):
+        result = finetune(config(tmp_path, **settings))
+    assert math.isnan(result.eval_losses[2])
+    last = result.metrics_path.read_text().splitlines()[-1]
+    assert json.loads(last, parse_constant=pytest.fail) == {"step": 2, "eval_loss": None}
+    again = finetune(config(tmp_path, **settings))
+    assert math.isnan(again.eval_losses[2])
 
 
 def test_eval_loss_is_the_mean_over_labels(tmp_path):
@@ -383,17 +566,20 @@ def test_progress_bar(tmp_path, capsys, monkeypatch):
 
 
 def test_trackers_are_told_every_logging_steps(tmp_path, monkeypatch):
-    told = []
+    told, ids = [], []
 
     class FakeRun:
+        id = "abc"
+
         def log(self, values, step):
             told.append((step, values))
 
         def finish(self):
             told.append("finished")
 
-    def init(dir, config, resume):
+    def init(dir, config, resume, id):
         assert config["learning_rate"] == 1e-2 and config["model"] == "<Decoder>"
+        ids.append(id)
         return FakeRun()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
@@ -404,6 +590,34 @@ def test_trackers_are_told_every_logging_steps(tmp_path, monkeypatch):
     assert steps == [3, 6]
     assert [s for s, values in told[:-1] if "train/eval_loss" in values] == [2, 4, 6]
     assert told[1][1]["train/loss"] == result.losses[2]
+    finetune(config(tmp_path, **settings | dict(max_steps=7)))
+    assert ids == [None, "abc"], "a resumed run goes on in the same W&B run"
+
+
+def test_tensorboard_is_told_and_drops_what_a_resumed_run_repeats(tmp_path, monkeypatch):
+    writers = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
+            writers.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+        def close(self):
+            self.closed = True
+
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    settings = dict(report_to="tensorboard", logging_steps=2)
+    first = finetune(config(tmp_path, max_steps=3, **settings))
+    second = finetune(config(tmp_path, max_steps=4, **settings))
+    assert [writer.purge_step for writer in writers] == [1, 4]
+    assert all(writer.closed for writer in writers)
+    assert writers[0].folder == str(tmp_path / "out" / "tensorboard")
+    losses = [one for writer in writers for one in writer.scalars if one[0] == "train/loss"]
+    assert losses == [("train/loss", first.losses[1], 2), ("train/loss", second.losses[3], 4)]
 
 
 def test_tracker_that_is_not_installed(tmp_path, monkeypatch):
@@ -419,6 +633,12 @@ def test_keep_rows_drops_later_and_torn_rows(tmp_path):
     assert [row["step"] for row in kept] == [1, 2]
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'
     assert keep_rows(tmp_path / "none.jsonl", 5) == []
+
+
+def test_keep_rows_passes_over_what_is_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'3\n{"loss": 2}\n{"step": "1"}\n\xff\n[]\n{"step": 1, "loss": 2.0}\n')
+    assert keep_rows(path, 2) == [{"step": 1, "loss": 2.0}]
 
 
 # Checkpoints
@@ -457,6 +677,60 @@ def test_write_that_fails_leaves_the_old_checkpoint(tmp_path):
     assert damage(target) is None and checkpoints(tmp_path) == [target]
     write_checkpoint(target, fill)
     assert damage(target) is None
+
+
+def broken_write(error: Exception):
+    def write(*args, **kwargs):
+        raise error
+
+    return write
+
+
+def test_a_save_that_fails_names_the_folder_and_leaves_nothing(tmp_path, monkeypatch):
+    finetune(config(tmp_path, max_steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", broken_write(RuntimeError("the disk is full")))
+        with pytest.raises(OSError, match="checkpoint-4 could not be written: the disk is full"):
+            finetune(config(tmp_path, save_steps=4))
+    assert not list((tmp_path / "out").glob(".checkpoint-*"))
+    with monkeypatch.context() as patch:
+        failing = broken_write(OSError(28, "No space left on device"))
+        patch.setattr(loop, "save_adapter", failing)
+        with pytest.raises(OSError, match="out/adapter could not be written: .*No space left"):
+            finetune(config(tmp_path, max_steps=2))
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
+def test_prune_counts_intact_checkpoints_and_keeps_what_was_just_written(tmp_path):
+    for step in (1, 2, 3, 4, 5, 9):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", fill)
+    (tmp_path / "checkpoint-9" / "a").unlink()
+    (tmp_path / "checkpoint-4" / "a").write_bytes(b"torn")
+    prune(tmp_path, 2, tmp_path / "checkpoint-2")
+    left = [path.name.removeprefix("checkpoint-") for path in checkpoints(tmp_path)]
+    assert left == ["9", "5", "4", "3", "2"]
+    prune(tmp_path, None, tmp_path / "checkpoint-2")
+    assert len(checkpoints(tmp_path)) == 5
+
+
+def test_odd_content_of_the_output_folder(tmp_path):
+    finetune(config(tmp_path, max_steps=2))
+    out = tmp_path / "out"
+    (out / "checkpoint-5").write_text("a file")
+    (out / "checkpoint-6").mkdir()
+    (out / "checkpoint-6" / "complete.json").mkdir()
+    (out / "checkpoint-\N{SUPERSCRIPT TWO}").mkdir()
+    for step, manifest in ((3, "{}"), (4, "[3]"), (7, '{"a": 3}')):
+        (out / f"checkpoint-{step}").mkdir()
+        (out / f"checkpoint-{step}" / "complete.json").write_text(manifest)
+    with (out / "metrics.jsonl").open("a") as metrics:
+        metrics.write("3\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = finetune(config(tmp_path, max_steps=5, save_steps=1))
+    assert resumed.resumed_from == 2 and len(resumed.losses) == 5
+    assert [path.name for path in checkpoints(out)] == [f"checkpoint-{n}" for n in (5, 4, 3, 2)]
+    assert (out / "abandoned-checkpoint-5").read_text() == "a file"
 
 
 def test_what_resume_means(tmp_path):
@@ -508,6 +782,42 @@ def test_resume_is_exact(tmp_path, optim):
     assert_same_adapter(resumed.adapter_dir, whole.adapter_dir)
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("base") / "base")
+
+
+def bf16_model(base: Path):
+    """In 4 bits."""
+    return load(base, dtype=torch.bfloat16, device="cpu", progress=False)
+
+
+def test_resume_is_exact_on_a_4bit_base_with_modules_in_full(tmp_path, base):
+    settings = dict(modules_to_save=["lm_head", "norm"], optim="8bit", lora_dropout=0.1)
+    whole = finetune(config(tmp_path / "a", model=bf16_model(base), **settings))
+    finetune(config(tmp_path / "b", model=bf16_model(base), max_steps=3, **settings))
+    resumed = finetune(config(tmp_path / "b", model=bf16_model(base), **settings))
+    assert isinstance(resumed.model.model.layers[0].mlp.up_proj.base_layer, Linear4bit)
+    assert resumed.resumed_from == 3 and resumed.losses == whole.losses
+    assert_same_adapter(resumed.adapter_dir, whole.adapter_dir)
+
+
+def test_gradient_checkpointing_changes_no_bit_of_a_4bit_run(tmp_path, base):
+    on, off = (
+        finetune(
+            config(
+                tmp_path / str(wanted),
+                model=bf16_model(base),
+                lora_dropout=0.1,
+                gradient_checkpointing=wanted,
+            )
+        )
+        for wanted in (True, False)
+    )
+    assert on.losses == off.losses
+    assert_same_adapter(on.adapter_dir, off.adapter_dir)
+
+
 @pytest.mark.gpu
 def test_resume_is_exact_on_a_gpu(tmp_path):
     from halfbyte.checkpoint import save
@@ -540,6 +850,59 @@ def test_resume_into_another_run_is_refused(tmp_path):
         finetune(config(tmp_path, model=tiny_model(seed=5)))
     with pytest.raises(FileExistsError, match="resume is False"):
         finetune(config(tmp_path, resume=False))
+
+
+def test_resume_with_another_adapter_of_the_same_shapes_is_refused(tmp_path):
+    finetune(config(tmp_path, max_steps=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"adapter: .*layers.0.self_attn.*None (then|now).*more"):
+        finetune(config(tmp_path, target_modules=["o_proj"]))
+    finetune(config(tmp_path / "b", model=inject(tiny_model(), LoraConfig(4, 8)), max_steps=2))
+    other = inject(tiny_model(), LoraConfig(4, 9))
+    with pytest.warns(UserWarning, match="not used"):
+        with pytest.raises(ValueError, match=r"lora_alpha: \[8\] then, \[9\] now"):
+            finetune(config(tmp_path / "b", model=other))
+
+
+def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, capsys):
+    whole = finetune(config(tmp_path / "whole", max_steps=5))
+    finetune(config(tmp_path, save_steps=2))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="cannot resume exactly"):
+        finetune(config(tmp_path, resume=out / "checkpoint-2", seed=3))
+    assert len(checkpoints(out)) == 3, "nothing is moved for a run that is refused"
+    capsys.readouterr()
+    short = dict(max_steps=3, save_total_limit=1, resume=out / "checkpoint-2")
+    finetune(config(tmp_path, **short))
+    assert f"kept as {out / 'abandoned-checkpoint-6'} but not used" in capsys.readouterr().err
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-3"]
+    assert damage(out / "abandoned-checkpoint-4") is None
+    resumed = finetune(config(tmp_path, max_steps=5))
+    assert resumed.resumed_from == 3 and resumed.losses == whole.losses
+
+
+def test_a_damaged_newest_checkpoint_does_not_crowd_out_new_ones(tmp_path):
+    finetune(config(tmp_path, max_steps=4, save_steps=2))
+    out = tmp_path / "out"
+    (out / "checkpoint-4" / "optimizer.pt").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="checkpoint-4 is damaged"):
+        finetune(config(tmp_path, max_steps=3, save_total_limit=1))
+    assert newest_complete(out) == (out / "checkpoint-3", [])
+
+
+def test_fewer_steps_than_were_done_are_told(tmp_path):
+    finetune(config(tmp_path))
+    with pytest.warns(UserWarning, match="step 6 is past the 2 steps asked for"):
+        assert finetune(config(tmp_path, max_steps=2)).steps == 6
+
+
+@pytest.mark.parametrize(
+    ("schedule", "told"), [("constant", False), ("constant_with_warmup", True)]
+)
+def test_a_schedule_that_changes_is_told(tmp_path, capsys, schedule, told):
+    settings = dict(lr_scheduler_type=schedule, warmup_ratio=0.5, progress=True)
+    finetune(config(tmp_path, max_steps=4, **settings))
+    finetune(config(tmp_path, max_steps=5, **settings))
+    assert ("schedule changes from here" in capsys.readouterr().err) == told
 
 
 def test_damaged_newest_checkpoint_falls_back(tmp_path):
@@ -605,6 +968,20 @@ def write_and_die(folder: Path, moment: int) -> None:
 
     os.fsync, Path.rename = dying(os.fsync), dying(Path.rename)
     write_checkpoint(folder / "checkpoint-10", fill)
+
+
+def test_killed_while_a_checkpoint_is_written_anew(tmp_path, processes):
+    """At every moment there is an intact one to be found: the old or the new."""
+    ends = []
+    for moment in range(8):
+        folder = tmp_path / str(moment)
+        write_checkpoint(folder / "checkpoint-10", lambda aside: (aside / "a").write_text("old"))
+        process = processes(folder / "log", write_and_die, folder, moment)
+        process.join()
+        found, notes = find_checkpoint(folder, True)
+        assert found == folder / "checkpoint-10" and notes == []
+        ends.append((process.exitcode, (found / "a").read_text()))
+    assert ends == [(-signal.SIGKILL, "old")] * 5 + [(-signal.SIGKILL, "one")] * 2 + [(0, "one")]
 
 
 def test_killed_at_every_moment_of_a_save(tmp_path, processes):
@@ -681,6 +1058,29 @@ def test_stop_signals_save_and_say_how_to_resume(tmp_path, processes, signum, co
     assert resumed.losses == pytest.approx(whole.losses, abs=1e-4)
 
 
+def run_quietly(folder: Path, resume) -> None:
+    finetune(config(folder, max_steps=100_000, save_steps=100_000, resume=resume))
+
+
+@pytest.mark.parametrize(
+    ("resume", "advice"),
+    [
+        ("auto", "the same command continues from it"),
+        (False, 'to continue from it, run the same command with resume set to "auto"'),
+    ],
+)
+def test_a_quiet_run_says_how_to_go_on_after_a_stop(tmp_path, processes, resume, advice):
+    process = processes(tmp_path / "log", run_quietly, tmp_path, resume)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and '"step": 2' in metrics.read_text()):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    log = (tmp_path / "log").read_text()
+    assert process.exitcode == 143 and "stopping after this step" in log
+    assert log.endswith(f"saved {newest_complete(tmp_path / 'out')[0]}; {advice}\n")
+
+
 # Data parallel
 
 
@@ -701,6 +1101,10 @@ def run_rank(folder: Path, max_steps: int, model_seed: int) -> None:
 
 
 def two_ranks(processes, folder: Path, *args) -> list[tuple[int, str]]:
+    return ranks_of(processes, folder, run_rank, folder, *args)
+
+
+def ranks_of(processes, folder: Path, function, *args) -> list[tuple[int, str]]:
     """Exit code and output of two processes with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -708,7 +1112,7 @@ def two_ranks(processes, folder: Path, *args) -> list[tuple[int, str]]:
     place["WORLD_SIZE"] = "2"
     logs = [folder / f"log-{rank}" for rank in range(2)]
     ranks = [
-        processes(log, run_rank, folder, *args, RANK=str(rank), LOCAL_RANK=str(rank), **place)
+        processes(log, function, *args, RANK=str(rank), LOCAL_RANK=str(rank), **place)
         for rank, log in enumerate(logs)
     ]
     for process in ranks:
@@ -733,6 +1137,37 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, processes):
 def test_ranks_with_different_bases_are_refused(tmp_path, processes):
     for code, output in two_ranks(processes, tmp_path, 2, 1):
         assert code == 1 and "ValueError: the base model differs" in output
+
+
+def run_with_a_full_disk(folder: Path) -> None:
+    loop.save_adapter = broken_write(RuntimeError("the disk is full"))
+    finetune(config(folder, max_steps=2, gradient_accumulation_steps=1))
+
+
+def test_every_rank_hears_of_a_failed_save(tmp_path, processes):
+    for code, output in ranks_of(processes, tmp_path, run_with_a_full_disk, tmp_path):
+        assert code == 1 and "checkpoint-2 could not be written: the disk is full" in output
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command_line(tmp_path, base):
+    """The launcher itself, with two processes, equals one process with twice the batch."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = "--max-steps 4 --lora-r 4 --dtype float32 --device cpu --learning-rate 0.01 "
+    options += "--gradient-accumulation-steps 1 --no-progress --per-device-batch-size"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launchers = {"one": ([sys.executable], "4"), "two": (torchrun, "2")}
+    for name, (launcher, batch) in launchers.items():
+        words = [*launcher, "-m", "halfbyte.cli", "finetune", base, data, *options.split(), batch]
+        command = [*map(str, words), "--output-dir", str(tmp_path / name)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+    assert_same_adapter(tmp_path / "two/adapter", tmp_path / "one/adapter", atol=1e-4)
+    state = json.loads((tmp_path / "two/checkpoint-4/state.json").read_text())
+    assert state["settings"]["processes"] == 2
 
 
 def test_tokenizer_pad_and_eos_never_matter(tmp_path):

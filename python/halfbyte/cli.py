@@ -14,6 +14,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from halfbyte._core import CudaError
 from halfbyte.errors import HalfbyteError
 from halfbyte.sampling import Sampling
 from halfbyte.train import TrainConfig
@@ -25,6 +26,7 @@ SHOWN_PLAINLY = (
     ImportError,
     FloatingPointError,
     torch.OutOfMemoryError,
+    CudaError,
 )
 
 
@@ -156,13 +158,27 @@ def _parameter(field: dataclasses.Field[Any], text: str | None) -> inspect.Param
         default = [default] if isinstance(default, str) else list(default or [])
     if default is None:
         kind = kind | None
-    declared = typer.Argument(help=text) if required else typer.Option(help=text)
+    parser = _number_or_none(kind) if default is not None and _may_be_none(field) else None
+    declared = typer.Argument(help=text) if required else typer.Option(help=text, parser=parser)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if required else default,
         annotation=Annotated[kind, declared],
     )
+
+
+def _may_be_none(field: dataclasses.Field[Any]) -> bool:
+    return str(field.type) in ("int | None", "float | None")
+
+
+def _number_or_none(kind: type) -> Callable[[str], Any]:
+    """Reads a number, or the word none for a setting whose default is a number."""
+
+    def number(word: str) -> Any:
+        return None if word == "none" else kind(word)
+
+    return number
 
 
 def _with_options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

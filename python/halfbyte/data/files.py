@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def read_rows(path: str | Path) -> list[Any]:
         return _read(path, kind, zipped)
     except UnicodeDecodeError as error:
         raise DataError(f"data file {path} is not UTF-8 text: {error}") from error
-    except (EOFError, gzip.BadGzipFile, csv.Error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
         raise DataError(f"data file {path} is damaged: {error}") from error
 
 
@@ -71,18 +72,27 @@ def _read_lines(lines: TextIO | list[str]) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line)
-        except json.JSONDecodeError as error:
-            yield Malformed(f"line {number} is not JSON ({error.msg} at column {error.colno})")
+        except (ValueError, RecursionError) as error:
+            yield Malformed(f"line {number} {_why_not(error)}")
+
+
+def _why_not(error: ValueError | RecursionError) -> str:
+    """Why json cannot read a text; its own words only where they help."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON ({error.msg} at line {error.lineno}, column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return "holds a number of too many digits"
 
 
 def _read_json(path: Path, text: str) -> list[Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         lines = text.split("\n")
-        if error.msg == "Extra data" or (len(lines) > 1 and _is_object(lines[0])):
+        if "Extra data" in str(error) or (len(lines) > 1 and _is_object(lines[0])):
             return list(_read_lines(lines))
-        raise DataError(f"data file {path} is not JSON: {error}") from error
+        raise DataError(f"data file {path} {_why_not(error)}") from error
     if isinstance(value, dict):
         tables = [rows for rows in value.values() if isinstance(rows, list)]
         return tables[0] if len(value) == len(tables) == 1 else [value]
@@ -94,7 +104,7 @@ def _read_json(path: Path, text: str) -> list[Any]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 

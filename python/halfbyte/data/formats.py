@@ -6,6 +6,7 @@ common shapes `messages`, `prompt-completion` and `text`, and rows that are toke
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,8 @@ def unnatural_instructions(row: dict[str, Any]) -> list[Sample]:
     instances = row["instances"] if "instances" in row else [row]
     if not isinstance(instances, list) or not all(isinstance(one, dict) for one in instances):
         raise BadRow("field 'instances' is not a list of objects")
+    if not instances:
+        raise BadRow("field 'instances' is empty")
     return [Pair(_text(one, "instruction_with_input"), _text(one, "output")) for one in instances]
 
 
@@ -188,22 +191,37 @@ def check_format(name: str) -> None:
 
 
 def detect_format(rows: Sequence[Any]) -> str:
-    """Name the format of rows by the columns that all of the first usable ones have.
+    """Name the format whose columns most of the first rows have, each of them all.
 
-    Raises DataError if the columns fit no format.
+    Raises DataError if there is none, or if some rows are in one format and some in another.
     """
     first = [row for row in rows[:ROWS_LOOKED_AT] if isinstance(row, dict)]
     if not first:
         raise DataError(f"none of the first {ROWS_LOOKED_AT} rows is an object with named columns")
-    seen = {column for row in first for column, value in row.items() if value is not None}
-    for columns, name in _BY_COLUMNS:
-        if columns <= seen:
-            return _format_of_text(first) if name == "text" else name
-    raise DataError(
-        f"cannot tell the row format from the columns {sorted(map(str, seen))}. hint: name it with "
-        f"dataset_format ({', '.join(FORMATS)}) or rename columns to messages, prompt/completion "
-        "or text"
-    )
+    found = Counter(name for name in map(_format_of, first) if name is not None)
+    unknown = len(first) - found.total()
+    if len(found) > 1:
+        counts = ", ".join(f"{count} rows in {name}" for name, count in found.most_common())
+        raise DataError(f"mixed row formats: {counts} among the first. {_HINT}")
+    if unknown > len(first) // 2:
+        seen = {column for row in first for column, value in row.items() if value is not None}
+        raise DataError(
+            f"cannot tell the row format from the columns {sorted(map(str, seen))}, which fit none "
+            f"in {unknown} of the first {len(first)} rows. {_HINT}"
+        )
+    (name,) = found
+    return _format_of_text(first) if name == "text" else name
+
+
+def _format_of(row: dict[str, Any]) -> str | None:
+    columns = {column for column, value in row.items() if value is not None}
+    return next((name for needed, name in _BY_COLUMNS if needed <= columns), None)
+
+
+_HINT = (
+    f"hint: name it with dataset_format ({', '.join(FORMATS)}) or rename columns to messages, "
+    "prompt/completion or text"
+)
 
 
 _BY_COLUMNS = (

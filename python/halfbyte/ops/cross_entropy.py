@@ -24,7 +24,8 @@ class _CrossEntropy(torch.autograd.Function):
             h, target = hidden[rows], labels[rows]
             logits = (h @ weight.t()).float()
             keep = target != IGNORE
-            index = target.clamp(min=0).unsqueeze(1)
+            # What is out of range is masked, or has made the divisor NaN.
+            index = target.clamp(0, weight.shape[0] - 1).unsqueeze(1)
             logsumexp = torch.logsumexp(logits, dim=1)
             picked = logits.gather(1, index).squeeze(1)
             # where, not a product: a masked row may hold Inf or NaN.
@@ -56,7 +57,7 @@ def cross_entropy(
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,
-    num_items: Tensor | int | None = None,
+    num_items: Tensor | float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """Sum of -log softmax(hidden W^T)[label] over the labels that are not -100, over `num_items`.
@@ -66,7 +67,9 @@ def cross_entropy(
     masked the default loss is 0, not NaN. chunk: tokens a piece (default: so that fp32 logits
     take at most 64 MiB). Returns an fp32 scalar, differentiable in hidden and head_weight.
 
-    Raises ValueError for shapes that do not fit, naming them.
+    Raises ValueError for shapes that do not fit, labels that are no row of the head and
+    num_items <= 0, naming them. On a GPU and under torch.compile, which would have to wait for
+    the values, loss and gradients are NaN instead.
     """
     if hidden.dim() != 2 or hidden.shape[1] != head_weight.shape[1]:
         raise ValueError(
@@ -78,5 +81,21 @@ def cross_entropy(
         )
     if num_items is None:
         num_items = (labels != IGNORE).sum().clamp(min=1)
+    divisor = _checked_divisor(labels, num_items, head_weight.shape[0])
     chunk = chunk or max(1, CHUNK_BYTES // (4 * head_weight.shape[0]))
-    return _CrossEntropy.apply(hidden, head_weight, labels, num_items, chunk)
+    return _CrossEntropy.apply(hidden, head_weight, labels, divisor, chunk)
+
+
+def _checked_divisor(labels: Tensor, num_items: Tensor | float, vocab: int) -> Tensor | float:
+    """`num_items`, or NaN where it or a label is out of range and an error would have to wait."""
+    unread = labels.is_cuda or torch.compiler.is_compiling()
+    if not (unread and isinstance(num_items, Tensor)) and not num_items > 0:
+        raise ValueError(f"cross_entropy: num_items: expected > 0, got {float(num_items):g}")
+    outside = (labels != IGNORE) & ((labels < 0) | (labels >= vocab))
+    if unread:
+        divisor = torch.where(outside.any(), torch.nan, num_items)
+        return torch.where(divisor > 0, divisor, torch.nan)
+    if outside.any():
+        got = labels[outside][0].item()
+        raise ValueError(f"cross_entropy: labels: expected -100 or 0 to {vocab - 1}, got {got}")
+    return num_items

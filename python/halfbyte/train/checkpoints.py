@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
 RNG = "rng.pt"
 PREFIX = "checkpoint-"
+WRITING = ".writing"
+ABANDONED = "abandoned-"
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -32,9 +34,31 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make `folder` from what `fill` writes, so that a crash leaves all of it or nothing.
 
     The files are written to a hidden folder beside it, listed with their sha256, synced to disk,
-    and only then renamed.
+    and only then renamed. Where `folder` was there before, a crash leaves the old or the new one;
+    `finish_writes` completes the latter's renaming.
+
+    Raises OSError naming the folder when it cannot be written, and leaves nothing of it.
     """
-    aside = folder.parent / f".{folder.name}.writing"
+    aside = folder.parent / f".{folder.name}{WRITING}"
+    try:
+        _write_aside(aside, fill)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise unwritten(folder, error) from error
+    _remove(folder)
+    aside.rename(folder)
+    _sync(folder.parent)
+
+
+def unwritten(path: Path, error: Exception) -> OSError:
+    """The error to raise for what could not be written, whatever library found out."""
+    return OSError(
+        f"{path} could not be written: {error}. hint: see that the disk has room and the folder "
+        "may be written; checkpoints from before are as they were"
+    )
+
+
+def _write_aside(aside: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     fill(aside)
@@ -45,30 +69,52 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None]) -> None:
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in [*files, aside / MANIFEST, aside]:
         _sync(path)
-    _remove(folder)
-    aside.rename(folder)
-    _sync(folder.parent)
 
 
-def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None if every listed file is there and intact."""
+def finish_writes(output_dir: Path) -> None:
+    """Rename what was written whole, but whose writer was killed before it could."""
+    for aside in output_dir.glob(f".{PREFIX}*{WRITING}"):
+        folder = output_dir / aside.name[1:].removesuffix(WRITING)
+        if not folder.exists() and damage(aside) is None:
+            aside.rename(folder)
+
+
+def damage(folder: Path, hashed: bool = True) -> str | None:
+    """Why a checkpoint cannot be trusted, or None if every listed file is there and intact.
+
+    With `hashed` false only sizes are compared, which takes no time.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if not manifest:
+            return f"{MANIFEST} lists nothing"
         for name, expected in manifest.items():
             path = folder / name
-            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            if path.stat().st_size != expected["bytes"] or (
+                hashed and _sha256(path) != expected["sha256"]
+            ):
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} or a file that it lists cannot be read"
     return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """All checkpoint folders, newest first, whether intact or not."""
-    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]), reverse=True)
+    found = [path for path in _numbered(output_dir) if path.is_dir()]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _numbered(output_dir: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint."""
+    found = output_dir.glob(f"{PREFIX}*")
+    return [path for path in found if path.name[len(PREFIX) :].isdecimal()]
+
+
+def _number(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
 
 
 def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -85,9 +131,10 @@ def newest_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
 def find_checkpoint(output_dir: Path, resume: bool | str | Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that `resume` of TrainConfig means, and sentences about damaged ones.
 
-    Raises FileExistsError (False, but there are checkpoints), FileNotFoundError (True, but there
-    is none), CheckpointError (the one named is damaged).
+    Completes interrupted writes first. Raises FileExistsError (False, but there are checkpoints),
+    FileNotFoundError (True, but there is none), CheckpointError (the one named is damaged).
     """
+    finish_writes(output_dir)
     if resume is False:
         if old := checkpoints(output_dir):
             raise FileExistsError(
@@ -109,13 +156,31 @@ def find_checkpoint(output_dir: Path, resume: bool | str | Path) -> tuple[Path |
     return folder, []
 
 
-def prune(output_dir: Path, keep: int | None) -> None:
-    """Remove what interrupted writes left, and all but the newest `keep` checkpoints."""
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what interrupted writes and removals left."""
     for leftover in output_dir.glob(f".{PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    if keep is not None:
-        for folder in checkpoints(output_dir)[keep:]:
+        _delete(leftover)
+
+
+def set_aside(output_dir: Path, step: int) -> list[Path]:
+    """Rename what lies past `step`, where this run goes another way; returns the new names."""
+    moved = []
+    for path in _numbered(output_dir):
+        if _number(path) > step or not path.is_dir():
+            target = output_dir / f"{ABANDONED}{path.name}"
+            _delete(target)
+            moved.append(path.rename(target))
+    return moved
+
+
+def prune(output_dir: Path, keep: int | None, written: Path) -> None:
+    """Remove what is older than the newest `keep` intact checkpoints; never the one `written`."""
+    intact = 0
+    for folder in checkpoints(output_dir):
+        if keep is not None and intact >= keep and folder != written:
             _remove(folder)
+        elif damage(folder, hashed=False) is None:
+            intact += 1
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -123,20 +188,36 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def check_settings(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError naming every setting that differs from the run that wrote `folder`."""
-    now = json.loads(json.dumps(now))
-    changed = [
-        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-    ]
-    if changed:
+def check_settings(
+    folder: Path, then: dict[str, Any], now: dict[str, Any], free: Collection[str] = ()
+) -> list[str]:
+    """Sentences about the settings in `free` that differ from the run that wrote `folder`.
+
+    Raises ValueError naming every other one that differs.
+    """
+    changed = _differences(then, json.loads(json.dumps(now)))
+    refused = [line for name, line in changed.items() if name not in free]
+    if refused:
         raise ValueError(
             f"cannot resume exactly from {folder}, this run differs:\n  "
-            + "\n  ".join(changed)
+            + "\n  ".join(refused)
             + "\nhint: give the same settings, or another output_dir for a new run"
         )
+    return list(changed.values())
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """A sentence for each key whose values differ; of a table, the first entry that does."""
+    changed = {}
+    for name in sorted(then.keys() | now.keys()):
+        old, new = then.get(name), now.get(name)
+        if old != new and isinstance(old, dict) and isinstance(new, dict):
+            inside = list(_differences(old, new).values())
+            more = f" (and {len(inside) - 1} more)" if len(inside) > 1 else ""
+            changed[name] = f"{name}: {inside[0]}{more}"
+        elif old != new:
+            changed[name] = f"{name}: {old!r} then, {new!r} now"
+    return changed
 
 
 def load_tensors(path: Path) -> Any:
@@ -179,9 +260,16 @@ def _remove(folder: Path) -> None:
     """Rename first: a checkpoint half deleted must not look like one."""
     if folder.exists():
         dying = folder.parent / f".{folder.name}.removing"
-        shutil.rmtree(dying, ignore_errors=True)
+        _delete(dying)
         folder.rename(dying)
-        shutil.rmtree(dying, ignore_errors=True)
+        _delete(dying)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halfbyte.data import check_format
+from halfbyte.lora import LoraConfig
 from halfbyte.train.schedule import SCHEDULES
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ DEFAULT_STEPS = 10_000
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 QUANT_TYPES = ("nf4", "fp4", "int4", None)
 TRACKERS = ("tensorboard", "wandb")
+# A layer's name or path: no regular expression beyond the dots.
+NAME = r"[\w.]+"
 
 
 @dataclass
@@ -39,7 +43,7 @@ class TrainConfig:
     lora_r: rank of the adapter.
     lora_alpha: its scale is lora_alpha / lora_r.
     lora_dropout: probability that an input of the adapter is dropped.
-    target_modules: "all-linear", a regular expression, or names of layers.
+    target_modules: "all-linear", a regular expression, or one or more names of layers.
     use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
     lora_bias: "none", "all" or "lora_only": biases that train too.
     modules_to_save: names of modules trained in full beside the adapter.
@@ -79,7 +83,8 @@ class TrainConfig:
     report_to: "none", "tensorboard", "wandb", or several of them.
     progress: show a progress bar and messages.
     resume: "auto" continues from the newest complete checkpoint in output_dir if there is one,
-        True demands one, False demands that there is none, a path names one.
+        True demands one, False demands that there is none. A path names one; learning_rate may
+        then be another, which ends exactness. Checkpoints past the resumed one are set aside.
     """
 
     model: str | Path | Decoder
@@ -97,7 +102,7 @@ class TrainConfig:
     target_modules: str | Sequence[str] = "all-linear"
     use_rslora: bool = False
     lora_bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
+    modules_to_save: str | Sequence[str] | None = None
 
     dataset_format: str | None = None
     source_max_len: int = 1024
@@ -137,6 +142,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raise ValueError or TypeError naming the first setting that cannot be."""
         _check_choices(self)
+        _check_kinds(self)
         _check_numbers(self)
         if self.max_steps is not None and self.num_epochs is not None:
             raise ValueError("max_steps and num_epochs are both set; give one of them")
@@ -155,6 +161,27 @@ class TrainConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype] if isinstance(self.dtype, str) else self.dtype
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapter as lora.inject takes it; a plain name stands for a list of it."""
+        targets, saved = self.target_modules, self.modules_to_save
+        if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(NAME, targets):
+            targets = [targets]
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            use_rslora=self.use_rslora,
+            bias=self.lora_bias,
+            modules_to_save=([saved] if isinstance(saved, str) else list(saved or [])) or None,
+        )
+
+    @property
+    def resumes_by_name(self) -> bool:
+        """Whether `resume` names a checkpoint."""
+        return not isinstance(self.resume, bool) and self.resume != "auto"
 
     @property
     def order_seed(self) -> int:
@@ -201,6 +228,43 @@ def _check_choices(config: TrainConfig) -> None:
         check_format(config.dataset_format)
 
 
+_SWITCHES = (
+    "double_quant",
+    "use_rslora",
+    "train_on_source",
+    "strict",
+    "group_by_length",
+    "gradient_checkpointing",
+    "deterministic",
+    "progress",
+)
+
+
+def _check_kinds(config: TrainConfig) -> None:
+    for name in _SWITCHES:
+        if not isinstance(getattr(config, name), bool):
+            raise TypeError(f"{name}: expected True or False, got {getattr(config, name)!r}")
+    if not isinstance(config.resume, bool | str | os.PathLike):
+        raise TypeError(f'resume: expected "auto", True, False or a path, got {config.resume!r}')
+    for name in ("seed", "data_seed"):
+        value = getattr(config, name)
+        if not _is_whole(value) and not (name == "data_seed" and value is None):
+            raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    betas = config.adam_betas
+    if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(map(_is_number, betas)):
+        raise TypeError(f"adam_betas: expected two numbers, got {betas!r}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adam_betas: expected two numbers in [0, 1), got {betas!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
 _AT_LEAST_ONE = (
     "lora_r",
     "source_max_len",
@@ -215,14 +279,14 @@ _AT_LEAST_ONE_OR_NONE = ("max_steps", "save_total_limit", "eval_steps")
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    for name in _AT_LEAST_ONE + _AT_LEAST_ONE_OR_NONE:
-        value = getattr(config, name)
+    for name in ("eval_dataset_size", *_AT_LEAST_ONE, *_AT_LEAST_ONE_OR_NONE):
+        value, least = getattr(config, name), 0 if name == "eval_dataset_size" else 1
         if value is None and name in _AT_LEAST_ONE_OR_NONE:
             continue
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not _is_whole(value):
             raise TypeError(f"{name}: expected a whole number, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     bounds = {
         "learning_rate": (0.0, math.inf),
         "lora_alpha": (0.0, math.inf),
@@ -232,13 +296,12 @@ def _check_numbers(config: TrainConfig) -> None:
         "lora_dropout": (0.0, 1.0),
         "max_grad_norm": (0.0, math.inf),
         "num_epochs": (0.0, math.inf),
-        "eval_dataset_size": (0, math.inf),
     }
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if value is None and name in ("max_grad_norm", "num_epochs"):
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not _is_number(value):
             raise TypeError(f"{name}: expected a number, got {value!r}")
         if not low <= value <= high or math.isinf(value):
             raise ValueError(f"{name}: expected {low:g} to {high:g}, got {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -61,7 +62,8 @@ def finetune(config: TrainConfig) -> TrainResult:
     SIGTERM finish the step, save a checkpoint and then raise KeyboardInterrupt or SystemExit.
 
     Raises ValueError, TypeError (settings), DataError (no usable rows), CheckpointError (model or
-    checkpoint files), FloatingPointError (the loss is not finite; the weights are as before).
+    checkpoint files), FloatingPointError (the loss is not finite; the weights are as before and
+    saved), OSError (a file cannot be written).
     """
     config.check()
     started = time.monotonic()
@@ -77,7 +79,7 @@ def finetune(config: TrainConfig) -> TrainResult:
         try:
             run = prepare(config, world, monitor, output_dir)
             _resume(run, *found)
-            with StopRequest(monitor.shown) as stop, _training(run):
+            with StopRequest(world.main) as stop, _training(run):
                 _train(run, stop)
             return _finish(run, started)
         finally:
@@ -87,17 +89,8 @@ def finetune(config: TrainConfig) -> TrainResult:
 def _find_checkpoint(
     config: TrainConfig, world: World, output_dir: Path
 ) -> tuple[Path | None, list[str]]:
-    """Rank 0 looks, before the model is loaded; every rank hears the answer or the error."""
-    answer: Any = None
-    if world.main:
-        try:
-            answer = checkpoints.find_checkpoint(output_dir, config.resume)
-        except (OSError, ValueError) as error:
-            answer = error
-    answer = world.gather(answer)[0]
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    """Rank 0 looks, before the model is loaded."""
+    return world.on_main(lambda: checkpoints.find_checkpoint(output_dir, config.resume))
 
 
 @contextmanager
@@ -134,24 +127,37 @@ def _training(run: Run) -> Iterator[None]:
 
 
 def _resume(run: Run, folder: Path | None, notes: list[str]) -> None:
+    if folder is not None:
+        state = checkpoints.read_state(folder)
+        free = ("learning_rate",) if run.config.resumes_by_name else ()
+        changed = checkpoints.check_settings(folder, state["settings"], run.settings(), free)
+        _restore(run, folder, state)
+        run.monitor.say(f"resumed from {folder}, step {run.step} of {run.total_steps}")
+        notes = [*notes, *_what_changes(run, state, changed)]
     if run.world.main:
         for note in notes:
             warnings.warn(note, stacklevel=3)
-    if folder is not None:
-        state = checkpoints.read_state(folder)
-        checkpoints.check_settings(folder, state["settings"], run.settings())
-        _restore(run, folder, state)
-        run.monitor.say(f"resumed from {folder}, step {run.step} of {run.total_steps}")
-        if state["total_steps"] != run.total_steps and "constant" not in (
-            run.config.lr_scheduler_type
-        ):
-            run.monitor.say(
-                f"the run was planned for {state['total_steps']} steps: "
-                f"the {run.config.lr_scheduler_type} schedule changes from here"
-            )
-    if run.world.main:
-        checkpoints.prune(run.output_dir, None)
+        checkpoints.remove_leftovers(run.output_dir)
+        for path in checkpoints.set_aside(run.output_dir, run.step):
+            run.monitor.say(f"past step {run.step}, kept as {path} but not used", always=True)
     run.history = run.monitor.start(run.step, run.total_steps)
+
+
+def _what_changes(run: Run, state: dict[str, Any], changed: list[str]) -> list[str]:
+    """Sentences on how the resumed run will differ from one that was never interrupted."""
+    schedule = run.config.lr_scheduler_type
+    notes = [f"the resumed run is no longer exact: {line}" for line in changed]
+    if state["total_steps"] != run.total_steps and schedule != "constant":
+        run.monitor.say(
+            f"the run was planned for {state['total_steps']} steps: "
+            f"the {schedule} schedule changes from here"
+        )
+    if run.step > run.total_steps:
+        notes.append(
+            f"nothing to train: step {run.step} is past the {run.total_steps} steps asked for. "
+            "hint: resume an earlier checkpoint by name, or raise max_steps"
+        )
+    return notes
 
 
 def _restore(run: Run, folder: Path, state: dict[str, Any]) -> None:
@@ -164,18 +170,20 @@ def _restore(run: Run, folder: Path, state: dict[str, Any]) -> None:
     states = checkpoints.load_tensors(folder / checkpoints.RNG)
     checkpoints.set_rng_state(states[run.world.rank], run.world.device)
     run.step = run.resumed_from = state["step"]
-    run.tokens = state["tokens"]
+    run.tokens, run.loss_scale = state["tokens"], state["loss_scale"]
 
 
-def _save(run: Run) -> None:
-    """A checkpoint of everything that decides the next losses."""
-    states = run.world.gather(checkpoints.rng_state(run.world.device))
-    if run.world.main:
+def _save(run: Run, rng: dict[str, Any]) -> None:
+    """A checkpoint of everything that decides the next losses; `rng` is this rank's state."""
+    folder = checkpoints.checkpoint_folder(run.output_dir, run.step)
+    states = run.world.gather(rng)
+
+    def write() -> None:
         run.monitor.sync()
-        folder = checkpoints.checkpoint_folder(run.output_dir, run.step)
         checkpoints.write_checkpoint(folder, lambda aside: _fill(run, aside, states))
-        checkpoints.prune(run.output_dir, run.config.save_total_limit)
-    run.world.wait()
+        checkpoints.prune(run.output_dir, run.config.save_total_limit, folder)
+
+    run.world.on_main(write)
 
 
 def _fill(run: Run, folder: Path, rng_states: list[dict[str, Any]]) -> None:
@@ -186,6 +194,7 @@ def _fill(run: Run, folder: Path, rng_states: list[dict[str, Any]]) -> None:
     state = {
         "step": run.step,
         "tokens": run.tokens,
+        "loss_scale": run.loss_scale,
         "total_steps": run.total_steps,
         "data_position": {"epoch": epoch, "step_in_epoch": position},
         "settings": run.settings(),
@@ -201,7 +210,7 @@ def _train(run: Run, stop: StopRequest) -> None:
         if run.eval_rows and (last or _due(run.step, run.config.eval_steps)):
             _evaluate(run)
         if last or asked_to_stop or _due(run.step, run.config.save_steps):
-            _save(run)
+            _save(run, checkpoints.rng_state(run.world.device))
         if asked_to_stop and not last:
             _stop(run, stop)
 
@@ -212,8 +221,11 @@ def _due(step: int, every: int | None) -> bool:
 
 def _stop(run: Run, stop: StopRequest) -> None:
     folder = checkpoints.checkpoint_folder(run.output_dir, run.step)
-    message = f"stopped after step {run.step}, saved {folder}; the same command continues from it"
-    run.monitor.say(message)
+    again = "the same command continues from it"
+    if run.config.resume is False or run.config.resumes_by_name:
+        again = 'to continue from it, run the same command with resume set to "auto"'
+    message = f"stopped after step {run.step}, saved {folder}; {again}"
+    run.monitor.say(message, always=True)
     run.monitor.close()
     if stop.signum == signal.SIGTERM:
         raise SystemExit(128 + signal.SIGTERM)
@@ -222,11 +234,10 @@ def _stop(run: Run, stop: StopRequest) -> None:
 
 def _step(run: Run, stop: StopRequest) -> bool:
     """One optimizer step; returns whether any rank was asked to stop."""
-    started = time.monotonic()
-    losses = _accumulate(run)
-    loss, asked = _sum_over_ranks(run, losses, stop)
-    norm = torch.nn.utils.get_total_norm(_gradients(run))
-    _check_finite(run, losses, loss, norm)
+    started, rng = time.monotonic(), checkpoints.rng_state(run.world.device)
+    losses, loss, norm, asked = _measure(run, stop)
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise _not_finite(run, losses, loss, norm, rng)
     lr = _update(run, norm)
     tokens = sum(len(run.rows[index].ids) for index in run.batches.rows(run.step))
     run.step += 1
@@ -246,22 +257,42 @@ def _step(run: Run, stop: StopRequest) -> bool:
     return asked
 
 
+def _measure(run: Run, stop: StopRequest) -> tuple[list[Tensor], Tensor, Tensor, bool]:
+    """Losses of the micro-batches, their sum, the gradients' norm; whether a stop was asked for.
+
+    Where fp16 gradients overflow, the step is repeated with half the loss scale, from then on.
+    """
+    while True:
+        losses = _accumulate(run)
+        loss, asked = _sum_over_ranks(run, losses, stop)
+        norm = torch.nn.utils.get_total_norm(_gradients(run))
+        if run.loss_scale == 1 or torch.isfinite(norm) or not torch.isfinite(loss):
+            return losses, loss, norm, asked
+        run.loss_scale /= 2
+        run.optimizer.zero_grad(set_to_none=True)
+        run.monitor.say(f"step {run.step + 1}: fp16 overflow, loss scale now {run.loss_scale:g}")
+
+
 def _accumulate(run: Run) -> list[Tensor]:
     """Gradients of this rank's micro-batches, added up; returns their shares of the loss.
 
     Every share is divided by the labels of the whole step, on all ranks, so that a token counts
-    the same whatever micro-batch it fell into.
+    the same whatever micro-batch it fell into. The loss scale is in the divisor, so that it
+    reaches the first gradient; it is taken out again in the parameters' own precision.
     """
     num_items = sum(run.rows[index].targets for index in run.batches.rows(run.step))
     losses = []
     for indices in run.batches.micro_batches(run.step, run.world.rank):
         ids, labels = _batch(run, [run.rows[index] for index in indices])
         try:
-            loss = run.model(ids, labels=labels, num_items=num_items).loss
+            loss = run.model(ids, labels=labels, num_items=num_items / run.loss_scale).loss
             loss.backward()
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(run, ids) from error
-        losses.append(loss.detach())
+        losses.append(loss.detach() / run.loss_scale)
+    if run.loss_scale != 1:
+        for gradient in _gradients(run):
+            gradient.div_(run.loss_scale)
     return losses
 
 
@@ -297,10 +328,10 @@ def _sum_over_ranks(run: Run, losses: list[Tensor], stop: StopRequest) -> tuple[
     return loss, asked.item() > 0
 
 
-def _check_finite(run: Run, losses: list[Tensor], loss: Tensor, norm: Tensor) -> None:
-    """Raise FloatingPointError naming step and rows, before any weight was touched."""
-    if torch.isfinite(loss) and torch.isfinite(norm):
-        return
+def _not_finite(
+    run: Run, losses: list[Tensor], loss: Tensor, norm: Tensor, rng: dict[str, Any]
+) -> FloatingPointError:
+    """The error naming step and rows, after saving the weights, which the step did not touch."""
     micro_batches = run.batches.micro_batches(run.step, run.world.rank)
     numbers = [
         run.rows[index].number
@@ -310,11 +341,23 @@ def _check_finite(run: Run, losses: list[Tensor], loss: Tensor, norm: Tensor) ->
     ]
     run.optimizer.zero_grad(set_to_none=True)
     rows = f" in rows {numbers}" if numbers else ""
-    raise FloatingPointError(
+    return FloatingPointError(
         f"step {run.step + 1}: loss is {loss.item()}, gradient norm {norm.item()}{rows}; "
-        "the weights were not changed. hint: lower learning_rate, or use dtype bfloat16 or "
-        "float32 instead of float16; the last checkpoint can be resumed"
+        f"the weights were not changed. hint: {_way_out(run, rng)}; in a new run, leave out rows "
+        "that are broken, or use dtype bfloat16 or float32 instead of float16"
     )
+
+
+def _way_out(run: Run, rng: dict[str, Any]) -> str:
+    """What works after a loss that is not finite, saving what there is to go on from."""
+    if run.step == 0:
+        return "start again with a lower learning_rate"
+    if not all(torch.isfinite(parameter).all() for parameter in run.parameters):
+        return "they overflowed before: resume an older checkpoint with a lower learning_rate"
+    folder = checkpoints.checkpoint_folder(run.output_dir, run.step)
+    if run.world.on_main(lambda: checkpoints.damage(folder)) is not None:
+        _save(run, rng)
+    return f"resume {folder} by name (resume={str(folder)!r}) with a lower learning_rate"
 
 
 def _update(run: Run, norm: Tensor) -> float:
@@ -338,31 +381,57 @@ def _evaluate(run: Run) -> None:
     size, world = run.config.per_device_batch_size, run.world
     rows = sorted(run.eval_rows, key=lambda row: len(row.ids), reverse=True)
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    mine = batches[world.rank :: world.size]
     run.model.eval()
-    for batch in batches[world.rank :: world.size]:
-        ids, labels = _batch(run, batch)
-        total += run.model(ids, labels=labels, num_items=1).loss
+    losses = [_eval_loss(run, batch) for batch in mine]
     run.model.train()
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for part in losses:
+        total += part
     world.sum_([total])
     loss = total.item() / sum(row.targets for row in rows)
+    if not math.isfinite(loss):
+        _warn_of_eval_loss(run, mine, losses)
     row = {"step": run.step, "eval_loss": loss}
     run.history.append(row)
     run.monitor.row(row)
 
 
+def _eval_loss(run: Run, batch: list[EncodedRow]) -> Tensor:
+    ids, labels = _batch(run, batch)
+    return run.model(ids, labels=labels, num_items=1).loss
+
+
+def _warn_of_eval_loss(run: Run, batches: list[list[EncodedRow]], losses: list[Tensor]) -> None:
+    numbers = [
+        row.number
+        for part, batch in zip(losses, batches, strict=True)
+        if not torch.isfinite(part)
+        for row in batch
+    ]
+    found = sorted(sum(run.world.gather(numbers), []))
+    if run.world.main:
+        warnings.warn(f"step {run.step}: eval loss is not finite in rows {found}", stacklevel=2)
+
+
+def _write_adapter(run: Run, folder: Path) -> None:
+    try:
+        save_adapter(run.model, folder, base_name=run.model.source, base_record=run.base)
+    except Exception as error:
+        raise checkpoints.unwritten(folder, error) from error
+
+
 def _finish(run: Run, started: float) -> TrainResult:
     """Write the adapter and the curve, and sum the run up."""
     adapter_dir, curve = run.output_dir / ADAPTER, None
+    run.monitor.close()
+    run.world.on_main(lambda: _write_adapter(run, adapter_dir))
     if run.world.main:
-        run.monitor.close()
-        save_adapter(run.model, adapter_dir, base_name=run.model.source, base_record=run.base)
         curve = draw_curve(run.history, run.output_dir)
         run.monitor.say(f"adapter: {adapter_dir}")
         run.monitor.say(
             f"loss curve: {curve}" if curve else "no loss curve; hint: pip install matplotlib"
         )
-    run.world.wait()
     return TrainResult(
         steps=run.step,
         losses=[row["loss"] for row in run.history if "loss" in row],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -18,23 +19,38 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 CURVE = "loss_curve.png"
+WANDB_ID = "wandb_id.txt"
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drop the rows of metrics.jsonl past `last_step`, and torn ones; returns those kept."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= last_step:
-                rows.append(row)
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    rows = [row for row in map(_read_row, lines) if row is not None and row["step"] <= last_step]
     aside = path.with_suffix(".writing")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.write_text("".join(_line(row) for row in rows))
     aside.replace(path)
     return rows
+
+
+def _read_row(line: str) -> dict[str, Any] | None:
+    """What `_line` wrote, or None if it is anything else."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def _line(row: dict[str, Any]) -> str:
+    """JSON knows neither NaN nor infinity: they are null there."""
+    values = {name: None if _is_lost(value) else value for name, value in row.items()}
+    return json.dumps(values) + "\n"
+
+
+def _is_lost(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class Monitor:
@@ -48,23 +64,25 @@ class Monitor:
         self.main = main
         self.shown = main and shown
         self.logging_steps = config.logging_steps
-        self.trackers = [_tracker(name, config, output_dir) for name in config.trackers if main]
+        self.new_trackers = [_tracker(name, config, output_dir) for name in config.trackers if main]
+        self.trackers: list[Tracker] = []
         self.bar: Progress | None = None
         self.file: TextIO | None = None
 
-    def say(self, text: str) -> None:
-        """A line for people."""
-        if self.shown and self.bar is not None:
+    def say(self, text: str, always: bool = False) -> None:
+        """A line for people; with `always` even where the terminal is to be quiet."""
+        if self.bar is not None:
             self.bar.console.print(text, markup=False, highlight=False)
-        elif self.shown:
+        elif self.shown or (always and self.main):
             print(text, file=sys.stderr, flush=True)
 
     def start(self, step: int, total: int) -> list[dict[str, Any]]:
-        """Open metrics.jsonl after `step` and show the bar; returns the rows up to there."""
+        """Open metrics.jsonl and trackers after `step`, show the bar; returns the rows so far."""
         if not self.main:
             return []
         rows = keep_rows(self.path, step)
         self.file = self.path.open("a")
+        self.trackers = [new(step) for new in self.new_trackers]
         if self.shown and sys.stderr.isatty():
             self.bar = _bar()
             self.task = self.bar.add_task("training", total=total, completed=step, numbers="")
@@ -75,7 +93,7 @@ class Monitor:
         """Record the measurements after a step."""
         if self.file is None:
             return
-        self.file.write(json.dumps(values) + "\n")
+        self.file.write(_line(values))
         self.file.flush()
         if self.bar is not None and "loss" in values:
             self.bar.update(self.task, completed=values["step"], numbers=_sentence(values))
@@ -135,40 +153,52 @@ def _bar() -> Progress:
     )
 
 
+# How to log a row, and how to close; made when the step is known that the run goes on from.
 Tracker = tuple[Callable[[dict[str, Any]], None], Callable[[], None]]
+NewTracker = Callable[[int], Tracker]
 
 
-def _tracker(name: str, config: TrainConfig, output_dir: Path) -> Tracker:
-    """How to log a row to a tracker, and how to close it."""
+def _tracker(name: str, config: TrainConfig, output_dir: Path) -> NewTracker:
+    """Imports now, so that a run does not start without its tracker."""
     try:
         return _TRACKERS[name](config, output_dir)
     except ImportError as error:
         raise ImportError(f"report_to={name!r} needs it. hint: pip install {name}") from error
 
 
-def _tensorboard(config: TrainConfig, output_dir: Path) -> Tracker:
+def _tensorboard(config: TrainConfig, output_dir: Path) -> NewTracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(output_dir / "tensorboard"))
+    def new(step: int) -> Tracker:
+        # What a killed run showed past the step is drawn anew.
+        writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
 
-    def log(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if name != "step":
-                writer.add_scalar(f"train/{name}", value, values["step"])
+        def log(values: dict[str, Any]) -> None:
+            for name, value in values.items():
+                if name != "step":
+                    writer.add_scalar(f"train/{name}", value, values["step"])
 
-    return log, writer.close
+        return log, writer.close
+
+    return new
 
 
-def _wandb(config: TrainConfig, output_dir: Path) -> Tracker:
+def _wandb(config: TrainConfig, output_dir: Path) -> NewTracker:
     import wandb  # type: ignore[import-not-found,unused-ignore]
 
-    run = wandb.init(dir=str(output_dir), config=config.as_json(), resume="allow")
+    def new(step: int) -> Tracker:
+        kept = output_dir / WANDB_ID
+        name = kept.read_text().strip() if step and kept.exists() else None
+        run = wandb.init(dir=str(output_dir), config=config.as_json(), id=name, resume="allow")
+        kept.write_text(run.id)
 
-    def log(values: dict[str, Any]) -> None:
-        numbers = {f"train/{name}": value for name, value in values.items() if name != "step"}
-        run.log(numbers, step=values["step"])
+        def log(values: dict[str, Any]) -> None:
+            numbers = {f"train/{name}": value for name, value in values.items() if name != "step"}
+            run.log(numbers, step=values["step"])
 
-    return log, run.finish
+        return log, run.finish
+
+    return new
 
 
 _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,12 +29,15 @@ from halfbyte.data import (
 )
 from halfbyte.errors import DataError
 from halfbyte.fingerprint import fingerprint
-from halfbyte.lora import LoraConfig, adapter_parameters, inject
+from halfbyte.lora import LoraConfig, LoRALinear, adapter_parameters, adapter_tensors, inject
 from halfbyte.models import Decoder
 from halfbyte.optim import AdamW
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.monitor import Monitor
 from halfbyte.train.world import World
+
+# fp16 gradients below 6e-8 are zero; what overflows instead halves the scale.
+FP16_LOSS_SCALE = 65536.0
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Run:
     """A run under way; `step` optimizer steps are done and `tokens` tokens were seen.
 
     base: fingerprint of the frozen model; data: of the rows; history: rows of metrics.jsonl.
+    loss_scale: power of two that the loss is multiplied by on the way through the model.
     """
 
     config: TrainConfig
@@ -58,6 +63,7 @@ class Run:
     batches: Batches
     total_steps: int
     pad_id: int
+    loss_scale: float
     step: int = 0
     tokens: int = 0
     resumed_from: int | None = None
@@ -65,14 +71,15 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one before, to continue it exactly."""
-        config = self.config
+        config, model = self.config, self.model
+        lora: Any = model.lora_config
         return {
             "base": self.base,
             "data": self.data,
-            "adapter": [list(parameter.shape) for parameter in self.parameters],
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            "use_rslora": config.use_rslora,
+            "adapter": {name: list(one.shape) for name, one in adapter_tensors(model).items()},
+            "lora_alpha": _alphas(model),
+            "lora_dropout": lora.lora_dropout,
+            "use_rslora": lora.use_rslora,
             "learning_rate": config.learning_rate,
             "lr_scheduler_type": config.lr_scheduler_type,
             "warmup_ratio": config.warmup_ratio,
@@ -85,7 +92,7 @@ class Run:
             "adam_epsilon": config.adam_epsilon,
             "optim": config.optim,
             "group_by_length": config.group_by_length,
-            "dtype": str(self.model.model.embed_tokens.weight.dtype),
+            "dtype": str(_dtype(model)),
             "seed": config.seed,
             "data_seed": config.order_seed,
         }
@@ -126,6 +133,7 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
         batches=batches,
         total_steps=config.steps(batches.steps_per_epoch),
         pad_id=_pad_id(model),
+        loss_scale=FP16_LOSS_SCALE if _dtype(model) == torch.float16 else 1.0,
     )
     world.check_equal("the run", run.settings())
     _introduce(run)
@@ -167,11 +175,16 @@ def _rows(
         context=model.config.max_position_embeddings,
         vocab_size=model.config.vocab_size,
     )
-    rows, report = _encoded("data", raw, config, encoder, monitor)
+    rows, report = _encoded(_named("data", config.data), raw, config, encoder, monitor)
     if config.eval_data is not None:
-        return rows, _encoded("eval data", raw_eval, config, encoder, monitor)[0], report
+        name = _named("eval data", config.eval_data)
+        return rows, _encoded(name, raw_eval, config, encoder, monitor)[0], report
     train, held_out = split_rows(len(rows), config.eval_dataset_size)
     return [rows[index] for index in train], [rows[index] for index in held_out], report
+
+
+def _named(name: str, data: str | Path | Sequence[dict]) -> str:
+    return f"{name} {data}" if isinstance(data, str | Path) else name
 
 
 def _encoded(
@@ -204,18 +217,38 @@ def _add_adapter(model: Decoder, config: TrainConfig) -> None:
                 "the model carries an adapter that is frozen. "
                 "hint: load it with load_adapter(..., trainable=True)"
             )
+        _warn_of_unused(config.lora, cast(LoraConfig, model.lora_config))
         return
-    targets = config.target_modules
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=config.use_rslora,
-        bias=config.lora_bias,
-        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
-    )
-    inject(model, lora, generator=torch.Generator().manual_seed(config.seed))
+    _check_modules_to_save(model, config.lora.modules_to_save or [])
+    inject(model, config.lora, generator=torch.Generator().manual_seed(config.seed))
+
+
+def _warn_of_unused(asked: LoraConfig, carried: LoraConfig) -> None:
+    """Say which settings, of those that are not the defaults, a given adapter overrules."""
+    unused = [
+        f"{one.name} {getattr(asked, one.name)!r} (it has {getattr(carried, one.name)!r})"
+        for one in fields(LoraConfig)
+        if getattr(asked, one.name) not in (one.default, getattr(carried, one.name))
+    ]
+    if unused:
+        warnings.warn(
+            f"the model carries an adapter already; not used: {', '.join(unused)}", stacklevel=2
+        )
+
+
+def _check_modules_to_save(model: Decoder, names: list[str]) -> None:
+    for path, module in model.named_modules():
+        inside = [child for child, _ in module.named_children()]
+        if inside and any(path == name or path.endswith(f".{name}") for name in names):
+            raise ValueError(
+                f"modules_to_save: expected single layers, got {path}, which holds {inside}. "
+                "hint: name those of its layers that shall train in full"
+            )
+
+
+def _alphas(model: Decoder) -> list[float]:
+    """Every alpha in use: an adapter that came from PEFT may have several."""
+    return sorted({layer.lora_alpha for layer in model.modules() if isinstance(layer, LoRALinear)})
 
 
 def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> AdamW:
@@ -228,6 +261,10 @@ def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> AdamW:
         weight_decay=config.weight_decay,
         state=config.optim,
     )
+
+
+def _dtype(model: Decoder) -> torch.dtype:
+    return model.model.embed_tokens.weight.dtype
 
 
 def _pad_id(model: Decoder) -> int:

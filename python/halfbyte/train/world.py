@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from halfbyte.checkpoint.loading import checked_device
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,18 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        """Return when every rank has come here."""
-        if self.size > 1:
-            self.gather(None)
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on rank 0, or the error that it raises there, on every rank."""
+        answer: Any = None
+        if self.main:
+            try:
+                answer = work()
+            except Exception as error:
+                answer = error
+        answer = self.gather(answer)[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def check_equal(self, what: str, value: Any) -> None:
         """Raise ValueError on every rank unless all ranks hold the same value."""
@@ -88,14 +100,10 @@ def join_world(device: str | torch.device | None) -> Iterator[World]:
 
 def _device(device: str | torch.device | None) -> torch.device:
     """The device asked for, with the index of this process on its host."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise ValueError(f"device {device}: torch finds no GPU. hint: run halfbyte doctor")
-    if device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
+    found = checked_device(device)
+    if found.type != "cuda":
+        return found
+    if found.index is None:
+        found = checked_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    torch.cuda.set_device(found)
+    return found
