@@ -127,6 +127,21 @@ def test_targets_that_match_nothing(targets):
         lora.inject(decoder(), LoraConfig(r=2, target_modules=targets))
 
 
+@pytest.mark.parametrize(
+    "wish, message",
+    [
+        ({"target_modules": "q_proj"}, "whole-path pattern q_proj.*Hint"),
+        ({"target_modules": "("}, "no regular expression: .*unterminated"),
+        ({"modules_to_save": "lm_head"}, r"expected a list of names, got 'lm_head'. Hint: \['lm_"),
+        ({"modules_to_save": ["mlp"]}, "weights of their own, got .*mlp.*, which hold modules"),
+        ({"modules_to_save": ["nothing"]}, "no module matches"),
+    ],
+)
+def test_names_that_cannot_be_meant(wish, message):
+    with pytest.raises(ValueError, match=f"LoraConfig: {next(iter(wish))}: .*{message}"):
+        lora.inject(decoder(), LoraConfig(r=4, **wish))
+
+
 def test_second_injection_is_refused():
     model = lora.inject(decoder(), LoraConfig(r=2))
     with pytest.raises(ValueError, match="already carries"):

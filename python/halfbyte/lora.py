@@ -57,6 +57,23 @@ class LoraConfig:
             raise ValueError(
                 f"LoraConfig: bias: expected 'none', 'all' or 'lora_only', got {self.bias!r}"
             )
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                "LoraConfig: modules_to_save: expected a list of names, "
+                f"got {self.modules_to_save!r}. Hint: [{self.modules_to_save!r}]"
+            )
+        if isinstance(self.target_modules, str):
+            _check_pattern(self.target_modules)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"LoraConfig: target_modules: expected 'all-linear', a regular expression or a list of "
+            f"names, got {pattern!r}, which is no regular expression: {error}"
+        ) from None
 
 
 class LoRALinear(nn.Module):
@@ -141,7 +158,7 @@ def target_names(model: nn.Module, target_modules: str | list[str]) -> list[str]
         return [name for name in linear if name.rpartition(".")[2] != OUTPUT_LAYER]
     if isinstance(target_modules, str):
         found = [name for name in linear if re.fullmatch(target_modules, name)]
-        missing = [] if found else [target_modules]
+        missing = [] if found else [f"the whole-path pattern {target_modules}"]
     else:
         found = [n for n in linear if any(_is_suffix(entry, n) for entry in target_modules)]
         missing = [e for e in target_modules if not any(_is_suffix(e, n) for n in linear)]
@@ -186,6 +203,11 @@ def _saved_names(model: nn.Module, suffixes: list[str]) -> list[str]:
     names = [n for n, _ in model.named_modules() if any(_is_suffix(s, n) for s in suffixes)]
     if missing := [s for s in suffixes if not any(_is_suffix(s, n) for n in names)]:
         raise ValueError(f"LoraConfig: modules_to_save: no module matches {missing}")
+    if containers := [n for n in names if next(model.get_submodule(n).children(), None)]:
+        raise ValueError(
+            f"LoraConfig: modules_to_save: expected layers that hold weights of their own, got "
+            f"{containers}, which hold modules. Hint: name what they hold"
+        )
     if packed := [n for n in names if isinstance(model.get_submodule(n), Linear4bit)]:
         raise ValueError(
             f"LoraConfig: modules_to_save: {packed} are 4-bit and cannot train in full"
