@@ -316,6 +316,26 @@ DAMAGE = {
         rename("model.safetensors", "pytorch_model.bin"),
         "expected safetensors weights, got pytorch_model.bin. Hint: pickled weights can run code",
     ),
+    "config nested too deep": (
+        replace("config.json", b"[" * 200_000),
+        "config.json: expected JSON, got maximum recursion depth",
+    ),
+    "header nested too deep": (
+        replace("model.safetensors", struct.pack("<Q", 200_000) + b"[" * 200_000),
+        "expected a JSON header, got maximum recursion depth",
+    ),
+    "dtype a list": (
+        header(lambda h: h[GATE].update(dtype=["F32"])),
+        rf"tensor {GATE}: expected a dtype of F64, .*, got \['F32'\]",
+    ),
+    "sizes beyond 64 bits": (
+        header(lambda h: h[GATE].update(shape=[10**30] * 200)),
+        rf"tensor {GATE}: expected dtype, shape and data_offsets",
+    ),
+    "damaged tokenizer": (
+        replace("tokenizer.json", b"{"),
+        "tokenizer.json: expected a tokenizer",
+    ),
     "gptq": (
         config(quantization_config={"quant_method": "gptq", "bits": 4}),
         "quant_method: expected 'bitsandbytes', got 'gptq'. Hint: use the unquantized",
@@ -350,6 +370,19 @@ def test_overflow_of_the_dtype_is_named(folder):
     load_cpu(folder)
     with pytest.raises(CheckpointError, match=rf"{GATE}: expected finite .* as torch.float16"):
         load_cpu(folder, dtype=torch.float16)
+
+
+def test_the_tokenizer_is_opened_before_the_weights(folder, monkeypatch):
+    (folder / "tokenizer.json").write_text("{")
+    monkeypatch.setattr(Folder, "read", lambda *arguments: pytest.fail("read a tensor"))
+    with pytest.raises(CheckpointError, match="tokenizer.json: expected a tokenizer"):
+        load_cpu(folder)
+
+
+def test_a_wrong_field_names_the_folder(folder):
+    edit_json(folder / "config.json", rms_norm_eps="1e-5")
+    with pytest.raises(UnsupportedModelError, match=rf"{folder}: config field rms_norm_eps: .*'1e"):
+        load_cpu(folder)
 
 
 def test_unsupported_architecture_names_the_folder(folder):
@@ -536,6 +569,23 @@ def blob(**changes):
     return lambda folder: rewrite(folder, change)
 
 
+def unblob(name):
+    def change(tensors):
+        fields = json.loads(bytes(tensors[STATE].tolist()))
+        del fields[name]
+        tensors[STATE] = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+    return lambda folder: rewrite(folder, change)
+
+
+def quantization(**changes):
+    def change(folder):
+        stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+        edit_json(folder / "config.json", quantization_config=stored | changes)
+
+    return change
+
+
 def tie_to_4bit_head(folder):
     def change(tensors):
         parts = [name for name in tensors if name.startswith(Q)]
@@ -580,8 +630,62 @@ QUANTIZED_DAMAGE = {
         blob(shape=[45, 30]),
         rf"tensor {Q}: expected shape \[30, 45\] by the config, got \[45, 30\]",
     ),
-    "NaN offset": (blob(nested_offset=float("nan")), rf"tensor {Q}: nested_offset is nan"),
-    "NaN scale": (poison(f"{Q}.nested_absmax", float("nan"), 0), rf"tensor {Q}.absmax: expected f"),
+    "NaN offset": (
+        blob(nested_offset=float("nan")),
+        rf"tensor {STATE}: nested_offset: expected a finite fp32 number, got nan",
+    ),
+    "offset beyond fp32": (blob(nested_offset=1e39), rf"tensor {STATE}: nested_offset: .*1e\+39"),
+    "offset beyond fp64": (blob(nested_offset=10**400), rf"tensor {STATE}: nested_offset: exp"),
+    "null offset": (blob(nested_offset=None), rf"tensor {STATE}: nested_offset: .*got None"),
+    "offset a text": (blob(nested_offset="0.1"), rf"tensor {STATE}: nested_offset: .*got '0.1'"),
+    "no offset": (unblob("nested_offset"), rf"tensor {STATE}: nested_offset: .*got 'none'"),
+    "another nested dtype": (
+        blob(nested_dtype="float16"),
+        rf"tensor {STATE}: nested_dtype: expected 'float32', got 'float16'",
+    ),
+    "another nested blocksize": (
+        blob(nested_blocksize=256.0),
+        rf"tensor {STATE}: nested_blocksize: expected 256, got 256.0",
+    ),
+    "blocksize a float": (blob(blocksize=64.0), rf"tensor {STATE}: blocksize: .*got 64.0"),
+    "blocksize a flag": (blob(blocksize=True), rf"tensor {STATE}: blocksize: .*got True"),
+    "shape of flags": (blob(shape=[True, 45]), rf"tensor {STATE}: shape: .*got \[True, 45\]"),
+    "shape too large": (blob(shape=[2**62, 2**62]), rf"tensor {STATE}: shape: expected a list"),
+    "dtype a list": (blob(dtype=["bfloat16"]), rf"tensor {STATE}: dtype: expected a float dtype"),
+    "state a list": (
+        set_tensor(STATE, torch.tensor(list(b"[1]"), dtype=torch.uint8)),
+        rf"tensor {STATE}: expected a JSON object, got \[1\]",
+    ),
+    "state of 0 dimensions": (
+        set_tensor(STATE, torch.tensor(5, dtype=torch.uint8)),
+        rf"tensor {STATE}: expected uint8 \[n\], got torch.uint8 \[\]",
+    ),
+    "state nested too deep": (
+        set_tensor(STATE, torch.full((200_000,), ord("["), dtype=torch.uint8)),
+        rf"tensor {STATE}: not a bitsandbytes quant state: RecursionError",
+    ),
+    "NaN scale": (
+        poison(f"{Q}.nested_absmax", float("nan"), 0),
+        rf"tensor {Q}.nested_absmax: expected finite values",
+    ),
+    "negative scale": (
+        poison(f"{Q}.nested_absmax", -1.0, 0),
+        rf"tensor {Q}.nested_absmax: expected scales of 0 or more, got -1",
+    ),
+    "NaN in the nested map": (
+        poison(f"{Q}.nested_quant_map", float("nan"), 7),
+        rf"tensor {Q}.nested_quant_map: expected finite values",
+    ),
+    "nested map out of order": (
+        poison(f"{Q}.nested_quant_map", 2.0, 7),
+        rf"tensor {Q}.nested_quant_map: expected 256 ascending values",
+    ),
+    "a skip list of numbers": (
+        quantization(llm_int8_skip_modules=[1]),
+        r"llm_int8_skip_modules: expected null or a list of module names or patterns, got \[1\]",
+    ),
+    "a skip list of one text": (quantization(llm_int8_skip_modules="lm_head"), "got 'lm_head'"),
+    "a broken pattern": (quantization(llm_int8_skip_modules=["(q"]), r"got \['\(q'\]"),
     "no quantization_config": (
         config(quantization_config=None),
         "unexpected tensor .*Hint: 4-bit tensors need the quantization_config",
@@ -600,6 +704,13 @@ def test_damage_of_quantized_folders_is_named(quantized, damage):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_cpu(quantized, "nf4")
     assert str(quantized) in str(caught.value)
+
+
+def test_a_negative_scale_without_double_quantization_is_named(tmp_path):
+    save(load_cpu(write_folder(tmp_path / "source"), "nf4", double_quant=False), tmp_path / "model")
+    poison(f"{Q}.absmax", -0.5, 3)(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=f"{Q}.absmax: expected scales of 0 .* got -0.5"):
+        load_cpu(tmp_path / "model", "nf4")
 
 
 def test_another_quant_type_than_the_stored_one_is_refused(quantized):
@@ -725,6 +836,7 @@ def test_a_hub_repository_without_safetensors(hub):
         ("OfflineModeIsEnabled", ConnectionError, "hub cannot be reached"),
         ("RepositoryNotFoundError", FileNotFoundError, "neither a local path nor a model on the"),
         ("GatedRepoError", PermissionError, "access is gated. Hint: accept the model's licence"),
+        ("HfHubHTTPError", ConnectionError, "hub cannot be reached .boom"),
         ("HFValidationError", FileNotFoundError, "neither a local path nor a hub id"),
     ],
 )
@@ -741,6 +853,37 @@ def test_hub_errors(monkeypatch, error, expected, message):
     with pytest.raises(expected, match=rf"owner/name: .*{message}") as caught:
         load_cpu("owner/name")
     assert "second line" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dropped", ["http", "xet"])
+def test_a_connection_that_drops_is_a_connection_error(monkeypatch, dropped):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The base error of the HTTP library that this version of the hub uses.
+    kind = RuntimeError if dropped == "xet" else HfHubHTTPError.__mro__[1]
+
+    def fail(*arguments, **keywords):
+        raise kind("peer closed connection without sending complete message body")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConnectionError, match=r"owner/name: .*\(peer closed connection"):
+        load_cpu("owner/name")
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (b'{"weight_map": [1]}', r"expected a weight_map of name -> file, got \[1\]"),
+        (b'{"weight_map": {"a": 1}}', "tensor a: expected a safetensors file name, got 1"),
+        (b'{"weight_map": {"a": "../x.safetensors"}}', "tensor a: expected a safetensors file nam"),
+    ],
+)
+def test_a_malformed_index_on_the_hub(hub, index, message):
+    write_folder(hub, shards=2)
+    (hub / INDEX).write_bytes(index)
+    with pytest.raises(CheckpointError, match=f"{INDEX}: {message}"):
+        load_cpu("owner/name")
 
 
 # Memory
@@ -768,6 +911,14 @@ print(peak() - before)
 """
 
 
+def measured_peak(small: Path, model: Path, quant_type: str | None) -> int:
+    """Bytes by which loading `model` in a fresh process raises its peak, after `small`."""
+    command = [sys.executable, "-c", MEASURE, str(small), str(model), str(quant_type)]
+    # Freed memory goes back to the system at once: the loader is measured, not the heap's reserve.
+    heap = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    return int(subprocess.run(command, env=heap, capture_output=True, check=True, text=True).stdout)
+
+
 @pytest.fixture(scope="module")
 def big(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("big"), config=BIG, shards=2)
@@ -781,15 +932,20 @@ def test_peak_memory_is_the_model_and_one_tensor(big, folder, quant_type):
     rest = sum(elements.values()) - four_bit
     stays = rest * 2 + (four_bit * 0.52 if quant_type else four_bit * 2)
     one_tensor, staging, slack = max(elements.values()) * 2, 16 << 20, 20 << 20
-    command = [sys.executable, "-c", MEASURE, str(folder), str(big), str(quant_type)]
-    # Freed memory goes back to the system at once: the loader is measured, not the heap's reserve.
-    heap = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    run = subprocess.run(command, env=heap, capture_output=True, check=True, text=True)
-    peak = int(run.stdout)
+    peak = measured_peak(folder, big, quant_type)
     bound = stays + one_tensor + staging + slack
     assert peak <= bound
     # The bound means something: the file, and for 4 bits its cast, is far larger.
     assert sum(elements.values()) * (2 if quant_type else 4) > 1.3 * bound
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_peak_memory_of_a_quantized_folder_is_the_model(big, quantized, tmp_path):
+    save(load_cpu(big, "nf4"), tmp_path / "packed", max_shard_bytes=8 << 20)
+    stays = sum(tensor.nbytes for tensor in open_source(tmp_path / "packed").tensors)
+    bound = stays + (16 << 20)  # the staging buffer, of which small tensors touch a part
+    assert measured_peak(quantized, tmp_path / "packed", "nf4") <= bound
+    assert 1.5 * stays > bound  # so not even half of it is held twice
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -108,6 +110,50 @@ def test_bad_shapes_and_dtypes():
         gemm_4bit(x.double(), packed, state)
 
 
+def test_what_is_no_tensor_is_a_type_error():
+    x, packed, state, _ = case(2, 24, 64, torch.float32, "cpu")
+    for wrong in (x.tolist(), x.numpy(), None):
+        with pytest.raises(
+            TypeError, match=f"x: expected a torch.Tensor, got {type(wrong).__name__}"
+        ):
+            gemm_4bit(wrong, packed, state)
+    with pytest.raises(TypeError, match="packed: expected a torch.Tensor, got ndarray"):
+        gemm_4bit(x, packed.numpy(), state)
+
+
+def test_shapes_that_are_no_product_are_named():
+    x, packed, state, _ = case(2, 24, 64, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"x: expected \[..., 64\] for W \[24, 64\], got \[\]"):
+        gemm_4bit(torch.tensor(1.0), packed, state)
+    with pytest.raises(ValueError, match=r"W: expected \[N, K\] with K >= 1, got \[64\]"):
+        gemm_4bit(x, *halfbyte.quantize_4bit(torch.ones(64)))
+    with pytest.raises(ValueError, match=r"W: expected \[N, K\] with K >= 1, got \[5, 0\]"):
+        gemm_4bit(torch.empty(2, 0), *halfbyte.quantize_4bit(torch.empty(5, 0)))
+
+
+def test_meta_tensors_are_refused():
+    x, packed, state, _ = case(2, 24, 64, torch.float32, "cpu")
+    for pair in ((x.to("meta"), packed), (x, packed.to("meta")), (x.to("meta"), packed.to("meta"))):
+        with pytest.raises(ValueError, match="x and packed: expected both on one cpu or cuda dev"):
+            gemm_4bit(*pair, state)
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_weights_of_another_size_are_named(m, extra):
+    x, packed, state, _ = case(m, 24, 64, torch.float32, "cpu", double_quant=True)
+
+    def resized(tensor):
+        return torch.cat([tensor, tensor])[: len(tensor) + extra]
+
+    nested = dataclasses.replace(state.nested, absmax=resized(state.nested.absmax))
+    with pytest.raises(ValueError, match="packed"):
+        gemm_4bit(x, resized(packed), state)
+    for change in ({"absmax": resized(state.absmax)}, {"nested": nested}):
+        with pytest.raises(ValueError, match="absmax"):
+            gemm_4bit(x, packed, dataclasses.replace(state, **change))
+
+
 def test_operators_are_well_formed(device):
     x, packed, state, _ = case(4, 24, 64, torch.float32, device, double_quant=True)
     arguments = (packed, *state.scale_args(), "nf4", 64)
@@ -164,6 +210,37 @@ def test_linear_state_dict_round_trip():
     broken = dict(source.state_dict())
     del broken["weight.absmax"]
     with pytest.raises(RuntimeError, match="weight.absmax"):
+        Linear4bit(64, 24).load_state_dict(broken)
+
+
+def test_a_layer_on_meta_is_filled_whole():
+    source, target = layer(), Linear4bit(64, 24, device="meta", dtype=torch.bfloat16)
+    torch.nn.init.normal_(source.bias)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.bias, source.bias.bfloat16())
+    assert target.bias.data_ptr() != source.bias.data_ptr() and target.bias.requires_grad
+    target(torch.ones(1, 64))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("shape", [(1,), (25,), (1, 24), ()])
+def test_a_bias_of_another_shape_is_named(device, shape):
+    state = layer().state_dict() | {"bias": torch.ones(shape)}
+    target = torch.nn.Sequential(Linear4bit(64, 24, device=device))
+    with pytest.raises(
+        RuntimeError, match=rf"0.bias: expected \[24\], got \[{str(list(shape))[1:-1]}"
+    ):
+        target.load_state_dict({f"0.{name}": tensor for name, tensor in state.items()})
+
+
+def test_a_weight_of_another_shape_is_named():
+    with pytest.raises(RuntimeError, match=r"weight: .*shape: expected \[24, 32\], got \[24, 64\]"):
+        Linear4bit(32, 24).load_state_dict(layer().state_dict())
+    broken = layer().state_dict()
+    broken["weight"] = broken["weight"][:-1]
+    with pytest.raises(
+        RuntimeError, match=r"weight: .*packed: expected uint8 \[768, 1\], got .*767"
+    ):
         Linear4bit(64, 24).load_state_dict(broken)
 
 

@@ -79,10 +79,11 @@ def write_gguf(
     kind: Any = TYPES.F32,
     metadata: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
+    endianess: Any = gguf.GGUFEndian.LITTLE,
 ) -> Path:
     """The model of random_tensors(config) as llama.cpp would have converted it."""
     architecture = config["model_type"]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -94,6 +95,7 @@ def write_gguf(
     writer.add_rope_freq_base(config["rope_theta"])
     for key, value in (metadata or {}).items():
         adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        adders[bool] = writer.add_bool
         adders[type(value)](key.replace("ARCH", architecture), value)
     for name, tensor in random_tensors(config).items():
         array = stored_array(name, tensor, config)
@@ -259,6 +261,37 @@ def test_rope_scaling(tmp_path, metadata, expected):
     assert model.config.raw["rope_scaling"] == expected
 
 
+def test_keys_that_change_nothing_are_read_over(tmp_path):
+    neutral = {"ARCH.attention.sliding_window": 64, "ARCH.logit_scale": 1.0}
+    neutral |= {"ARCH.residual_scale": 0.0, "ARCH.attention.causal": True}
+    load_cpu(write_gguf(tmp_path / "m.gguf", metadata=neutral))
+
+
+def test_the_suffix_may_be_in_capitals(tmp_path):
+    load_cpu(write_gguf(tmp_path / "M.GGUF"))
+    (tmp_path / "M.GGUF").rename(tmp_path / "N.Gguf")
+    with pytest.raises(CheckpointError, match="got none. Hint: pass the .gguf file itself"):
+        load_cpu(tmp_path)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("family", ["llama", "qwen2 tied", "qwen3"])
+def test_transformers_loads_what_is_quantized_from_it(tmp_path, family):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+    path = write_gguf(tmp_path / "m.gguf", FAMILIES[family], TYPES.Q8_0)
+    out = quantize(path, tmp_path / "out", dtype=torch.float32, device="cpu", progress=False)
+    model = load_cpu(path, "nf4")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
+    for name in linear_shapes(WIDE):
+        weight = theirs.get_submodule(f"model.layers.0.{name}").weight
+        expected = functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert torch.equal(model.get_submodule(f"model.layers.0.{name}").dequantize(), expected)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_no_experts_are_none(tmp_path):
     load_cpu(write_gguf(tmp_path / "m.gguf", metadata={"ARCH.expert_count": 0}))
 
@@ -318,6 +351,41 @@ REFUSED = {
         {"extra": {"rope_freqs.weight": np.linspace(1, 9, 16, dtype=np.float32)}},
         UnsupportedModelError,
         "rope_freqs.weight: expected the factors of Llama 3's",
+    ),
+    "a sliding window": (
+        {"metadata": {"llama.attention.sliding_window": 32}},
+        UnsupportedModelError,
+        "metadata llama.attention.sliding_window: expected none below 64 tokens, got 32",
+    ),
+    "scaled logits": (
+        {"metadata": {"llama.logit_scale": 8.0}},
+        UnsupportedModelError,
+        "metadata llama.logit_scale: expected 1, got 8.0",
+    ),
+    "scaled residuals": (
+        {"metadata": {"llama.residual_scale": 0.25}},
+        UnsupportedModelError,
+        "metadata llama.residual_scale: expected 1, got 0.25",
+    ),
+    "attention to later tokens": (
+        {"metadata": {"llama.attention.causal": False}},
+        UnsupportedModelError,
+        "metadata llama.attention.causal: expected True, got False",
+    ),
+    "values of another width": (
+        {"metadata": {"llama.attention.value_length": 16}},
+        UnsupportedModelError,
+        "metadata llama.attention.value_length: expected 32, got 16",
+    ),
+    "big-endian": (
+        {"endianess": gguf.GGUFEndian.BIG},
+        CheckpointError,
+        "expected a little-endian GGUF file, got a big-endian one. Hint: convert it",
+    ),
+    "two names for one tensor": (
+        {"extra": {"model.norm.weight": np.ones(256, np.float32)}},
+        CheckpointError,
+        "tensor model.norm.weight: expected ggml's names, got Hugging Face's",
     ),
     "an unknown tensor": (
         {"extra": {"blk.0.attn_qkv.weight": F32_UP}},

@@ -523,6 +523,7 @@ def test_null_and_missing_fields_take_the_family_defaults():
     assert windowed.sliding_windows == (4096,) * 3
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 REFUSED = {
     "model_type": ({"model_type": "gpt2"}, "model_type: .*llama.*'gpt2'"),
     "architectures": ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
@@ -550,6 +551,66 @@ REFUSED = {
         "layer_types",
     ),
     "llama-layer-types": ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+    "architectures-text": ({"architectures": "LlamaForCausalLM"}, "architectures: expected a list"),
+    "architectures-nested": ({"architectures": [["LlamaForCausalLM"]]}, "architectures: .*Llama"),
+    "model_type-list": ({"model_type": ["llama"]}, r"model_type: .*got \['llama'\]"),
+    "size-text": ({"vocab_size": "60"}, "vocab_size: expected a positive integer, got '60'"),
+    "size-flag": ({"num_hidden_layers": True}, "num_hidden_layers: .*got True"),
+    "size-huge": ({"hidden_size": 10**30}, "hidden_size: expected a positive integer, got 10"),
+    "heads-zero": ({"num_key_value_heads": 0}, "num_key_value_heads: .*got 0"),
+    "head_dim-flag": ({"head_dim": True}, "head_dim: expected an even"),
+    "eps-text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: expected a positive number, got '1e-6'"),
+    "eps-negative": ({"rms_norm_eps": -1e-6}, "rms_norm_eps: .*got -1e-06"),
+    "eps-nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps: .*got nan"),
+    "eps-null": ({"rms_norm_eps": None}, "rms_norm_eps: .*got None"),
+    "flag-text": ({"tie_word_embeddings": "false"}, "tie_word_embeddings: .*true or false, got 'f"),
+    "flag-number": ({"attention_bias": 1}, "attention_bias: expected true or false, got 1"),
+    "dropout-text": ({"attention_dropout": "0"}, "attention_dropout: expected a number from 0"),
+    "dropout-one": ({"attention_dropout": 1.0}, "attention_dropout: .*got 1.0"),
+    "dtype": ({"torch_dtype": 16}, "dtype: expected a name such as 'bfloat16', got 16"),
+    "eos-text": ({"eos_token_id": "</s>"}, "eos_token_id: expected token ids of 0 or more"),
+    "eos-flag": ({"eos_token_id": [2, True]}, r"eos_token_id: .*got \[2, True\]"),
+    "bos-negative": ({"bos_token_id": -1}, "bos_token_id: .*got -1"),
+    "pad-object": ({"pad_token_id": {"id": 1}}, "pad_token_id: expected token ids"),
+    "layer_types-number": ({"layer_types": 3}, "layer_types: .*got 3"),
+    "layer_types-nested": ({"layer_types": [["full_attention"]] * 3}, "layer_types: expected 3 of"),
+    "window-flag": (
+        {"model_type": "mistral", "sliding_window": True},
+        "sliding_window: expected a positive integer",
+    ),
+    "window-switch": (
+        {"model_type": "qwen2", "use_sliding_window": "no"},
+        "use_sliding_window: expected true or false, got 'no'",
+    ),
+    "window-layers": (
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"},
+        "max_window_layers: expected an integer of 0 or more, got '2'",
+    ),
+    "rope-list": ({"rope_scaling": [2.0]}, r"rope_scaling: expected an object, got \[2.0\]"),
+    "rope-theta-text": ({"rope_theta": "1e4"}, "rope_theta of rope_parameters: .*got '1e4'"),
+    "rope-theta-one": ({"rope_theta": 1.0}, "rope_theta: expected more than 1, got 1.0"),
+    "rope-factor-inf": (
+        {"rope_scaling": {"type": "linear", "factor": float("inf")}},
+        "factor of rope_parameters: expected a positive number, got inf",
+    ),
+    "rope-original-text": (
+        {"rope_scaling": YARN | {"original_max_position_embeddings": "16"}},
+        "original_max_position_embeddings: expected a positive integer, got '16'",
+    ),
+    "rope-attention-text": (
+        {"rope_scaling": YARN | {"attention_factor": "1"}},
+        "attention_factor .*got '1'",
+    ),
+    "rope-beta-text": ({"rope_scaling": YARN | {"beta_fast": "32"}}, "beta_fast .*got '32'"),
+    "rope-mscale-list": (
+        {"rope_scaling": YARN | {"mscale": [1], "mscale_all_dim": 1}},
+        r"mscale .*got \[1\]",
+    ),
+    "rope-truncate-number": ({"rope_scaling": YARN | {"truncate": 0}}, "truncate: .*got 0"),
+    "llama3-ramp": (
+        {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+        "high_freq_factor: expected more than low_freq_factor 4.0, got 4.0",
+    ),
     "no-window": (
         {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3},
         "sliding_window: expected a positive integer",

@@ -119,6 +119,41 @@ def test_every_block_size_and_odd_shape(device, quant_type, blocksize, shape):
     assert close.mean() > 0.99
 
 
+def nf4_codes(scaled: np.ndarray) -> np.ndarray:
+    """By the fp32 midpoints of the levels; what lies on one takes the lower code."""
+    levels = np.float32(NF4)
+    return np.searchsorted((levels[1:] + levels[:-1]) * np.float32(0.5), scaled, side="left")
+
+
+def at_thresholds() -> tuple[np.float32, np.ndarray]:
+    """(absmax, values) whose codes differ between x / absmax and x * (1 / absmax), in fp32."""
+    levels = np.float32(NF4)
+    for absmax in np.random.default_rng(0).uniform(0.5, 2, 1000).astype(np.float32):
+        near = (levels[1:] + levels[:-1]) * np.float32(0.5) * absmax
+        x = np.concatenate([near, np.nextafter(near, 9, dtype=np.float32)])
+        differ = nf4_codes(x / absmax) != nf4_codes(x * (np.float32(1) / absmax))
+        if differ.sum() >= 3:
+            return absmax, x[differ]
+    raise AssertionError("no such values")
+
+
+def unpacked(packed: torch.Tensor) -> np.ndarray:
+    flat = packed.cpu().flatten().numpy()
+    return np.stack([flat >> 4, flat & 15], 1).ravel()
+
+
+def test_whole_blocks_multiply_and_the_short_last_one_divides(device):
+    absmax, values = at_thresholds()
+    block = np.zeros(64, np.float32)
+    block[0], block[1 : 1 + len(values)] = absmax, values
+    short = block[:-1]
+    packed, _ = halfbyte.quantize_4bit(torch.from_numpy(np.concatenate([block, short])).to(device))
+    codes = unpacked(packed)
+    assert np.array_equal(codes[:64], nf4_codes(block * (np.float32(1) / absmax)))
+    assert np.array_equal(codes[64:127], nf4_codes(short / absmax))
+    assert not np.array_equal(codes[:63], codes[64:127])
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_empty(device, double_quant):
     packed, state = halfbyte.quantize_4bit(
@@ -149,8 +184,9 @@ def test_zero_blocks_odd_tail_and_ties(device):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("index", [0, 31, 64, 129, 199])
-def test_non_finite_weight_is_refused_by_name(device, value, index):
-    x = torch.ones(200, device=device)
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_non_finite_weight_is_refused_by_name(device, value, index, dtype):
+    x = torch.ones(200, device=device, dtype=dtype)
     x[index] = value
     with pytest.raises(ValueError, match=r"layers\.3\.weight.*NaN or Inf"):
         halfbyte.quantize_4bit(x, name="layers.3.weight")
@@ -162,11 +198,23 @@ def test_non_finite_weight_is_refused_by_name(device, value, index):
         ({"quant_type": "nf3"}, "quant_type: expected .*got 'nf3'"),
         ({"blocksize": 48}, "blocksize: expected .*got 48"),
         ({"blocksize": 8192}, "blocksize"),
+        ({"blocksize": 64.0}, "blocksize: expected .*got 64.0"),
     ],
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         halfbyte.quantize_4bit(torch.ones(64), **kwargs)
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0], np.ones(64, np.float32), None])
+def test_what_is_no_tensor_is_a_type_error(x):
+    with pytest.raises(TypeError, match=f"w: expected a torch.Tensor, got {type(x).__name__}"):
+        halfbyte.quantize_4bit(x, name="w")
+
+
+def test_meta_tensors_have_nothing_to_quantize():
+    with pytest.raises(ValueError, match="w: expected values on cpu or cuda, got a meta tensor"):
+        halfbyte.quantize_4bit(torch.ones(64, device="meta"), name="w")
 
 
 def test_bad_dtypes_and_short_buffers():

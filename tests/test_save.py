@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import shutil
 import struct
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import write_tokenizer
 
 from halfbyte import Linear4bit, LoraConfig
-from halfbyte.checkpoint import load, quantize, save
+from halfbyte.checkpoint import load, quantize, save, saving
 from halfbyte.errors import CheckpointError
 from halfbyte.fingerprint import fingerprint
 from halfbyte.lora import adapter_parameters, inject, merge
@@ -185,6 +187,45 @@ def test_mixed_models_list_what_is_not_quantized(source, tmp_path):
     assert torch.equal(again.model.layers[1].mlp.up_proj.weight, plain.weight)
 
 
+def test_a_prequantized_model_that_changed_says_what_it_is(source, tmp_path):
+    save(load_cpu(source), tmp_path / "one")
+    model = load_cpu(tmp_path / "one")
+    layer = model.model.layers[1].mlp.up_proj
+    plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False).bfloat16()
+    model.model.layers[1].mlp.up_proj = plain
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.quant_type, module.double_quant = "fp4", False
+            module.quantize_(module.dequantize())
+    save(model, tmp_path / "two")
+    config = json.loads((tmp_path / "two/config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_quant_type"] == "fp4" and not config["bnb_4bit_use_double_quant"]
+    assert config["llm_int8_skip_modules"] == ["model.layers.1.mlp.up_proj", "lm_head"]
+    again = load_cpu(tmp_path / "two")
+    assert_equal_tensors(again.state_dict(), model.state_dict())
+
+
+def test_a_skip_list_that_still_says_the_same_is_kept(source, tmp_path):
+    save(load_cpu(source), tmp_path / "one")
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "vision_tower"]
+    (tmp_path / "one/config.json").write_text(json.dumps(config))
+    save(load_cpu(tmp_path / "one"), tmp_path / "two")
+    written = json.loads((tmp_path / "two/config.json").read_text())
+    assert written["quantization_config"] == config["quantization_config"]
+
+
+def test_parameters_that_share_memory_are_written_each(source, tmp_path):
+    model = load_cpu(source, None)
+    first, second = model.model.layers
+    first.mlp.up_proj.weight.data = first.mlp.gate_proj.weight.data
+    first.input_layernorm.weight = second.input_layernorm.weight
+    joined = torch.cat([second.self_attn.k_proj.weight, second.self_attn.v_proj.weight])
+    second.self_attn.k_proj.weight.data, second.self_attn.v_proj.weight.data = joined.chunk(2)
+    save(model, tmp_path / "out")
+    assert_equal_tensors(load_cpu(tmp_path / "out", None).state_dict(), model.state_dict())
+
+
 def test_tokenizer_goes_with_the_model(source, tmp_path):
     write_tokenizer(source)
     model = load_cpu(source)
@@ -234,12 +275,89 @@ def test_existing_folders(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="got a file of that name"):
         save(model, tmp_path / "file", overwrite=True)
+
+
+STRANGERS = {
+    "no config": ({"thesis.tex": ""}, "without config.json, or with another program's"),
+    "another program's config": ({"config.json": '{"theme": "dark"}'}, "with another program's"),
+    "a text": ({"config.json": '{"model_type": "llama"}', "thesis.tex": ""}, "got thesis.tex"),
+    "a hidden file": ({"config.json": '{"architectures": []}', ".git": ""}, r"got \.git"),
+    "a folder": ({"config.json": '{"model_type": "llama"}', "runs/a.json": ""}, "got runs"),
+    "a text among templates": (
+        {"config.json": '{"model_type": "llama"}', "additional_chat_templates/notes.txt": ""},
+        "got additional_chat_templates/notes.txt",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_overwrite_deletes_nothing_but_models(source, tmp_path, case):
+    files, message = STRANGERS[case]
     home = tmp_path / "home"
-    home.mkdir()
-    (home / "thesis.tex").write_text("")
-    with pytest.raises(FileExistsError, match="without config.json, which is left alone"):
-        save(model, home, overwrite=True)
-    assert (home / "thesis.tex").exists()
+    for name, text in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    with pytest.raises(FileExistsError, match=f"{home}: expected .*{message}"):
+        save(load_cpu(source), home, overwrite=True)
+    assert {p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()} == files.keys()
+
+
+def test_every_file_of_a_saved_model_can_be_overwritten(source, tmp_path):
+    write_tokenizer(source)
+    (source / "generation_config.json").write_text('{"eos_token_id": 2}')
+    model = load_cpu(source)
+    model.tokenizer.chat_templates["tools"] = "{{ messages }}"
+    save(model, tmp_path / "out", max_shard_bytes=20_000)
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert names >= {"tools.jinja", "generation_config.json", "model.safetensors.index.json"}
+    save(model, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()
+
+
+def test_a_folder_that_holds_the_source_is_not_overwritten(source, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for call in (
+        lambda: save(load_cpu(source), tmp_path, overwrite=True),
+        lambda: quantize(source, tmp_path, device="cpu", overwrite=True, progress=False),
+    ):
+        with pytest.raises(
+            FileExistsError, match=f"got one that holds the model's source {source}"
+        ):
+            call()
+    assert (source / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["", "owner/name"])
+def test_a_source_that_is_no_path_stands_in_no_way(source, tmp_path, monkeypatch, name):
+    model = load_cpu(source)
+    save(model, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    model.source = name
+    save(model, tmp_path / "out", overwrite=True)
+
+
+def test_an_empty_folder_is_filled_and_its_config_comes_last(source, tmp_path, monkeypatch):
+    """It may be a mount point, over which nothing can be renamed."""
+    out, moved = tmp_path / "out", []
+    out.mkdir()
+    identity, rename = out.stat().st_ino, Path.rename
+
+    def recorded(self, target):
+        moved.append(target.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", recorded)
+    quantize(source, out, device="cpu", progress=False)
+    assert moved == ["model.safetensors", "config.json"] and out.stat().st_ino == identity
+    assert sorted(path.name for path in out.iterdir()) == sorted(moved)
+
+
+def test_a_mount_point_with_files_is_refused_early(source, tmp_path, monkeypatch):
+    model = load_cpu(source)
+    save(model, tmp_path / "out")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(FileExistsError, match="got a mount point with files in it"):
+        save(model, tmp_path / "out", overwrite=True)
 
 
 def test_a_folder_can_replace_its_own_source(source):
@@ -268,7 +386,86 @@ def test_a_crash_leaves_nothing_or_the_old_folder(source, tmp_path, monkeypatch,
     assert {path.name for path in tmp_path.iterdir()} == {"source"} | ({"out"} if before else set())
 
 
+def break_rename(monkeypatch, broken) -> None:
+    """Renames to `broken` fail, as over a mount point."""
+    rename = Path.rename
+
+    def renamed(self, target):
+        if target == broken and self.suffix == ".partial":
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+
+
+def refuse_after(count):
+    """A Path.rename that works `count` times."""
+    rename, calls = Path.rename, iter(range(count))
+
+    def renamed(self, target):
+        if next(calls, None) is None:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    return renamed
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_move_that_fails_loses_neither_model(source, tmp_path, monkeypatch, overwrite):
+    model, out = load_cpu(source), tmp_path / "out"
+    if overwrite:
+        save(load_cpu(source, "fp4"), out)
+    before = {file.name: file.read_bytes() for file in out.glob("*")}
+    break_rename(monkeypatch, out)
+    with pytest.raises(OSError, match=f"{out}: expected to put .* Hint: what was not") as caught:
+        save(model, out, overwrite=overwrite)
+    assert {file.name: file.read_bytes() for file in out.glob("*")} == before
+    (kept,) = tmp_path.glob(".out.*.partial")
+    assert str(kept) in str(caught.value)
+    assert fingerprint(load_cpu(kept)) == fingerprint(model)
+
+
+def test_the_model_before_is_named_where_it_cannot_be_put_back(source, tmp_path, monkeypatch):
+    model, out = load_cpu(source), tmp_path / "out"
+    save(model, out)
+    monkeypatch.setattr(Path, "rename", refuse_after(1))
+    with pytest.raises(OSError, match=r"the model before it in .*\.old; move it there"):
+        save(model, out, overwrite=True)
+    (old,), (new,) = tmp_path.glob(".out.*.old"), tmp_path.glob(".out.*.partial")
+    assert fingerprint(load_cpu(old)) == fingerprint(load_cpu(new)) == fingerprint(model)
+
+
+def test_the_parent_is_synced_after_the_rename(source, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(saving, "_sync_one", lambda path: synced.append(path))
+    save(load_cpu(source), tmp_path / "out")
+    assert synced[-1] == tmp_path and len(synced) > 2
+
+
+def test_a_full_disk_is_named(source, tmp_path, monkeypatch):
+    model = load_cpu(source)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors: expected to write 0.000 GB, got .*"):
+            save(model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="got 0.000 GB of free space. Hint: free some"):
+        save(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 # quantize SRC OUT
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(saving, "open_source", lambda path: pytest.fail("opened the source"))
+    with pytest.raises(OSError, match="file"):
+        quantize(source, tmp_path / "file/out", device="cpu")
 
 
 def test_quantize_is_load_and_save(source, tmp_path):
@@ -314,6 +511,67 @@ def test_transformers_loads_what_is_saved(
     ids = torch.arange(20)[None] * 3
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+WIDE_BLOCKS = WHOLE_BLOCKS | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+QWEN2 = WHOLE_BLOCKS | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+FAMILIES = {
+    "mistral": (
+        WHOLE_BLOCKS | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, {}
+    ),
+    "qwen2": (QWEN2, {}),
+    "qwen2 tied": (QWEN2 | {"tie_word_embeddings": True}, {}),
+    "qwen3": (WHOLE_BLOCKS | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, {}),
+    "tied": (WHOLE_BLOCKS | {"tie_word_embeddings": True}, {}),
+    "biased": (WHOLE_BLOCKS | {"attention_bias": True}, {}),
+    "fp16": (WHOLE_BLOCKS, {"dtype": torch.float16}),
+    "blocksize 128": (WIDE_BLOCKS, {"blocksize": 128}),
+}  # fmt: skip
+
+
+def assert_transformers_reads_it_alike(folder, model) -> None:
+    """Weights to the bit, and the logits of both with those weights in fp32."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    names = {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert names == {n for n, m in model.named_modules() if isinstance(m, Linear4bit)} != set()
+    for path in names:
+        weight = theirs.get_submodule(path).weight
+        expected = functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert torch.equal(model.get_submodule(path).dequantize(), expected), path
+    floats = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    assert floats.keys() == {n for n, p in theirs.named_parameters() if p.is_floating_point()}
+    for name, parameter in floats.items():
+        assert torch.equal(parameter, theirs.get_parameter(name)), name
+    ids = torch.arange(20)[None] * 3
+    with torch.no_grad():
+        ours, others = model(ids).logits.float(), theirs(ids).logits.float()
+    # bitsandbytes rounds the weights of a 16-bit product otherwise.
+    bound = 1e-5 if model.model.norm.weight.dtype == torch.float32 else 0.03
+    torch.testing.assert_close(ours, others, rtol=bound, atol=bound)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_every_family(tmp_path, family):
+    config, arguments = FAMILIES[family]
+    source = write_folder(tmp_path / "source", config=config)
+    model = load_cpu(source, **({"dtype": torch.float32} | arguments))
+    save(model, tmp_path / "out")
+    assert_transformers_reads_it_alike(tmp_path / "out", model)
+
+
+@pytest.mark.filterwarnings("default")
+def test_transformers_loads_a_4bit_head(tmp_path):
+    model = load_cpu(write_folder(tmp_path / "source", config=WHOLE_BLOCKS), dtype=torch.float32)
+    head = Linear4bit(64, CONFIG["vocab_size"], bias=False)
+    model.lm_head = head.quantize_(model.lm_head.weight)
+    save(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["llm_int8_skip_modules"] == []
+    assert_transformers_reads_it_alike(tmp_path / "out", model)
+    assert isinstance(load_cpu(tmp_path / "out").lm_head, Linear4bit)
 
 
 @pytest.mark.filterwarnings("default")

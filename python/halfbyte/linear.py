@@ -118,17 +118,16 @@ class Linear4bit(nn.Linear):
         key = f"{prefix}weight"
         if key in state_dict:
             try:
-                state = QuantState.from_tensors(key, state_dict)
-                packed = state_dict[key].view(torch.uint8).reshape(-1, 1)
-                device = packed.device if self.weight.is_meta else self.weight.device
-                self.set_quantized(packed.to(device, copy=True), state.to(device))
+                self._load_weight(key, state_dict)
             except (CheckpointError, ValueError) as error:
-                error_msgs.append(str(error))
+                error_msgs.append(f"{key}: {error}")
         elif strict:
             missing_keys.append(key)
         if self.bias is not None and f"{prefix}bias" in state_dict:
-            with torch.no_grad():
-                self.bias.copy_(state_dict[f"{prefix}bias"])
+            try:
+                self._load_bias(state_dict[f"{prefix}bias"])
+            except ValueError as error:
+                error_msgs.append(f"{prefix}bias: {error}")
         elif self.bias is not None and strict:
             missing_keys.append(f"{prefix}bias")
         if strict:
@@ -136,6 +135,22 @@ class Linear4bit(nn.Linear):
             unexpected_keys += [
                 k for k in state_dict if k.startswith(prefix) and not k.startswith(known)
             ]
+
+    def _load_weight(self, key: str, state_dict: dict[str, Tensor]) -> None:
+        state = QuantState.from_tensors(key, state_dict)
+        packed = state_dict[key].contiguous().view(-1).view(torch.uint8)
+        device = packed.device if self.weight.is_meta else self.weight.device
+        self.set_quantized(packed.to(device, copy=True), state.to(device))
+
+    def _load_bias(self, value: Tensor) -> None:
+        if value.shape != self.bias.shape:
+            raise ValueError(f"expected {list(self.bias.shape)}, got {list(value.shape)}")
+        if self.bias.is_meta:
+            bias = value.detach().to(self.bias.dtype, copy=True)
+            self.bias = nn.Parameter(bias, self.bias.requires_grad)
+        else:
+            with torch.no_grad():
+                self.bias.copy_(value)
 
     def extra_repr(self) -> str:
         return (

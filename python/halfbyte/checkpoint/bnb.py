@@ -38,7 +38,24 @@ def quantization_config(config: dict[str, Any], location: str) -> dict[str, Any]
             f"{stored.get('load_in_8bit')!r}, load_in_4bit = {stored.get('load_in_4bit')!r}. "
             "Hint: use the unquantized model or its 4-bit version"
         )
+    _check_skip_modules(stored.get("llm_int8_skip_modules"), location)
     return stored
+
+
+def _check_skip_modules(patterns: Any, location: str) -> None:
+    fits = patterns is None or isinstance(patterns, list)
+    if not fits or not all(map(_is_pattern, patterns or ())):
+        raise CheckpointError(
+            f"{location}: quantization_config.llm_int8_skip_modules: expected null or a list of "
+            f"module names or patterns, got {patterns!r}"
+        )
+
+
+def _is_pattern(pattern: Any) -> bool:
+    try:
+        return isinstance(pattern, str) and bool(re.compile(pattern))
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def new_quantization_config(quant_type: str, double_quant: bool, dtype: str) -> dict[str, Any]:
@@ -63,9 +80,12 @@ def new_quantization_config(quant_type: str, double_quant: bool, dtype: str) -> 
 def is_skipped(module: str, stored: dict[str, Any]) -> bool:
     """Whether `llm_int8_skip_modules` leaves the module in 16 bits, by transformers' rule.
 
-    A pattern matches from the start of the path up to a component's end, or as a suffix.
+    A pattern matches from the start of the path up to a component's end, or as a suffix; without
+    a list it is the head that is left.
     """
-    patterns = stored.get("llm_int8_skip_modules") or []
+    patterns = stored.get("llm_int8_skip_modules")
+    if patterns is None:
+        patterns = ["lm_head"]
     return any(
         re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(pattern)
         for pattern in patterns

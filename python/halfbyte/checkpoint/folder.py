@@ -49,7 +49,7 @@ class Folder(Source):
     def _hint(self) -> str:
         if (self.path / "adapter_config.json").exists():
             return "Hint: this is an adapter; load its base model and pass this as the adapter"
-        if any(self.path.glob("*.gguf")):
+        if any(file.suffix.lower() == ".gguf" for file in self.path.iterdir()):
             return "Hint: pass the .gguf file itself"
         return "Hint: pass the folder that holds config.json and the safetensors files"
 
@@ -79,7 +79,7 @@ def read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, An
         return missing
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -93,7 +93,7 @@ def _tensors(folder: Path) -> list[StoredTensor]:
         return read_header(folder / SINGLE)
     if not (folder / INDEX).exists():
         raise _no_weights(folder)
-    weight_map = _weight_map(folder / INDEX)
+    weight_map = read_weight_map(folder / INDEX)
     tensors = []
     for shard in sorted(set(weight_map.values())):
         path = folder / shard
@@ -108,7 +108,8 @@ def _tensors(folder: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard by the index; CheckpointError for anything but plain safetensors names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected a weight_map of name -> file, got {weight_map!r}")

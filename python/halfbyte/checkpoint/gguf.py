@@ -42,6 +42,19 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Keys that change the arithmetic, with the values that do not: 0 stands for unset.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    ".logit_scale": (0, 1),
+    ".residual_scale": (0, 1),
+    ".embedding_scale": (0, 1),
+    ".attention.scale": (0,),
+    ".attention.clamp_kqv": (0,),
+    ".attention.max_alibi_bias": (0,),
+    ".attention.causal": (True,),
+    ".attn_logit_softcapping": (0,),
+    ".final_logit_softcapping": (0,),
+    ".use_parallel_residual": (False,),
+}
 ROPE_FACTORS = "rope_freqs.weight"
 INTEGER_TYPES = ("I8", "I16", "I32", "I64", "F64")
 # The decoded fp32 piece and the library's temporaries are several times the bytes read.
@@ -61,6 +74,7 @@ class GGUF(Source):
         self.location = str(path)
         self.metadata = Metadata(path)
         self._check_architecture()
+        self._check_arithmetic()
         self.types = {kind.name: kind for kind in GGMLQuantizationType}
         self.float_dtypes = tuple(t.name for t in GGMLQuantizationType if _decodes(t))
         self.tensors = self._tensors(path)
@@ -104,6 +118,22 @@ class GGUF(Source):
                 f"{', '.join(ARCHITECTURES)}, got {architecture!r}{' with experts' * experts}"
             )
 
+    def _check_arithmetic(self) -> None:
+        metadata = self.metadata
+        for key, neutral in NEUTRAL.items():
+            self._refuse_unless(key, metadata.value(key, neutral[0]) in neutral, neutral[-1])
+        context = metadata.count(".context_length")
+        window = metadata.value(".attention.sliding_window", 0)
+        unseen = type(window) is int and (window == 0 or window >= context)
+        self._refuse_unless(".attention.sliding_window", unseen, f"none below {context} tokens")
+
+    def _refuse_unless(self, key: str, neutral: bool, expected: object) -> None:
+        if not neutral:
+            raise UnsupportedModelError(
+                f"{self.location}: metadata {self.metadata.architecture}{key}: expected "
+                f"{expected}, got {self.metadata.value(key, None)!r:.200}"
+            )
+
     def _tensors(self, path: Path) -> list[StoredTensor]:
         found = self.metadata.reader.tensors
         stored = [_stored(path, tensor) for tensor in found if tensor.name != ROPE_FACTORS]
@@ -124,6 +154,8 @@ class GGUF(Source):
         metadata = self.metadata
         heads, hidden = metadata.count(".attention.head_count"), metadata.count(".embedding_length")
         head_dim = metadata.count(".attention.key_length", max(1, hidden // heads))
+        values = metadata.count(".attention.value_length", head_dim)
+        self._refuse_unless(".attention.value_length", values == head_dim, head_dim)
         config = {
             "architectures": [ARCHITECTURES[metadata.architecture]],
             "model_type": metadata.architecture,
@@ -240,6 +272,9 @@ def _shortest(value: float) -> float:
 def _stored(path: Path, tensor: ReaderTensor) -> StoredTensor:
     shape = tuple(int(size) for size in reversed(tensor.shape))
     name = _hugging_face_name(tensor.name)
+    if name == tensor.name and name.startswith(("model.", "lm_head.")):
+        # It would pass for the tensor that ggml's own name stands for.
+        raise CheckpointError(f"{path}: tensor {name}: expected ggml's names, got Hugging Face's")
     kind = tensor.tensor_type.name
     return StoredTensor(name, kind, shape, path, int(tensor.data_offset), int(tensor.n_bytes))
 

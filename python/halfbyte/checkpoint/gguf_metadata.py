@@ -40,6 +40,10 @@ class Metadata:
         """A positive, finite number."""
         return self._value(key, default, "a positive number", _is_positive)
 
+    def value(self, key: str, default: Any) -> Any:
+        """A value of whatever type."""
+        return self._value(key, default, "a value", lambda value: not isinstance(value, Exception))
+
     def token_id(self, name: str) -> int | None:
         """`tokenizer.ggml.<name>`, None if absent."""
         key = f"tokenizer.ggml.{name}"
@@ -65,7 +69,7 @@ def _is_positive(value: Any) -> bool:
 
 def open_reader(path: Path) -> GGUFReader:
     try:
-        return _strict_reader()(path)
+        reader = _strict_reader()(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
@@ -73,6 +77,12 @@ def open_reader(path: Path) -> GGUFReader:
             f"{path}: expected a GGUF file, got {path.stat().st_size} bytes that the gguf library "
             f"cannot read ({error}). Hint: the file is truncated or corrupt, download it again"
         ) from error
+    if reader.endianess.name != "LITTLE":
+        raise CheckpointError(
+            f"{path}: expected a little-endian GGUF file, got a big-endian one. "
+            "Hint: convert it with gguf's `gguf-convert-endian FILE little`"
+        )
+    return reader
 
 
 def _strict_reader() -> type[GGUFReader]:

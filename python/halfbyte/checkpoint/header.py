@@ -19,6 +19,7 @@ from halfbyte.checkpoint.source import StoredTensor
 from halfbyte.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100 << 20
+MAX_DIMS = 64
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -67,7 +68,7 @@ def _hint(prefix: bytes) -> str:
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a JSON header, got {error}. Hint: the file is corrupt"
         ) from None
@@ -89,14 +90,15 @@ def _entry(path: Path, name: str, fields: Any, base: int) -> StoredTensor:
     try:
         dtype, shape = fields["dtype"], tuple(fields["shape"])
         begin, end = fields["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        sizes = (*shape, begin, end)
+        whole = len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 63 for n in sizes)
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole:
         raise CheckpointError(
             f"{path}: tensor {name}: expected dtype, shape and data_offsets, got {fields!r}"
         )
-    if dtype not in TORCH_DTYPES:
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name}: expected a dtype of {', '.join(TORCH_DTYPES)}, got {dtype!r}"
         )

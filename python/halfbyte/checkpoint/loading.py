@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import warnings
 from collections import defaultdict
@@ -88,8 +87,11 @@ def load_source(
     source: Source, settings: Settings, device: torch.device, progress: bool
 ) -> Decoder:
     """`load` for a source that is open already; `source.location` is the model's source."""
-    model = _Filling(source, settings, device).run(progress)
-    model.tokenizer = source.tokenizer()
+    filling = _Filling(source, settings, device)
+    # Before the weights, so that what is wrong with it is said before they have been read.
+    tokenizer = source.tokenizer()
+    model = filling.run(progress)
+    model.tokenizer = tokenizer
     model.generation_config = source.generation_config
     model.source = source.location
     return model.eval()
@@ -110,17 +112,30 @@ def default_device() -> torch.device:
 
 
 def checked_device(device: torch.device | str | None) -> torch.device:
-    """The device that `load` was asked for, or the default one."""
+    """The device that was asked for, or the default one.
+
+    Raises ValueError for a device that is not there, CudaError if CUDA cannot be used.
+    """
     if device is None:
         return default_device()
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"load: device: expected cpu or cuda, got {device}")
-    if device.type == "cuda" and _core.cuda_status() != "ok":
-        raise RuntimeError(
-            f"load: device {device}: {_core.cuda_status()}. Hint: see `halfbyte doctor`"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device: expected cpu or cuda, got {device}. Hint: cuda:1 is the second GPU"
         )
-    return device
+    if found.type == "cpu":
+        return found
+    status = _core.cuda_status()
+    if status == "ok" and not torch.cuda.is_available():
+        status = "torch finds no GPU"
+    if status != "ok":
+        raise _core.CudaError(f"device {found}: {status}. Hint: see `halfbyte doctor`")
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {found}")
+    return found
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -134,7 +149,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         return Folder(local)
     if local.is_file():
         return _open_file(local)
-    if isinstance(path, str) and HUB_ID.fullmatch(text) and local.suffix not in FILE_SUFFIXES:
+    if (
+        isinstance(path, str)
+        and HUB_ID.fullmatch(text)
+        and local.suffix.lower() not in FILE_SUFFIXES
+    ):
         return Folder(download(text))
     raise FileNotFoundError(
         f"{text}: expected a model folder, a .gguf file or a hub id such as 'owner/name', "
@@ -146,7 +165,7 @@ FILE_SUFFIXES = (".gguf", ".safetensors", *PICKLES)
 
 
 def _open_file(path: Path) -> Source:
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return GGUF(path)
     hint = "Hint: pass the folder that holds config.json and the weights"
     raise CheckpointError(
@@ -253,10 +272,11 @@ class _Filling:
                 f"{where}: tensor {weight}: expected shape {list(shape)} by the config, "
                 f"got {list(state.shape)} in its quant_state"
             )
-        scales = state.absmax if state.nested is None else state.nested.absmax
-        _check_finite(f"{where}: tensor {weight}.absmax", scales)
-        if not math.isfinite(state.offset):
-            raise CheckpointError(f"{where}: tensor {weight}: nested_offset is {state.offset}")
+        if state.nested is None:
+            _check_scales(f"{where}: tensor {weight}.absmax", state.absmax)
+        else:
+            _check_scales(f"{where}: tensor {weight}.nested_absmax", state.nested.absmax)
+            _check_map(f"{where}: tensor {weight}.nested_quant_map", state.nested.map)
         return state
 
     def _linear(self, weight: str) -> Linear4bit:
@@ -310,6 +330,18 @@ def _check_finite(where: str, value: Tensor) -> None:
             f"{where}: expected finite values, got NaN or Inf as {value.dtype}. "
             "Hint: the weights are damaged, or overflow this dtype"
         )
+
+
+def _check_scales(where: str, scales: Tensor) -> None:
+    _check_finite(where, scales)
+    if scales.numel() and scales.min() < 0:
+        raise CheckpointError(f"{where}: expected scales of 0 or more, got {scales.min():g}")
+
+
+def _check_map(where: str, codebook: Tensor) -> None:
+    _check_finite(where, codebook)
+    if not (codebook.diff() > 0).all():
+        raise CheckpointError(f"{where}: expected {len(codebook)} ascending values, got others")
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from halfbyte.errors import UnsupportedModelError
+from halfbyte.models.fields import flag, number, size, token_ids, unsupported
 from halfbyte.models.rope import RopeConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -89,99 +89,101 @@ class DecoderConfig:
         model_type = _model_type(raw)
         family = FAMILIES[model_type]
         _check_neutral(raw)
-        layers = _size(raw, "num_hidden_layers")
-        heads = _size(raw, "num_attention_heads")
-        kv_heads = _size(raw, "num_key_value_heads", family.num_key_value_heads or heads, heads)
-        if heads % kv_heads:
-            _unsupported("num_key_value_heads", f"a divisor of {heads} attention heads", kv_heads)
-        context = _size(raw, "max_position_embeddings", family.max_position_embeddings)
+        layers = size(raw, "num_hidden_layers")
+        heads = size(raw, "num_attention_heads")
+        context = size(raw, "max_position_embeddings", family.max_position_embeddings)
         return cls(
             model_type=model_type,
-            vocab_size=_size(raw, "vocab_size"),
-            hidden_size=_size(raw, "hidden_size"),
-            intermediate_size=_size(raw, "intermediate_size"),
+            vocab_size=size(raw, "vocab_size"),
+            hidden_size=size(raw, "hidden_size"),
+            intermediate_size=size(raw, "intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
+            num_key_value_heads=_kv_heads(raw, family, heads),
             head_dim=_head_dim(raw, family, heads),
             max_position_embeddings=context,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope=RopeConfig.from_dict(raw, context),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             qkv_bias=_flag(raw, family.qkv_bias),
             o_bias=_flag(raw, family.o_bias),
             mlp_bias=_flag(raw, family.mlp_bias),
             qk_norm=family.qk_norm,
-            attention_dropout=float(raw.get("attention_dropout") or 0.0),
+            attention_dropout=_dropout(raw),
             sliding_windows=_sliding_windows(raw, model_type, layers),
-            bos_token_id=_first_id(raw.get("bos_token_id")),
+            bos_token_id=_first_id(raw, "bos_token_id"),
             eos_token_ids=token_ids(raw.get("eos_token_id")),
-            pad_token_id=_first_id(raw.get("pad_token_id")),
-            dtype=raw.get("dtype") or raw.get("torch_dtype"),
+            pad_token_id=_first_id(raw, "pad_token_id"),
+            dtype=_dtype(raw),
             raw=dict(raw),
         )
-
-
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """A config's token id field, which may be absent, one id or a list, as a tuple."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _unsupported(name: str, expected: str, got: object) -> NoReturn:
-    raise UnsupportedModelError(f"config field {name}: expected {expected}, got {got!r}")
 
 
 def _model_type(raw: Mapping[str, Any]) -> str:
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        unsupported("architectures", "a list", architectures)
     for architecture in architectures:
-        if architecture not in by_architecture:
-            _unsupported("architectures", f"one of {', '.join(by_architecture)}", architecture)
+        if architecture not in tuple(by_architecture):
+            unsupported("architectures", f"one of {', '.join(by_architecture)}", architecture)
     named = by_architecture[architectures[0]] if architectures else None
     model_type = raw.get("model_type", named)
-    if model_type not in FAMILIES:
-        _unsupported("model_type", f"one of {', '.join(FAMILIES)}", model_type)
+    if model_type not in tuple(FAMILIES):
+        unsupported("model_type", f"one of {', '.join(FAMILIES)}", model_type)
     if named not in (None, model_type):
-        _unsupported("model_type", f"{named!r} as in architectures", model_type)
+        unsupported("model_type", f"{named!r} as in architectures", model_type)
     return model_type
 
 
 def _check_neutral(raw: Mapping[str, Any]) -> None:
     for name, neutral in NEUTRAL.items():
         if raw.get(name) not in neutral:
-            _unsupported(name, " or ".join(map(repr, neutral)), raw[name])
+            unsupported(name, " or ".join(map(repr, neutral)), raw[name])
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        _unsupported("hidden_act", "'silu'", activation)
+        unsupported("hidden_act", "'silu'", activation)
 
 
-def _size(raw: Mapping[str, Any], name: str, missing: int | None = None, null: int = 0) -> int:
-    """A positive integer; `missing` stands for an absent field, `null` for an explicit null."""
-    value = raw.get(name, missing)
-    if value is None and null:
-        return null
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        _unsupported(name, "a positive integer", value)
-    return value
+def _kv_heads(raw: Mapping[str, Any], family: Family, heads: int) -> int:
+    """Null means one for each head, as in transformers; absent means the family's default."""
+    if raw.get("num_key_value_heads", 0) is None:
+        return heads
+    kv_heads = size(raw, "num_key_value_heads", family.num_key_value_heads or heads)
+    if heads % kv_heads:
+        unsupported("num_key_value_heads", f"a divisor of {heads} attention heads", kv_heads)
+    return kv_heads
 
 
 def _head_dim(raw: Mapping[str, Any], family: Family, heads: int) -> int:
     head_dim = raw.get("head_dim", family.head_dim)
-    hidden = _size(raw, "hidden_size")
+    hidden = size(raw, "hidden_size")
     if head_dim is None:
         if hidden % heads:
-            _unsupported("hidden_size", f"a multiple of {heads} attention heads", hidden)
+            unsupported("hidden_size", f"a multiple of {heads} attention heads", hidden)
         head_dim = hidden // heads
-    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
-        _unsupported("head_dim", "an even positive integer", head_dim)
+    if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
+        unsupported("head_dim", "an even positive integer", head_dim)
     return head_dim
+
+
+def _dropout(raw: Mapping[str, Any]) -> float:
+    value = raw.get("attention_dropout")
+    if value is not None and (type(value) not in (int, float) or not 0 <= value < 1):
+        unsupported("attention_dropout", "a number from 0 to below 1", value)
+    return float(value or 0.0)
+
+
+def _dtype(raw: Mapping[str, Any]) -> str | None:
+    value = raw.get("dtype") or raw.get("torch_dtype")
+    if value is not None and not isinstance(value, str):
+        unsupported("dtype", "a name such as 'bfloat16'", value)
+    return value
 
 
 def _flag(raw: Mapping[str, Any], rule: bool | str) -> bool:
     """A family's own answer, or the config field that it leaves the answer to."""
-    return bool(raw.get(rule, False)) if isinstance(rule, str) else rule
+    return flag(raw, rule) if isinstance(rule, str) else rule
 
 
 def _sliding_windows(
@@ -189,28 +191,29 @@ def _sliding_windows(
 ) -> tuple[int | None, ...]:
     """The attention window of each layer in tokens, None where it attends to everything."""
     window = raw.get("sliding_window", 4096)
-    switched_off = model_type.startswith("qwen") and not raw.get("use_sliding_window", False)
+    switched_off = model_type.startswith("qwen") and not flag(raw, "use_sliding_window")
     if model_type == "llama" or switched_off:
         window = None
     types = _layer_types(raw, model_type, layers, window)
-    if SLIDING in types and (not isinstance(window, int) or window < 1):
-        _unsupported("sliding_window", "a positive integer for its sliding layers", window)
+    if SLIDING in types and (type(window) is not int or window < 1):
+        unsupported("sliding_window", "a positive integer for its sliding layers", window)
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
 def _layer_types(
     raw: Mapping[str, Any], model_type: str, layers: int, window: int | None
 ) -> list[str]:
-    first = raw.get("max_window_layers", 28) if model_type.startswith("qwen") else 0
+    first = size(raw, "max_window_layers", 28, 0) if model_type.startswith("qwen") else 0
     derived = [FULL if window is None or i < first else SLIDING for i in range(layers)]
     types = raw.get("layer_types") or derived
-    if len(types) != layers or set(types) - {FULL, SLIDING}:
-        _unsupported("layer_types", f"{layers} of {FULL!r} or {SLIDING!r}", types)
+    known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
+    if not known or len(types) != layers:
+        unsupported("layer_types", f"{layers} of {FULL!r} or {SLIDING!r}", types)
     if not model_type.startswith("qwen") and types != derived:
-        _unsupported("layer_types", f"{derived} for {model_type}", types)
+        unsupported("layer_types", f"{derived} for {model_type}", types)
     return types
 
 
-def _first_id(value: int | list[int] | None) -> int | None:
-    ids = token_ids(value)
+def _first_id(raw: Mapping[str, Any], name: str) -> int | None:
+    ids = token_ids(raw.get(name), name)
     return ids[0] if ids else None

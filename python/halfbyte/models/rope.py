@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.errors import UnsupportedModelError
+from halfbyte.models.fields import flag, mapping, number, size, unsupported
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROPE_FIELDS = {
@@ -51,58 +51,66 @@ class RopeConfig:
 
         Raises UnsupportedModelError for an unknown rope type, an unknown or missing field.
         """
-        fields = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
+        fields = mapping(raw, "rope_parameters") | mapping(raw, "rope_scaling")
         _check_known(fields)
         rope_type = fields.get("rope_type") or fields.get("type") or "default"
         if rope_type not in ROPE_TYPES:
-            raise UnsupportedModelError(
-                f"config field rope_type: expected one of {', '.join(ROPE_TYPES)}, "
-                f"got {rope_type!r}"
-            )
-        original = raw.get("original_max_position_embeddings") or fields.get(
-            "original_max_position_embeddings", max_position_embeddings
-        )
+            unsupported("rope_type", f"one of {', '.join(ROPE_TYPES)}", rope_type)
+        original = _original_context(raw, fields, max_position_embeddings)
         if rope_type == "yarn" and fields.get("factor") is None:
             fields["factor"] = max_position_embeddings / original
-        return cls(
+        rope = cls(
             rope_type=rope_type,
             rope_theta=_number(fields, "rope_theta", raw.get("rope_theta", 10000.0)),
             factor=_number(fields, "factor", 1.0 if rope_type == "default" else None),
-            original_max_position_embeddings=int(original),
+            original_max_position_embeddings=original,
             low_freq_factor=_number(fields, "low_freq_factor", _llama3_only(rope_type, 1.0)),
             high_freq_factor=_number(fields, "high_freq_factor", _llama3_only(rope_type, 4.0)),
             attention_factor=_attention_factor(fields) if rope_type == "yarn" else 1.0,
-            beta_fast=fields.get("beta_fast") or 32.0,
-            beta_slow=fields.get("beta_slow") or 1.0,
-            truncate=fields.get("truncate", True),
+            beta_fast=_or_null(fields, "beta_fast", 32.0),
+            beta_slow=_or_null(fields, "beta_slow", 1.0),
+            truncate=flag(fields, "truncate", True),
         )
+        _check_divisors(rope)
+        return rope
+
+
+def _original_context(raw: Mapping[str, Any], fields: Mapping[str, Any], longest: int) -> int:
+    """The top level wins; null and 0 count as absent."""
+    name = "original_max_position_embeddings"
+    place = next((place for place in (raw, fields) if place.get(name)), {})
+    return size(place, name, longest)
+
+
+def _or_null(fields: Mapping[str, Any], name: str, missing: float) -> float:
+    """A positive number; null and 0 count as absent, as in transformers."""
+    return _number(fields, name) if fields.get(name) else missing
+
+
+def _check_divisors(rope: RopeConfig) -> None:
+    """What the formulas divide by: the width of llama3's ramp, the logarithm of theta."""
+    if rope.rope_theta <= 1:
+        unsupported("rope_theta", "more than 1", rope.rope_theta)
+    if rope.rope_type == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        expected = f"more than low_freq_factor {rope.low_freq_factor}"
+        unsupported("high_freq_factor", expected, rope.high_freq_factor)
 
 
 def _check_known(fields: Mapping[str, Any]) -> None:
-    unknown = sorted(set(fields) - ROPE_FIELDS)
-    if unknown:
-        raise UnsupportedModelError(
-            f"config field rope_parameters: expected only {', '.join(sorted(ROPE_FIELDS))}, "
-            f"got {', '.join(unknown)}"
-        )
+    if unknown := sorted(set(fields) - ROPE_FIELDS):
+        expected = f"only {', '.join(sorted(ROPE_FIELDS))}"
+        unsupported("rope_parameters", expected, ", ".join(unknown))
     if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UnsupportedModelError(
-            "config field partial_rotary_factor: expected 1.0 (the whole head is rotated), "
-            f"got {fields['partial_rotary_factor']!r}"
-        )
+        expected = "1.0 (the whole head is rotated)"
+        unsupported("partial_rotary_factor", expected, fields["partial_rotary_factor"])
+
+
+def _number(fields: Mapping[str, Any], name: str, missing: float | None = None) -> float:
+    return number(fields, name, missing, "rope_parameters")
 
 
 def _llama3_only(rope_type: str, unused: float) -> float | None:
     return None if rope_type == "llama3" else unused
-
-
-def _number(fields: Mapping[str, Any], name: str, default: float | None) -> float:
-    value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise UnsupportedModelError(
-            f"config field {name} of rope_parameters: expected a positive number, got {value!r}"
-        )
-    return float(value)
 
 
 def _mscale(factor: float, mscale: float = 1.0) -> float:
@@ -112,10 +120,12 @@ def _mscale(factor: float, mscale: float = 1.0) -> float:
 def _attention_factor(fields: Mapping[str, Any]) -> float:
     """Scale of cos and sin, YaRN (arXiv 2309.00071) section 3.4."""
     if fields.get("attention_factor") is not None:
-        return float(fields["attention_factor"])
-    factor, mscale, all_dim = fields["factor"], fields.get("mscale"), fields.get("mscale_all_dim")
-    if mscale and all_dim:
-        return _mscale(factor, mscale) / _mscale(factor, all_dim)
+        return _number(fields, "attention_factor")
+    factor = _number(fields, "factor")
+    if fields.get("mscale") and fields.get("mscale_all_dim"):
+        scales = (_number(fields, name) for name in ("mscale", "mscale_all_dim"))
+        mscale, all_dim = (_mscale(factor, scale) for scale in scales)
+        return mscale / all_dim
     return _mscale(factor)
 
 

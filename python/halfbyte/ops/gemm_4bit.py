@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -14,8 +15,6 @@ from halfbyte.ops.library import define
 from halfbyte.ops.quant_state import NESTED_BLOCKSIZE, Nested, QuantState
 from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
 
-# Rows of x up to which reading each code once beats writing and re-reading a dequantized W.
-GEMV_ROWS = {"cuda": 8, "cpu": 32}
 # Elements of W dequantized at a time on the CPU: 8 MiB in fp32 are still cached when multiplied.
 PIECE = 1 << 21
 
@@ -25,8 +24,23 @@ def _state(absmax, nested_absmax, nested_map, offset, quant_type, blocksize, sha
     return QuantState(absmax, nested, offset, blocksize, quant_type, shape, torch.float32)
 
 
+def _check_sizes(packed: Tensor, state: QuantState) -> None:
+    """What is cut into pieces must fit as a whole: the kernel sees the pieces only."""
+    nblocks = -(-state.numel // state.blocksize)
+    sizes = {"packed": (packed, (state.numel + 1) // 2), "absmax": (state.absmax, nblocks)}
+    if state.nested is not None:
+        sizes["nested_absmax"] = (state.nested.absmax, -(-nblocks // NESTED_BLOCKSIZE))
+    for name, (tensor, numel) in sizes.items():
+        if tensor.numel() != numel or not tensor.is_contiguous():
+            raise ValueError(
+                f"gemm_4bit: {name}: expected {numel} contiguous elements for W "
+                f"{list(state.shape)}, got {list(tensor.shape)}"
+            )
+
+
 def _pieces(packed: Tensor, state: QuantState) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of W at a time in fp32, each piece in the same buffer."""
+    _check_sizes(packed, state)
     n, k = state.shape
     # The first element of a piece begins a block of blocks, so that all scales can be sliced.
     span = state.blocksize * NESTED_BLOCKSIZE
@@ -54,10 +68,26 @@ def _pieces(packed: Tensor, state: QuantState) -> Iterator[tuple[slice, Tensor]]
         yield slice(first, last), piece
 
 
+@functools.cache
+def _mma_device(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def _gemv_rows(x: Tensor, nested: bool, blocksize: int) -> int:
+    """Rows of x up to which reading the codes beats writing and re-reading a dequantized W.
+
+    On a GPU this is so while eight rows cost what one does, which takes the tensor cores.
+    """
+    if not x.is_cuda:
+        return 32
+    fits = nested and blocksize == 64 and x.shape[1] % 256 == 0 and x.dtype != torch.float32
+    return 32 if fits and _mma_device(x.get_device()) else 8
+
+
 def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     *scales, quant_type, blocksize, n = scales_and_sizes
     m, k = x.shape
-    if m <= GEMV_ROWS[x.device.type]:
+    if m <= _gemv_rows(x, scales[1] is not None, blocksize):
         out = x.new_empty(m, n)
         _core.gemv_4bit(x.contiguous(), packed, *scales, quant_type, blocksize, out)
         return out
@@ -126,17 +156,44 @@ def gemm_4bit(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
     Returns [..., N] in the (cast) dtype of x, accumulated in fp32. Nothing 16-bit of W is kept
     between forward and backward.
 
-    Raises ValueError naming K when x does not fit W, or for another dtype.
+    Raises TypeError when x or packed is no tensor, ValueError naming K when x does not fit W, or
+    for another dtype or device.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    n, k = state.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"gemm_4bit: x: expected [..., {k}] for W {[n, k]}, got {list(x.shape)}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"gemm_4bit: x: expected fp32, fp16 or bf16, got {x.dtype}")
+    if not isinstance(x, Tensor) or not isinstance(packed, Tensor):
+        raise _not_a_tensor(x, packed)
+    device = packed.device
+    if x.device != device or packed.is_meta:
+        raise ValueError(
+            "gemm_4bit: x and packed: expected both on one cpu or cuda device, got "
+            f"{x.device} and {device}"
+        )
+    if torch.is_autocast_enabled(device.type):
+        x = x.to(torch.get_autocast_dtype(device.type))
+    shape = state.shape
+    # One test, as this is called 200 times a token; why it failed is found out afterwards.
+    if (
+        len(shape) != 2
+        or not (x.dim() and 0 < x.shape[-1] == shape[1])
+        or x.dtype not in FLOAT_DTYPES
+    ):
+        raise _misfit(x, state)
+    n, k = shape
     rows = x.reshape(-1, k)
     # Without a gradient to record, the autograd function would only add its own cost per call.
     tracked = torch.is_grad_enabled() and x.requires_grad
     y = _Gemm4bit.apply(rows, packed, state) if tracked else _product(rows, packed, state)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _not_a_tensor(x: object, packed: object) -> TypeError:
+    name, got = ("packed", packed) if isinstance(x, Tensor) else ("x", x)
+    return TypeError(f"gemm_4bit: {name}: expected a torch.Tensor, got {type(got).__name__}")
+
+
+def _misfit(x: Tensor, state: QuantState) -> ValueError:
+    shape, got = list(state.shape), list(x.shape)
+    if len(shape) != 2 or shape[1] == 0:
+        return ValueError(f"gemm_4bit: W: expected [N, K] with K >= 1, got {shape}")
+    if got[-1:] != shape[1:]:
+        return ValueError(f"gemm_4bit: x: expected [..., {shape[1]}] for W {shape}, got {got}")
+    return ValueError(f"gemm_4bit: x: expected fp32, fp16 or bf16, got {x.dtype}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,33 +112,27 @@ class QuantState:
         fields = _read_blob(prefix, tensors)
         blocksize, quant_type = fields["blocksize"], fields["quant_type"]
         shape = tuple(fields["shape"])
-        nblocks = -(-torch.Size(shape).numel() // blocksize)
-        nested_on = f"{prefix}.nested_absmax" in tensors
-        absmax_dtype = torch.uint8 if nested_on else torch.float32
+        nblocks = -(-math.prod(shape) // blocksize)
+        absmax_dtype = torch.uint8 if _is_nested(prefix, tensors) else torch.float32
         absmax = _take(tensors, f"{prefix}.absmax", absmax_dtype, nblocks)
         _check_codebook(prefix, tensors, quant_type)
         nested = None
-        if nested_on:
+        if _is_nested(prefix, tensors):
+            count = -(-nblocks // NESTED_BLOCKSIZE)
             nested = Nested(
-                _take(
-                    tensors,
-                    f"{prefix}.nested_absmax",
-                    torch.float32,
-                    -(-nblocks // NESTED_BLOCKSIZE),
-                ),
+                _take(tensors, f"{prefix}.nested_absmax", torch.float32, count),
                 _take(tensors, f"{prefix}.nested_quant_map", torch.float32, 256),
             )
-            if fields.get("nested_blocksize") != NESTED_BLOCKSIZE:
-                raise CheckpointError(
-                    f"{prefix}: nested_blocksize: expected {NESTED_BLOCKSIZE}, "
-                    f"got {fields.get('nested_blocksize')}"
-                )
-        offset = float(fields.get("nested_offset") or 0.0) if nested_on else 0.0
+        offset = float(fields["nested_offset"]) if nested else 0.0
         dtype = getattr(torch, fields["dtype"])
         return cls(absmax, nested, offset, blocksize, quant_type, shape, dtype)
 
 
-def _read_blob(prefix: str, tensors: dict[str, Tensor]) -> dict:
+def _is_nested(prefix: str, tensors: dict[str, Tensor]) -> bool:
+    return f"{prefix}.nested_absmax" in tensors
+
+
+def _read_blob(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Parse and check the one JSON blob of a quantized tensor."""
     marker = f"{prefix}.quant_state.bitsandbytes__"
     keys = [key for key in tensors if key.startswith(marker)]
@@ -143,21 +140,58 @@ def _read_blob(prefix: str, tensors: dict[str, Tensor]) -> dict:
         raise CheckpointError(
             f"{prefix}: expected exactly one tensor {marker}nf4 or {marker}fp4, got {keys}"
         )
-    try:
-        fields = json.loads(bytes(tensors[keys[0]].tolist()))
-        quant_type, blocksize = fields["quant_type"], fields["blocksize"]
-        shape, dtype = fields["shape"], fields["dtype"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{keys[0]}: not a bitsandbytes quant state: {error!r}") from None
-    if quant_type not in FILE_QUANT_TYPES or keys[0] != marker + quant_type:
-        raise CheckpointError(f"{keys[0]}: unknown quant_type {quant_type!r}")
-    if blocksize not in BLOCKSIZES:
-        raise CheckpointError(f"{keys[0]}: blocksize: expected {BLOCKSIZES}, got {blocksize}")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise CheckpointError(f"{keys[0]}: dtype: expected a float dtype, got {dtype!r}")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise CheckpointError(f"{keys[0]}: shape: expected a list of sizes, got {shape!r}")
+    key = keys[0]
+    fields = _parse_blob(key, tensors[key])
+    checks = BLOB_FIELDS | (NESTED_FIELDS if _is_nested(prefix, tensors) else {})
+    for name, (expected, fits) in checks.items():
+        if not fits(fields.get(name)):
+            raise CheckpointError(
+                f"{key}: {name}: expected {expected}, got {_cut(fields.get(name, 'none'))}"
+            )
+    if key != marker + fields["quant_type"]:
+        raise CheckpointError(f"{key}: quant_type: expected its name's, got {fields['quant_type']}")
     return fields
+
+
+def _parse_blob(key: str, blob: Tensor) -> dict[str, Any]:
+    if blob.dtype != torch.uint8 or blob.dim() != 1:
+        raise CheckpointError(f"{key}: expected uint8 [n], got {blob.dtype} {list(blob.shape)}")
+    try:
+        fields = json.loads(bytes(blob.tolist()))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{key}: not a bitsandbytes quant state: {error!r}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{key}: expected a JSON object, got {_cut(fields)}")
+    return fields
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _is_shape(value: Any) -> bool:
+    sizes = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return sizes and math.prod(value) < 1 << 63
+
+
+def _is_fp32(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+
+# Field of the blob -> what it must be, in words and as a test. JSON's true and 64.0 are no sizes.
+Check = tuple[str, Callable[[Any], bool]]
+BLOB_FIELDS: dict[str, Check] = {
+    "quant_type": (f"one of {FILE_QUANT_TYPES}", lambda v: v in FILE_QUANT_TYPES),
+    "blocksize": (f"one of {BLOCKSIZES}", lambda v: type(v) is int and v in BLOCKSIZES),
+    "dtype": ("a float dtype", lambda v: v in ("float32", "float16", "bfloat16")),
+    "shape": ("a list of sizes", _is_shape),
+}
+NESTED_FIELDS: dict[str, Check] = {
+    "nested_blocksize": (f"{NESTED_BLOCKSIZE}", lambda v: type(v) is int and v == NESTED_BLOCKSIZE),
+    "nested_dtype": ("'float32'", lambda v: v == "float32"),
+    "nested_offset": ("a finite fp32 number", _is_fp32),
+}
 
 
 def _take(tensors: dict[str, Tensor], key: str, dtype: torch.dtype, numel: int) -> Tensor:

@@ -58,15 +58,21 @@ def quantize_4bit(
     QuantState. Codes are the nearest codebook entry of x / absmax, ties to the lower one
     (Dettmers et al. 2023, section 3; bytes as bitsandbytes writes them).
 
-    Raises ValueError for an unknown quant_type, block size or dtype, and for a NaN or Inf in
-    `x`, naming it by `name`.
+    Raises TypeError when x is no tensor, ValueError for an unknown quant_type, block size, dtype
+    or device, and for a NaN or Inf in `x`, naming it by `name`.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"quantize_4bit: {name}: expected a torch.Tensor, got {type(x).__name__}")
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quantize_4bit: quant_type: expected {QUANT_TYPES}, got {quant_type!r}")
-    if blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"quantize_4bit: blocksize: expected {BLOCKSIZES}, got {blocksize!r}")
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"quantize_4bit: {name}: expected fp32, fp16 or bf16, got {x.dtype}")
+    if x.is_meta:
+        raise ValueError(
+            f"quantize_4bit: {name}: expected values on cpu or cuda, got a meta tensor"
+        )
     packed, absmax = torch.ops.halfbyte.quantize_4bit(
         x.detach().contiguous(), quant_type, blocksize
     )
