@@ -19,9 +19,35 @@ pub fn header() -> String {
     table("float CODEBOOK_4BIT[3][16]", &[NF4, FP4, INT4].map(|row| floats(&row)));
     table("float THRESHOLDS_4BIT[3][16]", &ranks.map(|row| floats(&padded(&row.thresholds))));
     table("uint32_t ORDER_4BIT[3][16]", &ranks.map(|row| format!("    {{{:?}}}", row.order).replace(['[', ']'], "")));
+    let bins = ranks.map(bins);
+    table("float BIN_THRESHOLDS_4BIT[3][32]", &bins.map(|row| floats(&row.map(|bin| bin.threshold))));
+    table(
+        "uint32_t BIN_CODES_4BIT[3][32]",
+        &bins.map(|row| format!("    {{{:?}}}", row.map(|bin| bin.codes)).replace(['[', ']'], "")),
+    );
     table("float DYNAMIC_MAP[2][256]", &[&DYNAMIC_UNSIGNED, &DYNAMIC_SIGNED].map(|row| floats(row)));
     table("float NEAREST_THRESHOLDS[2][255]", &[&NEAREST_UNSIGNED, &NEAREST_SIGNED].map(|row| floats(row)));
     text
+}
+
+/// One of 30 equal parts of [-1, 1]; two more for the remaining lanes.
+#[derive(Clone, Copy)]
+struct Bin {
+    threshold: f32,
+    /// the code up to the threshold, and four bits higher the one above it
+    codes: u32,
+}
+
+/// Useless where a part holds several thresholds, as fp4's do about zero: those are searched.
+fn bins(ranks: &Ranks) -> [Bin; 32] {
+    std::array::from_fn(|i| {
+        let edge = |i: usize| i as f32 / 15.0 - 1.0;
+        let rank = ranks.thresholds.iter().filter(|&&threshold| threshold < edge(i)).count();
+        let inside = ranks.thresholds.get(rank).copied().filter(|&threshold| threshold < edge(i + 1));
+        let above = rank + usize::from(inside.is_some());
+        let codes = u32::from(ranks.order[rank]) | u32::from(ranks.order[above]) << 4;
+        Bin { threshold: inside.unwrap_or(f32::INFINITY), codes }
+    })
 }
 
 /// A lane for every threshold; the sixteenth is never read.

@@ -3,7 +3,10 @@
 #include "memory.cuh"
 
 constexpr int THREADS = 512;
-constexpr int TILE = 8 * THREADS; // elements a CTA: a whole number of blocks of any legal size
+constexpr int GROUP = 8 * THREADS; // elements: a whole number of blocks of any legal size
+constexpr int GROUPS = 2;          // a CTA; their loads are in flight together
+constexpr int TILE = GROUPS * GROUP;
+constexpr int FP4 = 1; // as quant_type
 
 // A whole block multiplies by the reciprocal, the short last one divides.
 __device__ void scale8(float (&v)[8], float absmax, bool whole) {
@@ -31,6 +34,36 @@ __device__ void store_codes(uint8_t* packed, int64_t first, int64_t bytes, bool 
             packed[first + i] = word >> 8 * i;
 }
 
+template <typename T, typename Encoder>
+__device__ void quantize_tile(const T* x, uint8_t* packed, float* absmax, int64_t n, int log2_blocksize,
+                              const Encoder& encoder, bool vector) {
+    const int64_t tile = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
+    float v[GROUPS][8];
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j)
+        load8_or_zero(x, tile + j * GROUP, n, vector, v[j]);
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        const int64_t first = tile + j * GROUP;
+        uint32_t largest = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            largest = max(largest, magnitude(v[j][i]));
+        largest = threads_max(largest, 1 << (log2_blocksize - 3));
+        const int64_t block = first >> log2_blocksize;
+        const bool opens_block = first == block << log2_blocksize;
+        if (opens_block && first < n)
+            absmax[block] = __uint_as_float(largest);
+
+        scale8(v[j], __uint_as_float(largest), (block + 1) << log2_blocksize <= n);
+        uint32_t word = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            word |= encoder.encode(v[j][i]) << nibble_shift(i);
+        store_codes(packed, first / 2, (n + 1) / 2, vector, word);
+    }
+}
+
 template <typename T>
 __device__ void quantize_4bit(const T* x,         // [n]
                               uint8_t* packed,    // [ceil(n / 2)]
@@ -39,27 +72,10 @@ __device__ void quantize_4bit(const T* x,         // [n]
                               int log2_blocksize, // 5..12
                               int quant_type,     // row of the codebook tables
                               bool vector) {      // x is 16-byte, packed 4-byte aligned
-    const Encoder4bit encoder(quant_type);
-    const int64_t first = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
-    float v[8];
-    load8_or_zero(x, first, n, vector, v);
-
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-        largest = max(largest, magnitude(v[i]));
-    largest = threads_max(largest, 1 << (log2_blocksize - 3));
-    const int64_t block = first >> log2_blocksize;
-    const bool opens_block = first == block << log2_blocksize;
-    if (opens_block && first < n)
-        absmax[block] = __uint_as_float(largest);
-
-    scale8(v, __uint_as_float(largest), (block + 1) << log2_blocksize <= n);
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-        word |= encoder.encode(v[i]) << nibble_shift(i);
-    store_codes(packed, first / 2, (n + 1) / 2, vector, word);
+    if (quant_type == FP4)
+        quantize_tile(x, packed, absmax, n, log2_blocksize, Searched4bit(quant_type), vector);
+    else
+        quantize_tile(x, packed, absmax, n, log2_blocksize, Binned4bit(quant_type), vector);
 }
 
 #define QUANTIZE_4BIT(T, dtype)                                                                                        \

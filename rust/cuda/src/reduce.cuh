@@ -25,13 +25,14 @@ __device__ inline uint32_t lanes_max(uint32_t value, int group) {
     return value;
 }
 
-// The same for groups of a power of two of threads, up to the whole CTA; called once per kernel.
+// The same for groups of a power of two of threads, up to the whole CTA.
 __device__ inline uint32_t threads_max(uint32_t value, int group) {
     value = lanes_max(value, min(group, 32));
     if (group <= 32)
         return value;
     __shared__ uint32_t of_warp[32];
     const int warp = threadIdx.x / 32, warps = group / 32;
+    __syncthreads(); // an earlier call's values have been read
     if (lane_id() == 0)
         of_warp[warp] = value;
     __syncthreads();

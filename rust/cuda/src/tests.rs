@@ -1,6 +1,6 @@
 //! What can be known of the kernels without a GPU. A build without kernels has nothing to check and passes.
 
-use halfbyte_core::codebook::{DYNAMIC_SIGNED, FP4, FP4_RANKS, INT4, NEAREST_UNSIGNED, NF4, NF4_RANKS};
+use halfbyte_core::codebook::{DYNAMIC_SIGNED, FP4, FP4_RANKS, INT4, INT4_RANKS, NEAREST_UNSIGNED, NF4, NF4_RANKS};
 
 use crate::launch::Family;
 
@@ -97,6 +97,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
         ("gemv_4bit_mma", "TABLE", crate::gemv_4bit_mma::TABLE),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
+        ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
     ];
     for (family, name, value) in expected {
@@ -132,6 +133,23 @@ fn the_device_reads_the_same_codebooks() {
     assert_eq!(row("ORDER_4BIT", 1), FP4_RANKS.order.map(f32::from));
     assert_eq!(bits(&row("DYNAMIC_MAP", 1)), bits(&DYNAMIC_SIGNED));
     assert_eq!(bits(&row("NEAREST_THRESHOLDS", 0)), bits(&NEAREST_UNSIGNED));
+}
+
+/// As the device does it: the part of [-1, 1] is computed loosely, one comparison decides.
+#[test]
+fn one_comparison_is_left_in_a_part_of_the_range() {
+    for (i, ranks) in [(0, &NF4_RANKS), (2, &INT4_RANKS)] {
+        let (thresholds, codes) = (row("BIN_THRESHOLDS_4BIT", i), row("BIN_CODES_4BIT", i));
+        let near = ranks.thresholds.iter().flat_map(|t| [t.next_down(), *t, t.next_up()]);
+        let edges = (0..=30).map(|edge| edge as f32 / 15.0 - 1.0).flat_map(|e| [e - 1e-4, e, e + 1e-4]);
+        let grid = (-100_000..=100_000).map(|step| step as f32 / 1e5);
+        for x in near.chain(edges).chain(grid).filter(|x| x.abs() <= 1.000001) {
+            let from_zero = x.mul_add(0.5, 0.5).clamp(0.0, 1.0);
+            let bin = (f64::from(from_zero) * 29.9999).floor() as usize;
+            let shift = if x > thresholds[bin] { 4 } else { 0 };
+            assert_eq!((codes[bin] as u32 >> shift & 15) as u8, ranks.encode(x), "{x}");
+        }
+    }
 }
 
 #[test]
