@@ -113,6 +113,17 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
+def test_quantize_replaces_a_model_only_when_told_to(base, tmp_path):
+    out = tmp_path / "out"
+    assert run("quantize", base, out, "--quant-type", "none", "--device", "cpu").exit_code == 0
+    refused = run("quantize", base, out, "--device", "cpu")
+    assert refused.exit_code == 1 and "overwrite" in refused.output
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    done = run("quantize", base, out, "--overwrite", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
 def test_merge_adds_the_adapter_to_the_dequantized_weights(base, trained, tmp_path):
     out = tmp_path / "merged"
     words = [base, trained / "adapter", out, "--dtype", "float32", "--device", "cpu"]

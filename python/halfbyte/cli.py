@@ -86,6 +86,7 @@ Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file or a hu
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: CUDA if usable.")]
 QuantType = Annotated[str, typer.Option(help="nf4, fp4 or int4; none keeps 16-bit weights.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Keep the block scales in 8 bits.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at OUT.")]
 DType = Annotated[str, typer.Option(help="bfloat16, float16 or float32: what is computed in.")]
 
 
@@ -104,11 +105,14 @@ def _torch_dtype(name: str) -> torch.dtype:
 def quantize(
     src: Model,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    quant_type: QuantType = "nf4",
+    quant_type: Annotated[
+        str, typer.Option(help="nf4 or fp4; none writes 16-bit weights.")
+    ] = "nf4",
     double_quant: DoubleQuant = True,
     blocksize: Annotated[int, typer.Option(help="Weights that share one scale.")] = 64,
     dtype: DType = "bfloat16",
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Quantize SRC to 4 bits and save it in the folder OUT, in bitsandbytes' format."""
     from halfbyte import checkpoint
@@ -116,11 +120,12 @@ def quantize(
     checkpoint.quantize(
         src,
         out,
-        quant_type=quant_type,
+        quant_type=_none(quant_type),
         double_quant=double_quant,
         blocksize=blocksize,
         dtype=_torch_dtype(dtype),
         device=device,
+        overwrite=overwrite,
     )
     typer.echo(f"wrote {out}")
 
@@ -258,6 +263,7 @@ def merge(
     double_quant: DoubleQuant = True,
     dtype: DType = "bfloat16",
     device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge ADAPTER into MODEL and save a 16-bit model in the folder OUT.
 
@@ -274,7 +280,7 @@ def merge(
     lora.load_adapter(merged, adapter)
     weights = checkpoint.load(original, None, **where).state_dict() if original else None
     lora.merge(merged, dtype_, weights)
-    checkpoint.save(merged, out)
+    checkpoint.save(merged, out, overwrite)
     typer.echo(f"wrote {out}")
 
 
