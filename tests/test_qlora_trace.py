@@ -94,7 +94,7 @@ def final_tensors(shared) -> dict[str, torch.Tensor]:
     ("precision", "loss_off", "norm_off"),
     [
         # By so much independent implementations with a bf16 residual stream deviate.
-        (golden_precision, 2.1e-3, 3.5e-4),
+        (golden_precision, 2.1e-3, 3e-4),
         # Linear layers that round to bf16 as well, which the golden run's did not.
         (lambda model: model, 4e-3, 5e-4),
     ],
@@ -116,4 +116,4 @@ def test_golden_trace(shared, trace, final_tensors, precision, loss_off, norm_of
     golden = torch.cat([(final_tensors[name] - before[name]).flatten() for name in before])
     assert torch.cosine_similarity(update, golden, dim=0) > 0.998
     assert (update.norm() / golden.norm()).item() == pytest.approx(1, abs=norm_off)
-    assert (update - golden).abs().max() < 0.1
+    assert (update - golden).abs().max() < 0.095
