@@ -299,3 +299,13 @@ def test_state_round_trip_and_damage():
     _, int4 = halfbyte.quantize_4bit(torch.randn(64), "int4")
     with pytest.raises(CheckpointError, match="int4"):
         int4.as_tensors("w")
+
+
+def test_codes_that_cannot_be_dequantized_are_named():
+    packed, state = halfbyte.quantize_4bit(torch.randn(64))
+    with pytest.raises(TypeError, match="packed: expected a torch.Tensor, got list"):
+        halfbyte.dequantize_4bit([1, 2], state)
+    with pytest.raises(ValueError, match="expected both on one cpu or cuda device, got meta"):
+        halfbyte.dequantize_4bit(packed.to("meta"), state)
+    with pytest.raises(ValueError, match="got cpu and meta"):
+        halfbyte.dequantize_4bit(packed, state.to("meta"))

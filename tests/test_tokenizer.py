@@ -276,6 +276,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     ("name", "content", "said"),
     [
         ("tokenizer_config.json", "{", "expected JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "expected JSON"),
         ("tokenizer_config.json", "[]", "expected a JSON object, got list"),
         ("tokenizer_config.json", '{"chat_template": [{"name": 1}]}', "expected text or a list"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added tokens"),

@@ -46,8 +46,17 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     """`codebook[code] * scale` in fp32, rounded once to `dtype` (default: state.dtype).
 
     packed: uint8 [(n + 1) // 2, 1], contiguous. Returns a tensor of state.shape.
-    Raises ValueError when packed, state and dtype do not fit each other.
+    Raises TypeError when packed is no tensor, ValueError when packed, state and dtype do not fit
+    each other.
     """
+    if not isinstance(packed, Tensor):
+        got = type(packed).__name__
+        raise TypeError(f"dequantize_4bit: packed: expected a torch.Tensor, got {got}")
+    if packed.device != state.absmax.device or packed.is_meta:
+        raise ValueError(
+            "dequantize_4bit: packed and state: expected both on one cpu or cuda device, got "
+            f"{packed.device} and {state.absmax.device}"
+        )
     dtype = dtype or state.dtype
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dequantize_4bit: dtype: expected fp32, fp16 or bf16, got {dtype}")
