@@ -6,7 +6,9 @@ import base64
 import hashlib
 import io
 import json
+import re
 import runpy
+import shlex
 import time
 import zipfile
 from dataclasses import replace
@@ -15,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_folder
+from typer.testing import CliRunner
 
-from halfbyte import demo
+from halfbyte import cli, demo
 from halfbyte.checkpoint import load
 from halfbyte.errors import CheckpointError
 from halfbyte.train import finetune
@@ -250,6 +253,9 @@ def test_the_whole_run_on_a_tiny_model(tiny, tmp_path, monkeypatch, capsys):
         "the whole demo took",
     ):
         assert line in shown, line
+    (command,) = re.findall(r"to chat with it later: halfbyte (.*)", shown)
+    chat = CliRunner().invoke(cli.app, [*shlex.split(command), "--device", "cpu"], input="")
+    assert chat.exit_code == 0 and "another base" not in chat.output, chat.output
     (folder,) = (tmp_path / "out").iterdir()
     assert (folder / "adapter/adapter_model.safetensors").is_file()
     assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")

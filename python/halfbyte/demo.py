@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -355,8 +356,18 @@ def _sum_up(
     say(f"memory: {_mib(loaded)} before, {_mib(result.peak_memory_bytes)} at the peak of training")
     say(f"score: {before.exact} -> {after.exact} of {len(after.answers)} records exactly right")
     say(f"adapter: {result.adapter_dir}")
+    say(f"to chat with it later: {_chat_command(result)}")
     if result.loss_curve is not None:
         say(f"loss curve: {result.loss_curve}")
+
+
+def _chat_command(result: TrainResult) -> str:
+    """Loads the same bytes: the dtype, too, decides what a weight is quantized to."""
+    dtype = str(result.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return (
+        f"halfbyte chat {shlex.quote(result.model.source)} "
+        f"--adapter {shlex.quote(str(result.adapter_dir))} --dtype {dtype}"
+    )
 
 
 def _offer_chat(model: Decoder, instruction: str) -> None:

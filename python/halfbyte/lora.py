@@ -483,7 +483,8 @@ def _compare_base(folder: Path, model: nn.Module, base_record: Mapping[str, Any]
     if differences:
         warnings.warn(
             f"{folder}: this adapter was trained on another base; outputs will differ. "
-            + "; ".join(differences),
+            + "; ".join(differences)
+            + ". Hint: load the base as in training: quant_type, double_quant, blocksize and dtype",
             stacklevel=3,
         )
 
