@@ -16,13 +16,14 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 9] = [
+const FAMILIES: [&str; 10] = [
     "adamw",
     "adamw_8bit",
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",
     "gemv_4bit",
+    "gemv_4bit_bulk",
     "gemv_4bit_mma",
     "quantize_4bit",
     "quantize_blockwise",

@@ -158,7 +158,50 @@ pub fn gemv_4bit(
     let target = unsafe { out.as_mut() };
     let args = Gemv4bit::new(x.as_ref(), packed.as_ref(), absmax, quant_type, blocksize, target, shape);
     let args = args.map_err(to_py_err)?;
-    call(py, packed.device, |backend| backend.gemv_4bit(args))
+    call(py, packed.device, |backend| backend.gemv_4bit(vec![args]))
+}
+
+/// What one weight brings to a product: codes, scales, and where the result goes.
+type Product<'py> = (
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Option<Bound<'py, PyAny>>,
+    Option<Bound<'py, PyAny>>,
+    f32,
+    Bound<'py, PyAny>,
+);
+
+#[pyfunction]
+pub fn gemv_4bit_group(
+    py: Python<'_>,
+    x: Object<'_, '_>,
+    products: Vec<Product<'_>>,
+    quant_type: &str,
+    blocksize: i64,
+) -> PyResult<()> {
+    const OP: &str = "gemv_4bit_group";
+    let (m, k) = read_matrix(OP, "x", x)?;
+    let x = Tensor::read(OP, "x", x)?;
+    let quant_type = QuantType::parse(OP, quant_type).map_err(to_py_err)?;
+    let blocksize = not_negative(OP, "blocksize", blocksize)?;
+    let read = |(packed, absmax, nested_absmax, nested_map, offset, out): &Product<'_>| {
+        let scales = BlockScales::read(OP, absmax, nested_absmax.as_ref(), nested_map.as_ref(), *offset)?;
+        let (_, n) = read_matrix(OP, "out", out)?;
+        PyResult::Ok((Tensor::read(OP, "packed", packed)?, scales, Tensor::read(OP, "out", out)?, n))
+    };
+    let weights = products.iter().map(read).collect::<PyResult<Vec<_>>>()?;
+    let inputs: Vec<_> = weights.iter().flat_map(|(packed, scales, ..)| scales.and(&[&x, packed])).collect();
+    check_overlap(OP, &inputs, &weights.iter().map(|(_, _, out, _)| out).collect::<Vec<_>>())?;
+    let mut products = Vec::with_capacity(weights.len());
+    for (packed, scales, out, n) in &weights {
+        let shape = GemvShape { m, n: *n, k };
+        // SAFETY: the outputs were checked for overlap.
+        let target = unsafe { out.as_mut() };
+        let product =
+            Gemv4bit::new(x.as_ref(), packed.as_ref(), scales.as_absmax(), quant_type, blocksize, target, shape);
+        products.push(product.map_err(to_py_err)?);
+    }
+    call(py, x.device, |backend| backend.gemv_4bit(products))
 }
 
 #[pyfunction]

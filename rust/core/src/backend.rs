@@ -18,7 +18,8 @@ pub trait Backend {
     fn double_quantize(&self, args: DoubleQuantize<'_>) -> Result<()>;
     fn quantize_blockwise(&self, args: QuantizeBlockwise<'_>) -> Result<()>;
     fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()>;
-    fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
+    /// Several products of one x may go as one.
+    fn gemv_4bit(&self, products: Vec<Gemv4bit<'_>>) -> Result<()>;
     fn adamw(&self, args: Adamw<'_>) -> Result<()>;
     fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()>;
 }

@@ -66,8 +66,10 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
-        args.run_on_cpu(self.simd);
+    fn gemv_4bit(&self, products: Vec<Gemv4bit<'_>>) -> Result<()> {
+        for product in products {
+            product.run_on_cpu(self.simd);
+        }
         Ok(())
     }
 

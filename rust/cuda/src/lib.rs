@@ -10,6 +10,7 @@ mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
 mod gemv_4bit;
+mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
 mod quantize_4bit;
@@ -90,8 +91,8 @@ impl Backend for CudaBackend {
         dequantize_blockwise::launch(&self.launcher, args)
     }
 
-    fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
-        gemv_4bit::launch(&self.launcher, args)
+    fn gemv_4bit(&self, products: Vec<Gemv4bit<'_>>) -> Result<()> {
+        gemv_4bit::launch(&self.launcher, products)
     }
 
     fn adamw(&self, args: Adamw<'_>) -> Result<()> {

@@ -20,13 +20,14 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 9] = sources!(
+static SOURCES: [Sources; 10] = sources!(
     adamw,
     adamw_8bit,
     dequantize_4bit,
     dequantize_blockwise,
     double_quantize,
     gemv_4bit,
+    gemv_4bit_bulk,
     gemv_4bit_mma,
     quantize_4bit,
     quantize_blockwise
@@ -90,16 +91,20 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
+        ("gemv_4bit_bulk", "MAX_PARTS", crate::gemv_4bit_bulk::MAX_PARTS),
+        ("gemv_4bit_bulk", "PANEL", crate::gemv_4bit_bulk::PANEL),
+        ("gemv_4bit_bulk", "TILE", crate::gemv_4bit_bulk::TILE),
+        ("gemv_4bit_bulk", "SHARED_BYTES", crate::gemv_4bit_bulk::SHARED_BYTES),
         ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
         ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
         ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),
         ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
-        ("gemv_4bit_mma", "TABLE", crate::gemv_4bit_mma::TABLE),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
     ];
+    assert_eq!(constant(include_str!("pair_table.cuh"), "TABLE"), Some(crate::gemv_4bit_mma::TABLE));
     for (family, name, value) in expected {
         let source = SOURCES.iter().find(|sources| sources.family.name == family);
         assert_eq!(source.and_then(|source| constant(source.cuda, name)), Some(value), "{family}: {name}");
