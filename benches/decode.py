@@ -23,6 +23,8 @@ from halfbyte.models import Decoder
 
 BANDWIDTH = 4.3e12
 FIRST = 32
+# Of which the first token is timed.
+PROMPT = 512
 
 
 def floor_seconds(model: Decoder, batch: int, context: int) -> float:
@@ -46,7 +48,7 @@ class Run:
         self.model, self.batch, self.tokens = model, batch, tokens
         # Attention reads `context` tokens half-way through the reply.
         self.prompt = max(1, context - FIRST - tokens // 2)
-        blocks = batch * blocks_for(self.prompt + FIRST + tokens)
+        blocks = batch * blocks_for(max(PROMPT + 1, self.prompt + FIRST + tokens))
         each = block_bytes(model.config, torch.bfloat16)
         self.engine = Engine(model, batch, blocks * each)
 
@@ -67,9 +69,6 @@ class Run:
         self.engine.refresh()
         return self.seconds(prompts, FIRST + self.tokens) - short
 
-    def first_token(self, length: int) -> float:
-        return self.seconds(self.prompts(length), 1)
-
 
 def timing(work, rounds: int, warmup: int = 1) -> Timing:
     return summary([work() for _ in range(-warmup, rounds)][warmup:])
@@ -79,21 +78,15 @@ def measure(model: Decoder, args: argparse.Namespace, batch: int, context: int, 
     run = Run(model, batch, context, args.tokens)
     fields = {"dtype": "bf16", "model": f"llama-{args.shape}", "r": r, "batch": batch}
     took = timing(run.decode, args.rounds)
-    row = rate_row(
-        "decode",
-        batch * args.tokens,
-        {"halfbyte": took},
-        seq=context,
-        new_tokens=args.tokens,
-        **fields,
-    )
+    sizes = {"seq": context, "new_tokens": args.tokens}
+    row = rate_row("decode", batch * args.tokens, {"halfbyte": took}, **fields, **sizes)
     floor = batch / floor_seconds(model, batch, context)
     row["floor_tokens_per_s"] = round(floor, 1)
     print(f"decode {fields} context {context}: {row['tokens_per_s']} of {floor:.0f}", flush=True)
     append_row("decode", row)
-    if batch == 1 and context <= 512:
-        took = timing(lambda: run.first_token(min(512, context)), args.rounds)
-        row = time_row("first_token", {"halfbyte": took}, seq=min(512, context), **fields)
+    if batch == 1 and context <= PROMPT:
+        took = timing(lambda: run.seconds(run.prompts(PROMPT), 1), args.rounds)
+        row = time_row("first_token", {"halfbyte": took}, seq=PROMPT, **fields)
         print(f"first token {fields}: {row['us'] / 1000:.1f} ms", flush=True)
         append_row("decode", row)
 
@@ -130,9 +123,8 @@ def profile(model: Decoder, batch: int, context: int) -> None:
     rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
     for row in rows[:24]:
         each = row.device_time_total / row.count
-        print(
-            f"{row.device_time_total / 10:9.1f} us {row.count // 10:5d} x {each:7.2f}  {row.key[:90]}"
-        )
+        total, count = row.device_time_total / 10, row.count // 10
+        print(f"{total:9.1f} us {count:5d} x {each:7.2f}  {row.key[:90]}")
 
 
 def main() -> None:

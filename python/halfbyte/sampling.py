@@ -1,4 +1,4 @@
-"""From logits to the next token, on their device: penalties, filters and a draw that only its row decides."""
+"""From logits to the next token: penalties, filters and a draw that only its row decides."""
 
 from __future__ import annotations
 

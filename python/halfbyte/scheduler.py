@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -267,6 +266,4 @@ def _logprobs(results: Results, place: int, token: int, request: Request) -> Tok
         return None
     own, *top = results.logprobs[place, : count + 1].tolist()
     ids = results.alternatives[place, :count].tolist()
-    return TokenLogprobs(
-        token, own if math.isfinite(own) else -9999.0, list(zip(ids, top, strict=True))
-    )
+    return TokenLogprobs(token, own, list(zip(ids, top, strict=True)))
