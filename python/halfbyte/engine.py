@@ -243,7 +243,7 @@ class Engine:
         try:
             self._scheduler.step()
         except BaseException as error:
-            self._scheduler.fail(error if isinstance(error, Exception) else InterruptedError())
+            self._scheduler.abandon(error if isinstance(error, Exception) else None)
             raise
 
     def _cancel(self, request: Request) -> None:

@@ -133,14 +133,18 @@ class Scheduler:
         while len(self.pending) > (self.lookahead if launched else 0):
             self._read(self.pending.popleft())
 
-    def fail(self, error: Exception) -> None:
-        """End every request with an error and forget what is cached: it may be half written."""
+    @torch.inference_mode()
+    def abandon(self, error: Exception | None) -> None:
+        """End every request, cancelled if there is no error, and forget what is cached.
+
+        After a step that was not finished no one knows what the cache holds.
+        """
         requests = [*self.waiting, *self.prefilling, *self.running]
         for queue in (self.pending, self.waiting, self.prefilling, self.running):
             queue.clear()
         for request in requests:
             request.error = error
-            self._end(request, "error")
+            self._end(request, "cancelled" if error is None else "error")
         self.prefixes.clear()
         for row in range(self.max_batch):
             self.decode.remove(row)
