@@ -239,6 +239,11 @@ class Engine:
                     self._step()
         return True
 
+    def _advance_once(self) -> None:
+        """One step of whatever there is to do."""
+        with self._lock:
+            self._step()
+
     def _step(self) -> None:
         try:
             self._scheduler.step()
