@@ -16,7 +16,8 @@ from test_generate import byte_tokenizer, tiny  # noqa: F401
 from tiny import tiny_folder
 
 import halfbyte
-from halfbyte import Engine, LoraConfig, Sampling, lora
+from halfbyte import Engine, Linear4bit, LoraConfig, Sampling, lora
+from halfbyte.decode import BUCKETS, DecodeStep
 from halfbyte.errors import ContextLengthError, QueueFullError
 from halfbyte.kv_cache import block_bytes
 from halfbyte.prefix_cache import PrefixCache
@@ -416,3 +417,68 @@ def test_generate_keeps_no_model_alive(tmp_path):
     del pieces
     gc.collect()
     assert gone() is None
+
+
+# --- on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_model(byte_tokenizer):  # noqa: F811
+    """bf16 over 4-bit layers of sizes that the fast kernels take."""
+    made = tiny(hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=1024)
+    made.bfloat16()
+    for name, linear in list(made.named_modules()):
+        if type(linear) is torch.nn.Linear and name != "lm_head":
+            layer = Linear4bit(linear.in_features, linear.out_features, bias=False)
+            layer.quantize_(linear.weight.detach().cuda(), name=name)
+            parent, _, child = name.rpartition(".")
+            setattr(made.get_submodule(parent), child, layer)
+    made.tokenizer = byte_tokenizer
+    return made.cuda().eval()
+
+
+def gpu_work() -> list[tuple[list[int], Sampling]]:
+    work = requests_of(random.Random(6), 24)
+    return [(prompt * 9 if i % 5 == 0 else prompt, s) for i, (prompt, s) in enumerate(work)]
+
+
+def all_at_once(engine: Engine, work) -> list[list[int]]:
+    requests = [engine.submit(prompt, sampling) for prompt, sampling in work]
+    engine.run(requests)
+    return [request.reply.tokens for request in requests]
+
+
+@pytest.mark.gpu
+def test_gpu_graph_equals_eager(gpu_model, monkeypatch):
+    captured = Engine(gpu_model, max_batch=8)
+    expected = all_at_once(captured, gpu_work())
+    graphs = captured._scheduler.decode.graphs.values()
+    assert sum(graph is not None for graph in graphs) >= 3
+
+    def eager(step: DecodeStep, rows: int, kind):
+        size = next(size for size in BUCKETS if size >= rows)
+        return step.to_host(step._run(size, kind))
+
+    monkeypatch.setattr(DecodeStep, "launch", eager)
+    assert all_at_once(Engine(gpu_model, max_batch=8), gpu_work()) == expected
+
+
+@pytest.mark.gpu
+def test_gpu_any_mix_equals_each_alone(gpu_model):
+    expected = [
+        Engine(gpu_model, 1).generate(prompt, sampling).token_ids for prompt, sampling in gpu_work()
+    ]
+    engine = Engine(gpu_model, max_batch=16)
+    assert all_at_once(engine, gpu_work()) == expected
+    assert fully_free(engine)
+
+
+@pytest.mark.gpu
+def test_gpu_memory_stays_flat(gpu_model):
+    engine = Engine(gpu_model, max_batch=8)
+    all_at_once(engine, gpu_work())
+    all_at_once(engine, gpu_work())
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        all_at_once(engine, gpu_work())
+    assert torch.cuda.memory_allocated() <= before

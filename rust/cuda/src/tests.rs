@@ -98,6 +98,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
         ("gemv_4bit_mma", "TABLE", crate::gemv_4bit_mma::TABLE),
         ("paged_attention", "WARPS", crate::paged_attention::WARPS),
+        ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
         ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
         ("paged_attention", "MAX_PARTS", halfbyte_core::ops::paged_attention::MAX_PARTS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
