@@ -9,12 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.adapters import Adapter, Adapters
 from halfbyte.kv_cache import SPARE_BLOCK, CacheStep, KVCache
 from halfbyte.models import Decoder
 from halfbyte.sampling import Kind, Sampled, SamplingRows
 
 # A step runs for so many rows; the ones that no sequence has are computed and ignored.
 BUCKETS = (1, 2, 4, 8, 16, 32)
+
+
+class Variant(NamedTuple):
+    """What one captured step can do: for how many rows, how they sample, whether with adapters."""
+
+    rows: int
+    kind: Kind
+    adapted: bool
 
 
 class Results(NamedTuple):
@@ -47,9 +56,9 @@ class DecodeStep:
     """The state of up to `rows` sequences on the device, and the step that advances them.
 
     Row b feeds tokens[b] at positions[b]; the step samples its next token and moves it there. A
-    row that no sequence has stays at position 0 of the spare block. On CUDA each combination of a
-    bucket of rows and a kind of sampling is run as it is the first time, captured the second time
-    and replayed from then on; both give the same bits.
+    row that no sequence has stays at position 0 of the spare block. On CUDA each variant is run as
+    it is the first time, captured the second time and replayed from then on; both give the same
+    bits.
     """
 
     def __init__(self, model: Decoder, cache: KVCache, rows: int, width: int) -> None:
@@ -62,12 +71,21 @@ class DecodeStep:
         self.running = torch.zeros(rows, dtype=torch.int32, device=device)
         self.tables = torch.full((rows, width), SPARE_BLOCK, dtype=torch.int32, device=device)
         self.arrived = cache.arrivals(rows)
-        self.graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph | None] = {}
-        self._sampled: dict[tuple[int, Kind], Sampled] = {}
+        self.adapters = Adapters(model, rows)
+        self.graphs: dict[Variant, torch.cuda.CUDAGraph | None] = {}
+        self._sampled: dict[Variant, Sampled] = {}
         self._pool = None
 
-    def place(self, row: int, table: Sequence[int], token: Tensor, position: int) -> None:
+    def place(
+        self,
+        row: int,
+        table: Sequence[int],
+        token: Tensor,
+        position: int,
+        adapter: Adapter | None = None,
+    ) -> None:
         """Let a sequence run in a row: its blocks, and its newest token (int64 [1]) to be fed."""
+        self.adapters.use(row, adapter)
         padded = [*table, *[SPARE_BLOCK] * (self.tables.shape[1] - len(table))]
         blocks = torch.tensor(padded, dtype=torch.int32)
         self.tables[row].copy_(blocks, non_blocking=True)
@@ -78,6 +96,7 @@ class DecodeStep:
 
     def remove(self, row: int) -> None:
         """Let no sequence run in a row."""
+        self.adapters.use(row, None)
         self.tables[row].fill_(SPARE_BLOCK)
         self.positions[row].fill_(0)
         self.lengths[row].fill_(1)
@@ -88,11 +107,12 @@ class DecodeStep:
         for state in (self.tables, self.tokens, self.positions, self.lengths, self.running):
             state[target].copy_(state[source])
         self.sampling.move(source, target)
+        self.adapters.move(source, target)
         self.remove(source)
 
-    def launch(self, rows: int, kind: Kind) -> Results:
-        """Queue one step of the first `rows` rows."""
-        key = (next(size for size in BUCKETS if size >= rows), kind)
+    def launch(self, rows: int, kind: Kind, adapted: bool = False) -> Results:
+        """Queue one step of the first `rows` rows; adapted: whether some row uses an adapter."""
+        key = Variant(next(size for size in BUCKETS if size >= rows), kind, adapted)
         if not self.tokens.is_cuda:
             return self.to_host(self._run(*key))
         if key not in self.graphs:
@@ -104,7 +124,14 @@ class DecodeStep:
             sampled = self._sampled[key]
         return self.to_host(sampled)
 
-    def _run(self, rows: int, kind: Kind) -> Sampled:
+    def rearrange(self) -> None:
+        """Follow adapters that came or went; what was captured with the old ones is dropped."""
+        self.adapters.arrange()
+        for key in [key for key in self.graphs if key.adapted]:
+            del self.graphs[key]
+            self._sampled.pop(key, None)
+
+    def _run(self, rows: int, kind: Kind, adapted: bool) -> Sampled:
         part = slice(0, rows)
         step = CacheStep(
             cache=self.cache,
@@ -113,7 +140,7 @@ class DecodeStep:
             positions=self.positions[part, None],
             arrived=self.arrived[part],
         )
-        with evaluating(self.model):
+        with evaluating(self.model), self.adapters.rows(part, adapted):
             logits = self.model(self.tokens[part, None], cache=step, last_only=True).logits
         self.positions[part].add_(self.running[part])
         self.lengths[part].add_(self.running[part])
@@ -121,7 +148,7 @@ class DecodeStep:
         self.tokens[part].copy_(sampled.tokens.clamp(min=0))
         return sampled
 
-    def _capture(self, key: tuple[int, Kind]) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: Variant) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Thread-local: torch may allocate on other threads meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
