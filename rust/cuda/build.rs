@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 11] = [
     "adamw",
     "adamw_8bit",
     "dequantize_4bit",
@@ -25,6 +25,7 @@ const FAMILIES: [&str; 10] = [
     "gemv_4bit",
     "gemv_4bit_bulk",
     "gemv_4bit_mma",
+    "paged_attention",
     "quantize_4bit",
     "quantize_blockwise",
 ];

@@ -13,6 +13,7 @@ mod gemv_4bit;
 mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
+mod paged_attention;
 mod quantize_4bit;
 mod quantize_blockwise;
 
@@ -25,6 +26,7 @@ use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
 use halfbyte_core::{Backend, Result};
@@ -93,6 +95,10 @@ impl Backend for CudaBackend {
 
     fn gemv_4bit(&self, products: Vec<Gemv4bit<'_>>) -> Result<()> {
         gemv_4bit::launch(&self.launcher, products)
+    }
+
+    fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
+        paged_attention::launch(&self.launcher, args)
     }
 
     fn adamw(&self, args: Adamw<'_>) -> Result<()> {

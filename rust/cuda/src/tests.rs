@@ -20,7 +20,7 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 10] = sources!(
+static SOURCES: [Sources; 11] = sources!(
     adamw,
     adamw_8bit,
     dequantize_4bit,
@@ -29,6 +29,7 @@ static SOURCES: [Sources; 10] = sources!(
     gemv_4bit,
     gemv_4bit_bulk,
     gemv_4bit_mma,
+    paged_attention,
     quantize_4bit,
     quantize_blockwise
 );
@@ -100,6 +101,10 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),
         ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
+        ("paged_attention", "WARPS", crate::paged_attention::WARPS),
+        ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
+        ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
+        ("paged_attention", "MAX_PARTS", halfbyte_core::ops::paged_attention::MAX_PARTS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
