@@ -131,6 +131,68 @@ def adamw_8bit(
     step and grad_scale as in ``adamw``.
     """
 
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    residual: Tensor | None = None,
+    sum: Tensor | None = None,
+) -> None:
+    """``sum = x + residual``, ``out = rounded(sum / sqrt(mean(sum^2) + eps)) * weight`` of every row.
+
+    x: float, rows of as many elements as weight has. weight: x's dtype or float32. out, residual,
+    sum: x's dtype and size; without residual and sum, x is normed. fp32 between the roundings to
+    x's dtype.
+    """
+
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_x: Tensor,
+    grad_sum: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+    roots: Tensor | None = None,
+    partials: Tensor | None = None,
+) -> None:
+    """The gradient of what was normed, and of the weight where ``grad_weight`` is given.
+
+    grad: float, of out. x: what was normed (the sum), grad's dtype and size, like grad_sum (the
+    gradient that reaches the sum otherwise) and grad_x, out. grad_weight: like weight, out. roots:
+    float32 [rows] and partials: float32 [64, columns], scratch.
+    """
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+    q_out: Tensor,
+    k_out: Tensor,
+) -> None:
+    """Rotate the two halves of every head by the angles of its token, or back by ``inverse``.
+
+    q: float [B, T, heads, D], k: q's dtype [B, T, kv_heads, D], each of any strides but 1 in the last
+    dimension. cos, sin: q's dtype [B or 1, T, D], the first half of sin negated. q_out, k_out: like
+    q and k, contiguous. Rounded after every product and sum, as torch does.
+    """
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """``out = rounded(silu(gate)) * up``, fp32 between the roundings to the dtype.
+
+    gate, up: one float dtype, [rows, columns], rows any distance apart. out: the same, contiguous.
+    """
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, grads: Tensor, halves: bool) -> None:
+    """The gradients of gate and up, together in ``grads``.
+
+    grad: gate's dtype [rows, columns]. grads: [2, rows, columns], or [rows, 2, columns] if
+    ``halves``.
+    """
+
 def codebook(quant_type: str) -> list[float]:
     """The 16 values of "nf4", "fp4" or "int4" by code, as checkpoints store them."""
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 9] = [
+const FAMILIES: [&str; 12] = [
     "adamw",
     "adamw_8bit",
     "dequantize_4bit",
@@ -26,6 +26,9 @@ const FAMILIES: [&str; 9] = [
     "gemv_4bit_mma",
     "quantize_4bit",
     "quantize_blockwise",
+    "rms_norm",
+    "rope",
+    "swiglu",
 ];
 
 /// One image a generation, and PTX for what comes after them.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from halfbyte.kv_cache import KVCache
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
-from halfbyte.models.rope import rotate
+from halfbyte.ops import rope
 
 
 class Span(NamedTuple):
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        q, k = rope(q, k, step.cos, step.sin)
         span = step.spans[self.window]
         if step.cache is not None:
             step.cache.write(self.layer, step.positions, k, v)

@@ -7,11 +7,15 @@ from halfbyte.ops.gemm_4bit import gemm_4bit
 from halfbyte.ops.quant_state import Nested, QuantState
 from halfbyte.ops.quantize_4bit import dynamic_map, quantize_4bit
 from halfbyte.ops.quantize_blockwise import dequantize_blockwise, quantize_blockwise
+from halfbyte.ops.rms_norm import add_rms_norm, rms_norm
+from halfbyte.ops.rope import rope
+from halfbyte.ops.swiglu import swiglu
 
 __all__ = [
     "AdamWScalars",
     "Nested",
     "QuantState",
+    "add_rms_norm",
     "adamw",
     "adamw_8bit",
     "cross_entropy",
@@ -21,4 +25,7 @@ __all__ = [
     "gemm_4bit",
     "quantize_4bit",
     "quantize_blockwise",
+    "rms_norm",
+    "rope",
+    "swiglu",
 ]

@@ -20,7 +20,7 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 9] = sources!(
+static SOURCES: [Sources; 12] = sources!(
     adamw,
     adamw_8bit,
     dequantize_4bit,
@@ -29,7 +29,10 @@ static SOURCES: [Sources; 9] = sources!(
     gemv_4bit,
     gemv_4bit_mma,
     quantize_4bit,
-    quantize_blockwise
+    quantize_blockwise,
+    rms_norm,
+    rope,
+    swiglu
 );
 
 fn contains(haystack: &[u8], needle: &str) -> bool {
@@ -99,6 +102,13 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
+        ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
+        ("rms_norm", "GROUPS", crate::rms_norm::GROUPS),
+        ("rms_norm", "STRIP", crate::rms_norm::STRIP),
+        ("rope", "THREADS", crate::rope::THREADS as usize),
+        ("rope", "WIDTH", crate::rope::WIDTH),
+        ("swiglu", "THREADS", crate::swiglu::THREADS as usize),
+        ("swiglu", "WIDTH", crate::swiglu::WIDTH),
     ];
     for (family, name, value) in expected {
         let source = SOURCES.iter().find(|sources| sources.family.name == family);

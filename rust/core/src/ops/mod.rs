@@ -8,3 +8,6 @@ pub mod double_quantize;
 pub mod gemv_4bit;
 pub mod quantize_4bit;
 pub mod quantize_blockwise;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
