@@ -1,7 +1,7 @@
-"""The kernels that only move bytes, one launch each, beside torch's own operations on the same tensors.
+"""The kernels that only move bytes, one launch each, beside torch's own on the same tensors.
 
 As in kernels.py: every contender's calls stand in one CUDA graph over a rotation of buffers larger
-than any L2, graphs are replayed in turn, round by round. The floor is bytes over the rate of a copy.
+than any L2, graphs are replayed in turn, round by round. The floor is bytes over a copy's rate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kernels import Contender, copies, graphed, report
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte import _core, ops
+from halfbyte import _core
 
 Making = Callable[[int, int], tuple[dict[str, Contender], float]]
 SIZES = [(1, 4096), (16, 4096), (8192, 4096), (8192, 8192)]  # rows (tokens), columns
@@ -175,7 +175,6 @@ OPS: dict[str, Making] = {
     "adamw": optimizer("adamw", wide_state),
     "adamw_8bit": optimizer("adamw_8bit", byte_state),
 }
-assert ops  # registers the operations
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from halfbyte.ops import add_rms_norm, rms_norm
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
-# Rows that a part of a warp, a warp, a CTA shares; that registers do not hold; that are not aligned.
+# Rows for part of a warp, a warp, a CTA; longer than registers hold; not aligned.
 SHAPES = [(1, 1), (3, 7), (5, 64), (300, 128), (2, 576), (9, 1000), (1, 4096), (600, 4096)]
 SHAPES += [(7, 4099), (2, 8192), (2, 8200), (3, 20_000), (1, 100_003), (5000, 8)]
 

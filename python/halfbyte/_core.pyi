@@ -139,7 +139,7 @@ def rms_norm(
     residual: Tensor | None = None,
     sum: Tensor | None = None,
 ) -> None:
-    """``sum = x + residual``, ``out = rounded(sum / sqrt(mean(sum^2) + eps)) * weight`` of every row.
+    """``sum = x + residual`` and ``out = rounded(sum / sqrt(mean(sum^2) + eps)) * weight`` by rows.
 
     x: float, rows of as many elements as weight has. weight: x's dtype or float32. out, residual,
     sum: x's dtype and size; without residual and sum, x is normed. fp32 between the roundings to
@@ -175,9 +175,9 @@ def rope(
 ) -> None:
     """Rotate the two halves of every head by the angles of its token, or back by ``inverse``.
 
-    q: float [B, T, heads, D], k: q's dtype [B, T, kv_heads, D], each of any strides but 1 in the last
-    dimension. cos, sin: q's dtype [B or 1, T, D], the first half of sin negated. q_out, k_out: like
-    q and k, contiguous. Rounded after every product and sum, as torch does.
+    q: float [B, T, heads, D], k: q's dtype [B, T, kv_heads, D], each of any strides but 1 in the
+    last dimension. cos, sin: q's dtype [B or 1, T, D], the first half of sin negated. q_out, k_out:
+    like q and k, contiguous. Rounded after every product and sum, as torch does.
     """
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:

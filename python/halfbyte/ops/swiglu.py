@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from halfbyte import _core
 from halfbyte.ops.library import define
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.is_cpu:
+        # torch's exponential is vectorized.
+        return F.silu(gate) * up
     out = gate.new_empty(gate.shape)
     _core.swiglu(gate, up, out)
     return out
@@ -21,6 +25,11 @@ def _product_fake(gate: Tensor, up: Tensor) -> Tensor:
 
 def _gradients(grad: Tensor, gate: Tensor, up: Tensor, halves: bool) -> Tensor:
     grads = _gradients_fake(grad, gate, up, halves)
+    if gate.is_cpu:
+        of_gate, of_up = grads.unbind(1 if halves else 0)
+        torch.ops.aten.silu_backward(grad * up, gate, grad_input=of_gate)
+        torch.mul(grad, F.silu(gate), out=of_up)
+        return grads
     _core.swiglu_backward(grad, gate, up, grads, halves)
     return grads
 
@@ -69,8 +78,9 @@ class _SwigluOfHalves(torch.autograd.Function):
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """`silu(gate) * up`, differentiable in both.
 
-    gate, up: [..., d], one dtype, fp32, fp16 or bf16; without up, gate is [..., 2 d] and holds both,
-    gate first. silu is computed in fp32 and rounded to the dtype, as torch does. Returns [..., d].
+    gate, up: [..., d], one dtype, fp32, fp16 or bf16; without up, gate is [..., 2 d] and holds
+    both, gate first. silu is computed in fp32 and rounded to the dtype, as torch does. Returns
+    [..., d].
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
@@ -78,12 +88,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         if gate.shape[-1] % 2:
             raise ValueError(f"swiglu: gate: expected [..., 2 d], got {list(gate.shape)}")
         both = _rows(gate)
-        tracked = torch.is_grad_enabled() and both.requires_grad
-        out = (
-            _SwigluOfHalves.apply(both)
-            if tracked
-            else torch.ops.halfbyte.swiglu(*both.chunk(2, dim=-1))
-        )
+        if torch.is_grad_enabled() and both.requires_grad:
+            out = _SwigluOfHalves.apply(both)
+        else:
+            out = torch.ops.halfbyte.swiglu(*both.chunk(2, dim=-1))
         return out.view(*gate.shape[:-1], gate.shape[-1] // 2)
     if gate.shape != up.shape:
         raise ValueError(f"swiglu: up: expected {list(gate.shape)}, got {list(up.shape)}")

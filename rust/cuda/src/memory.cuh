@@ -1,5 +1,6 @@
 // Vector loads and stores. Pointers are aligned to the whole access unless said otherwise.
 #pragma once
+#include "reduce.cuh"
 #include "scalars.cuh"
 
 // Weights are read once: they must not push x and the scales out of L1.
@@ -95,6 +96,27 @@ struct Raw8<float> {
         reinterpret_cast<float4*>(p)[0] = low, reinterpret_cast<float4*>(p)[1] = high;
     }
 };
+
+// As of one value: the largest of eight.
+template <typename T>
+__device__ uint32_t magnitude(const Raw8<T>& raw) {
+    const uint32_t pairs[4] = {raw.words.x, raw.words.y, raw.words.z, raw.words.w};
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        largest = __vmaxu2(largest, pairs[i] & 0x7fff7fffu);
+    return __float_as_uint(widen(T{uint16_t(max(largest >> 16, largest & 0xffffu))}));
+}
+
+__device__ inline uint32_t magnitude(const Raw8<float>& raw) {
+    float v[8];
+    raw.unpack(v);
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        largest = max(largest, magnitude(v[i]));
+    return largest;
+}
 
 // x[first .. first+8), zeros past n; any alignment unless `vector`.
 template <typename T, typename Index>
