@@ -85,9 +85,7 @@ def test_misfits_are_named():
         swiglu(torch.ones(2, 8), torch.ones(2, 9))
     with pytest.raises(ValueError, match=r"swiglu: gate: expected \[..., 2 d\], got \[2, 9\]"):
         swiglu(torch.ones(2, 9))
-    with pytest.raises(
-        ValueError, match=r"swiglu: up: expected torch.float32 .*, got torch.float16"
-    ):
+    with pytest.raises(ValueError, match=r"up: expected torch.float32 .*, got torch.float16"):
         swiglu(torch.ones(2, 8), torch.ones(2, 8).half())
 
 
