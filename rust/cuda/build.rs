@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 12] = [
+const FAMILIES: [&str; 13] = [
     "adamw",
     "adamw_8bit",
     "dequantize_4bit",
@@ -24,6 +24,7 @@ const FAMILIES: [&str; 12] = [
     "double_quantize",
     "gemv_4bit",
     "gemv_4bit_mma",
+    "paged_attention",
     "quantize_4bit",
     "quantize_blockwise",
     "rms_norm",

@@ -20,7 +20,7 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 12] = sources!(
+static SOURCES: [Sources; 13] = sources!(
     adamw,
     adamw_8bit,
     dequantize_4bit,
@@ -28,6 +28,7 @@ static SOURCES: [Sources; 12] = sources!(
     double_quantize,
     gemv_4bit,
     gemv_4bit_mma,
+    paged_attention,
     quantize_4bit,
     quantize_blockwise,
     rms_norm,
@@ -99,6 +100,10 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
         ("gemv_4bit_mma", "TABLE", crate::gemv_4bit_mma::TABLE),
+        ("paged_attention", "WARPS", crate::paged_attention::WARPS),
+        ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
+        ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
+        ("paged_attention", "MAX_PARTS", halfbyte_core::ops::paged_attention::MAX_PARTS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
