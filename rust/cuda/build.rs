@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 11] = [
+const FAMILIES: &[&str] = &[
     "adamw",
     "adamw_8bit",
     "dequantize_4bit",
@@ -28,6 +28,9 @@ const FAMILIES: [&str; 11] = [
     "paged_attention",
     "quantize_4bit",
     "quantize_blockwise",
+    "rms_norm",
+    "rope",
+    "swiglu",
 ];
 
 /// One image a generation, and PTX for what comes after them.
@@ -68,7 +71,7 @@ fn build() -> Result<(), String> {
 
 fn with_kernels(out: &Path, nvcc: &Nvcc) -> Result<(), String> {
     let archs = archs()?;
-    nvcc.compile_all(&FAMILIES, &archs, out)?;
+    nvcc.compile_all(FAMILIES, &archs, out)?;
     println!("cargo::rustc-env=HALFBYTE_BUILT_BY={}", nvcc.version);
     println!("cargo::rustc-env=HALFBYTE_BUILT_FOR={}", archs.join(","));
     Ok(())

@@ -24,8 +24,6 @@ constexpr int TILE = 8;               // rows of x of one mma
 constexpr int LINE = 256;             // weights of a row in the 128 bytes that a warp takes at a time
 constexpr int PARTIAL = PANEL * TILE; // sums of one warp for one panel
 
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // W in lines: 256 weights of a row, four blocks.
 struct Weight {
     const uint4* packed;

@@ -16,6 +16,9 @@ mod launch;
 mod paged_attention;
 mod quantize_4bit;
 mod quantize_blockwise;
+mod rms_norm;
+mod rope;
+mod swiglu;
 
 #[cfg(test)]
 mod tests;
@@ -29,6 +32,9 @@ use halfbyte_core::ops::gemv_4bit::Gemv4bit;
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
+use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward};
+use halfbyte_core::ops::rope::Rope;
+use halfbyte_core::ops::swiglu::{Swiglu, SwigluBackward};
 use halfbyte_core::{Backend, Result};
 
 use launch::Launcher;
@@ -107,5 +113,25 @@ impl Backend for CudaBackend {
 
     fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
         adamw_8bit::launch(&self.launcher, args)
+    }
+
+    fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
+        rms_norm::launch(&self.launcher, args)
+    }
+
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()> {
+        rms_norm::launch_backward(&self.launcher, args)
+    }
+
+    fn rope(&self, args: Rope<'_>) -> Result<()> {
+        rope::launch(&self.launcher, args)
+    }
+
+    fn swiglu(&self, args: Swiglu<'_>) -> Result<()> {
+        swiglu::launch(&self.launcher, args)
+    }
+
+    fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
+        swiglu::launch_backward(&self.launcher, args)
     }
 }
