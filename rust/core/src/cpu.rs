@@ -7,6 +7,7 @@ use crate::ops::adamw_8bit::Adamw8bit;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
+use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv_4bit::Gemv4bit;
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
@@ -67,6 +68,11 @@ impl Backend for CpuBackend {
 
     fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()> {
         args.run_on_cpu();
+        Ok(())
+    }
+
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+        args.run_on_cpu(self.simd);
         Ok(())
     }
 

@@ -9,6 +9,7 @@ mod args;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
+mod gemm_4bit;
 mod gemv_4bit;
 mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
@@ -28,6 +29,7 @@ use halfbyte_core::ops::adamw_8bit::Adamw8bit;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
+use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv_4bit::Gemv4bit;
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
@@ -97,6 +99,10 @@ impl Backend for CudaBackend {
 
     fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()> {
         dequantize_blockwise::launch(&self.launcher, args)
+    }
+
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+        gemm_4bit::launch(&self.launcher, args)
     }
 
     fn gemv_4bit(&self, products: Vec<Gemv4bit<'_>>) -> Result<()> {
