@@ -104,6 +104,7 @@ pub fn cpu_features() -> Vec<&'static str> {
         ("avx512bw", is_x86_feature_detected!("avx512bw")),
         ("avx512dq", is_x86_feature_detected!("avx512dq")),
         ("avx512vl", is_x86_feature_detected!("avx512vl")),
+        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
     ];
     #[cfg(not(target_arch = "x86_64"))]
     let detected: [(&'static str, bool); 0] = [];
