@@ -20,7 +20,7 @@ LEVELS = [
     {"train", "generate", "sampling"},
     {"checkpoint", "data", "optim"},
     {"lora", "fingerprint", "models"},
-    {"linear", "kv_cache", "tokenizer"},
+    {"linear", "kv_cache", "recording", "tokenizer"},
     {"ops"},
     {"errors", "_core"},
 ]

@@ -20,6 +20,17 @@ __version__: str
 class CudaError(RuntimeError):
     """The CUDA driver is missing, or one of its calls or a kernel failed."""
 
+class Recording:
+    """Calls of these functions on CPU tensors, which it keeps alive."""
+
+    def replay(self) -> None:
+        """Make the calls again, on the same memory and in the same order."""
+
+    def __len__(self) -> int: ...
+
+def record(on: bool) -> Recording:
+    """What this thread called on CPU tensors since it records; whether it records from now on."""
+
 def quantize_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int
 ) -> None:

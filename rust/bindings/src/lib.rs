@@ -2,6 +2,7 @@
 
 mod call;
 mod ops;
+mod recording;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -18,4 +19,6 @@ mod _core {
         adamw, adamw_8bit, codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
         double_quantize, dynamic_map, gemv_4bit, quantize_4bit, quantize_blockwise,
     };
+    #[pymodule_export]
+    use super::recording::{Recording, record};
 }

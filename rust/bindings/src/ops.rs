@@ -298,7 +298,7 @@ impl BlockScales {
         Ok(Self { absmax, nested, offset })
     }
 
-    fn as_absmax(&self) -> Absmax<'_> {
+    fn as_absmax(&self) -> Absmax<'static> {
         let absmax = self.absmax.as_ref();
         match &self.nested {
             None => Absmax::Plain { absmax },
