@@ -22,14 +22,18 @@ from halfbyte import Linear4bit
 from halfbyte.checkpoint import default_device
 from halfbyte.models import Decoder, DecoderConfig
 
-# hidden, intermediate, layers, heads, vocabulary
-SHAPES = {"7b": (4096, 11008, 32, 32, 32000), "tiny": (256, 688, 4, 4, 2048)}
+# hidden, intermediate, layers, heads, key heads, vocabulary
+SHAPES = {
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "tiny": (256, 688, 4, 4, 2, 2048),
+}
 PROMPT_TOKENS = 16
 PEER = "transformers + bitsandbytes"
 
 
 def config(shape: str) -> DecoderConfig:
-    hidden, intermediate, layers, heads, vocab = SHAPES[shape]
+    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
     return DecoderConfig.from_dict(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -38,8 +42,9 @@ def config(shape: str) -> DecoderConfig:
             "intermediate_size": intermediate,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
             "vocab_size": vocab,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": 8192,
         }
     )
 

@@ -100,6 +100,30 @@ def gemv_4bit(
     ``dequantize_4bit``. Sums are fp32; a row of ``out`` depends on its row of ``x`` only.
     """
 
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    window: int,
+    partials: Tensor,
+    arrived: Tensor,
+    out: Tensor,
+) -> None:
+    """One new token a row: rotate q and k, append k and v to the paged cache, attend.
+
+    q, out: float [B, heads, D], D even and at most 256. k, v: [B, kv_heads, D]. cos, sin: [B, D],
+    the first half of sin negated. keys, values: [blocks, 16, kv_heads, D], in and out; all of
+    q's dtype. tables: int32 [B, blocks of a row]. lengths: int32 [B], the new token included.
+    window: attend to so many tokens at most; 0: to all. partials: float32
+    [B * heads * 32 * (D + 2)], scratch. arrived: int32 [B, heads], zeros before and after.
+    """
+
 def adamw(
     param: Tensor,
     grad: Tensor,

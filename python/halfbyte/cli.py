@@ -152,8 +152,9 @@ def _field_help(settings: type) -> dict[str, str]:
 
 def _parameters(settings: type) -> list[inspect.Parameter]:
     """A dataclass's fields as parameters: those without a default are arguments."""
-    texts = _field_help(settings)
-    return [_parameter(field, texts.get(field.name)) for field in dataclasses.fields(settings)]
+    texts, fields = _field_help(settings), dataclasses.fields(settings)
+    shown = [field for field in fields if "python_only" not in field.metadata]
+    return [_parameter(field, texts.get(field.name)) for field in shown]
 
 
 def _parameter(field: dataclasses.Field[Any], text: str | None) -> inspect.Parameter:

@@ -19,3 +19,7 @@ class DataError(HalfbyteError, ValueError):
 
 class ContextLengthError(HalfbyteError, ValueError):
     """A sequence longer than the model or its cache can hold."""
+
+
+class QueueFullError(HalfbyteError):
+    """More requests than an engine lets wait."""

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 9] = [
+const FAMILIES: [&str; 10] = [
     "adamw",
     "adamw_8bit",
     "dequantize_4bit",
@@ -24,6 +24,7 @@ const FAMILIES: [&str; 9] = [
     "double_quantize",
     "gemv_4bit",
     "gemv_4bit_mma",
+    "paged_attention",
     "quantize_4bit",
     "quantize_blockwise",
 ];

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from halfbyte.kv_cache import KVCache
+from halfbyte.kv_cache import CacheStep
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
         self.windows = config.sliding_windows
 
-    def forward(self, ids: Tensor, cache: KVCache | None, checkpointed: bool) -> Tensor:
+    def forward(self, ids: Tensor, cache: CacheStep | None, checkpointed: bool) -> Tensor:
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
         for layer in self.layers:
@@ -76,19 +76,19 @@ class Backbone(nn.Module):
                 x = checkpoint(layer, x, step, use_reentrant=False)
             else:
                 x = layer(x, step)
-        if cache is not None:
-            cache.advance(ids.shape[1])
         return self.norm(x)
 
-    def _step(self, ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> Step:
-        tokens = ids.shape[1]
+    def _step(self, ids: Tensor, cache: CacheStep | None, dtype: torch.dtype) -> Step:
         if cache is None:
-            positions = torch.arange(tokens, device=ids.device)[None]
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         else:
-            cache.check(ids.shape[0], tokens)
-            positions = cache.positions(tokens)
+            cache.check(ids)
+            positions = cache.positions
         cos, sin = self.rotary_emb(positions, dtype)
-        return Step(cos, sin, positions, spans(self.windows, positions, cache), cache)
+        if cache is not None and cache.decodes:
+            return Step(cos, sin, {}, cache)
+        cached = 0 if cache is None else cache.cached
+        return Step(cos, sin, spans(self.windows, positions, cached), cache)
 
 
 class Decoder(nn.Module):
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         self,
         ids: Tensor,
         labels: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: CacheStep | None = None,
         num_items: Tensor | int | None = None,
         last_only: bool = False,
     ) -> Output:
@@ -129,24 +129,23 @@ class Decoder(nn.Module):
         ids: int64 [B, T]. labels: int64 [B, T], the ids themselves (they are shifted here), -100
         where a token is not to be learned; rows padded on the right need no mask, as no token sees
         a later one. num_items: divisor of the summed loss (default: labels that count). cache:
-        holds the earlier tokens, and these afterwards. last_only: logits of each row's last token,
-        [B, 1, vocab_size].
+        where a KVCache holds the earlier tokens of each row, and these afterwards. last_only:
+        logits of each row's last token, [B, 1, vocab_size].
 
-        Raises ValueError for shapes or arguments that do not fit, ContextLengthError when the cache
-        would overflow.
+        Raises ValueError for shapes or arguments that do not fit.
         """
         self._check(ids, labels, cache, last_only)
-        counts = cache.counts if cache is not None else None
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         hidden = self.model(ids, cache, checkpointed)
         if labels is not None:
             return Output(self._loss(hidden, labels, num_items), None)
         if last_only:
-            return Output(None, self.lm_head(_last(hidden, counts))[:, None])
+            last = cache.last if cache is not None else None
+            return Output(None, self.lm_head(_last(hidden, last))[:, None])
         return Output(None, self.lm_head(hidden))
 
     def _check(
-        self, ids: Tensor, labels: Tensor | None, cache: KVCache | None, last_only: bool
+        self, ids: Tensor, labels: Tensor | None, cache: CacheStep | None, last_only: bool
     ) -> None:
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids: expected [B, T] with T >= 1, got {list(ids.shape)}")
@@ -182,13 +181,11 @@ class Decoder(nn.Module):
         return loss
 
 
-def _last(hidden: Tensor, counts: list[int] | None) -> Tensor:
+def _last(hidden: Tensor, last: Tensor | None) -> Tensor:
     """hidden [B, T, d] -> [B, d], each row's last token that is not padding.
 
     Two dimensions, because torch would copy the head's matrix for a strided third.
     """
-    if counts is None:
+    if last is None:
         return hidden[:, -1]
-    last = torch.tensor(counts, device=hidden.device) - 1
-    rows = torch.arange(len(counts), device=hidden.device)
-    return hidden[rows, last]
+    return hidden[torch.arange(len(last), device=hidden.device), last]

@@ -7,6 +7,7 @@ use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, GemvShape};
+use halfbyte_core::ops::paged_attention::{AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, PagedAttention};
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
 use halfbyte_core::{Absmax, QuantType, simd};
@@ -15,7 +16,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::call::{call, to_py_err};
-use crate::tensor::{Tensor, check_overlap, read_matrix};
+use crate::tensor::{Tensor, check_overlap, read_matrix, read_shape};
 
 type Object<'a, 'py> = &'a Bound<'py, PyAny>;
 
@@ -159,6 +160,62 @@ pub fn gemv_4bit(
     let args = Gemv4bit::new(x.as_ref(), packed.as_ref(), absmax, quant_type, blocksize, target, shape);
     let args = args.map_err(to_py_err)?;
     call(py, packed.device, |backend| backend.gemv_4bit(args))
+}
+
+#[pyfunction]
+pub fn paged_attention(
+    py: Python<'_>,
+    q: Object<'_, '_>,
+    k: Object<'_, '_>,
+    v: Object<'_, '_>,
+    cos: Object<'_, '_>,
+    sin: Object<'_, '_>,
+    keys: Object<'_, '_>,
+    values: Object<'_, '_>,
+    tables: Object<'_, '_>,
+    lengths: Object<'_, '_>,
+    window: i64,
+    partials: Object<'_, '_>,
+    arrived: Object<'_, '_>,
+    out: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "paged_attention";
+    let [batch, heads, head_dim] = read_shape(OP, "q", q)?;
+    let [blocks, block, kv_heads, _] = read_shape(OP, "keys", keys)?;
+    let [_, table] = read_shape(OP, "tables", tables)?;
+    if block != BLOCK {
+        return Err(PyValueError::new_err(format!("{OP}: keys must have blocks of {BLOCK} tokens, got {block}")));
+    }
+    let shape = AttentionShape { batch, heads, kv_heads, head_dim, blocks, table };
+    let read = |name, object| Tensor::read(OP, name, object);
+    let (q, k, v) = (read("q", q)?, read("k", k)?, read("v", v)?);
+    let (cos, sin) = (read("cos", cos)?, read("sin", sin)?);
+    let (tables, lengths) = (read("tables", tables)?, read("lengths", lengths)?);
+    let (keys, values) = (read("keys", keys)?, read("values", values)?);
+    let (partials, arrived, out) = (read("partials", partials)?, read("arrived", arrived)?, read("out", out)?);
+    check_overlap(OP, &[&q, &k, &v, &cos, &sin, &tables, &lengths], &[&keys, &values, &partials, &arrived, &out])?;
+    let window = not_negative(OP, "window", window)?;
+    let inputs = AttentionInputs {
+        q: q.as_ref(),
+        k: k.as_ref(),
+        v: v.as_ref(),
+        cos: cos.as_ref(),
+        sin: sin.as_ref(),
+        tables: tables.as_ref(),
+        lengths: lengths.as_ref(),
+    };
+    // SAFETY: the outputs were checked for overlap.
+    let outputs = unsafe {
+        AttentionOutputs {
+            keys: keys.as_mut(),
+            values: values.as_mut(),
+            partials: partials.as_mut(),
+            arrived: arrived.as_mut(),
+            out: out.as_mut(),
+        }
+    };
+    let args = PagedAttention::new(inputs, outputs, window, shape).map_err(to_py_err)?;
+    call(py, q.device, |backend| backend.paged_attention(args))
 }
 
 #[pyfunction]

@@ -77,16 +77,25 @@ pub fn check_overlap(op: &str, read: &[&Tensor], written: &[&Tensor]) -> PyResul
 
 /// Rows and columns of a 2-D tensor.
 pub fn read_matrix(op: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<(usize, usize)> {
+    read_shape(op, name, object).map(|[rows, columns]| (rows, columns))
+}
+
+/// The sizes of a tensor of `N` dimensions.
+pub fn read_shape<const N: usize>(op: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<[usize; N]> {
     let shape: Vec<usize> = object.getattr(intern!(object.py(), "shape"))?.extract()?;
-    match shape[..] {
-        [rows, columns] => Ok((rows, columns)),
-        _ => Err(PyValueError::new_err(format!("{op}: {name} must have 2 dimensions, got shape {shape:?}"))),
-    }
+    shape.try_into().map_err(|shape: Vec<usize>| {
+        PyValueError::new_err(format!("{op}: {name} must have {N} dimensions, got shape {shape:?}"))
+    })
 }
 
 fn read_dtype(op: &str, name: &str, dtype: &Bound<'_, PyAny>) -> PyResult<DType> {
-    const KNOWN: [(&str, DType); 4] =
-        [("float32", DType::F32), ("float16", DType::F16), ("bfloat16", DType::BF16), ("uint8", DType::U8)];
+    const KNOWN: [(&str, DType); 5] = [
+        ("float32", DType::F32),
+        ("float16", DType::F16),
+        ("bfloat16", DType::BF16),
+        ("uint8", DType::U8),
+        ("int32", DType::I32),
+    ];
     static TORCH_DTYPES: PyOnceLock<Vec<(Py<PyAny>, DType)>> = PyOnceLock::new();
     let py = dtype.py();
     let torch_dtypes = TORCH_DTYPES.get_or_try_init(py, || {
@@ -95,7 +104,9 @@ fn read_dtype(op: &str, name: &str, dtype: &Bound<'_, PyAny>) -> PyResult<DType>
     })?;
     let found = torch_dtypes.iter().find(|(known, _)| dtype.is(known));
     found.map(|(_, dtype)| *dtype).ok_or_else(|| {
-        PyValueError::new_err(format!("{op}: {name} must have dtype float32, float16, bfloat16 or uint8, got {dtype}"))
+        PyValueError::new_err(format!(
+            "{op}: {name} must have dtype float32, float16, bfloat16, uint8 or int32, got {dtype}"
+        ))
     })
 }
 

@@ -7,6 +7,7 @@ use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
 use crate::ops::gemv_4bit::Gemv4bit;
+use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
 
@@ -19,6 +20,7 @@ pub trait Backend {
     fn quantize_blockwise(&self, args: QuantizeBlockwise<'_>) -> Result<()>;
     fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()>;
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
+    fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()>;
     fn adamw(&self, args: Adamw<'_>) -> Result<()>;
     fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()>;
 }

@@ -30,6 +30,7 @@ impl Arg<'_> {
                 DType::F16 => "float16",
                 DType::BF16 => "bfloat16",
                 DType::U8 => "uint8",
+                DType::I32 => "int32",
             }));
         }
         self.aligned()

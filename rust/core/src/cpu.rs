@@ -8,6 +8,7 @@ use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
 use crate::ops::gemv_4bit::Gemv4bit;
+use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
 use crate::simd::Simd;
@@ -68,6 +69,11 @@ impl Backend for CpuBackend {
 
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
+        args.run_on_cpu();
         Ok(())
     }
 

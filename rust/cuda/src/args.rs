@@ -78,7 +78,7 @@ pub(crate) fn dtype_index(dtype: DType) -> usize {
         DType::F32 => 0,
         DType::F16 => 1,
         DType::BF16 => 2,
-        DType::U8 => unreachable!("float dtypes are checked when the arguments are built"),
+        DType::U8 | DType::I32 => unreachable!("float dtypes are checked when the arguments are built"),
     }
 }
 

@@ -12,6 +12,7 @@ mod double_quantize;
 mod gemv_4bit;
 mod gemv_4bit_mma;
 mod launch;
+mod paged_attention;
 mod quantize_4bit;
 mod quantize_blockwise;
 
@@ -24,6 +25,7 @@ use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
 use halfbyte_core::{Backend, Result};
@@ -92,6 +94,10 @@ impl Backend for CudaBackend {
 
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         gemv_4bit::launch(&self.launcher, args)
+    }
+
+    fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
+        paged_attention::launch(&self.launcher, args)
     }
 
     fn adamw(&self, args: Adamw<'_>) -> Result<()> {

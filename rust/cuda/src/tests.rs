@@ -20,7 +20,7 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 9] = sources!(
+static SOURCES: [Sources; 10] = sources!(
     adamw,
     adamw_8bit,
     dequantize_4bit,
@@ -28,6 +28,7 @@ static SOURCES: [Sources; 9] = sources!(
     double_quantize,
     gemv_4bit,
     gemv_4bit_mma,
+    paged_attention,
     quantize_4bit,
     quantize_blockwise
 );
@@ -96,6 +97,9 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
         ("gemv_4bit_mma", "TABLE", crate::gemv_4bit_mma::TABLE),
+        ("paged_attention", "WARPS", crate::paged_attention::WARPS),
+        ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
+        ("paged_attention", "MAX_PARTS", halfbyte_core::ops::paged_attention::MAX_PARTS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),

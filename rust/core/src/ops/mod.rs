@@ -6,5 +6,6 @@ pub mod dequantize_4bit;
 pub mod dequantize_blockwise;
 pub mod double_quantize;
 pub mod gemv_4bit;
+pub mod paged_attention;
 pub mod quantize_4bit;
 pub mod quantize_blockwise;
