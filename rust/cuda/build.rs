@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 13] = [
     "adamw",
     "adamw_8bit",
     "dequantize_4bit",
@@ -27,6 +27,9 @@ const FAMILIES: [&str; 10] = [
     "paged_attention",
     "quantize_4bit",
     "quantize_blockwise",
+    "rms_norm",
+    "rope",
+    "swiglu",
 ];
 
 /// One image a generation, and PTX for what comes after them.

@@ -15,6 +15,9 @@ mod launch;
 mod paged_attention;
 mod quantize_4bit;
 mod quantize_blockwise;
+mod rms_norm;
+mod rope;
+mod swiglu;
 
 #[cfg(test)]
 mod tests;
@@ -24,11 +27,15 @@ use halfbyte_core::ops::adamw_8bit::Adamw8bit;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
+use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::Gemv4bit;
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
-use halfbyte_core::{Backend, Result};
+use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward};
+use halfbyte_core::ops::rope::Rope;
+use halfbyte_core::ops::swiglu::{Swiglu, SwigluBackward};
+use halfbyte_core::{Backend, Error, Result};
 
 use launch::Launcher;
 
@@ -92,6 +99,11 @@ impl Backend for CudaBackend {
         dequantize_blockwise::launch(&self.launcher, args)
     }
 
+    fn gemv(&self, args: Gemv<'_>) -> Result<()> {
+        let got = args.weight.device().to_string();
+        Err(Error::Argument { op: "gemv", name: "weight", expected: "on cpu; torch multiplies it on a GPU", got })
+    }
+
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         gemv_4bit::launch(&self.launcher, args)
     }
@@ -106,5 +118,25 @@ impl Backend for CudaBackend {
 
     fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
         adamw_8bit::launch(&self.launcher, args)
+    }
+
+    fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
+        rms_norm::launch(&self.launcher, args)
+    }
+
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()> {
+        rms_norm::launch_backward(&self.launcher, args)
+    }
+
+    fn rope(&self, args: Rope<'_>) -> Result<()> {
+        rope::launch(&self.launcher, args)
+    }
+
+    fn swiglu(&self, args: Swiglu<'_>) -> Result<()> {
+        swiglu::launch(&self.launcher, args)
+    }
+
+    fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
+        swiglu::launch_backward(&self.launcher, args)
     }
 }

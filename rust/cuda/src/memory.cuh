@@ -1,5 +1,6 @@
 // Vector loads and stores. Pointers are aligned to the whole access unless said otherwise.
 #pragma once
+#include "reduce.cuh"
 #include "scalars.cuh"
 
 // Weights are read once: they must not push x and the scales out of L1.
@@ -31,8 +32,8 @@ __device__ void load8(const T* p, float (&v)[8]) {
 }
 
 // x[first .. first+8) as fp32, zeros past n; any alignment unless `vector`.
-template <typename T>
-__device__ void load8_or_zero(const T* x, int64_t first, int64_t n, bool vector, float (&v)[8]) {
+template <typename T, typename Index>
+__device__ void load8_or_zero(const T* x, Index first, Index n, bool vector, float (&v)[8]) {
     if (vector && first + 8 <= n)
         return load8(x + first, v);
 #pragma unroll
@@ -49,4 +50,98 @@ template <typename T>
 __device__ void store16(T* p, const float (&v)[8]) {
     *reinterpret_cast<uint4*>(p) =
         make_uint4(narrow2<T>(v[0], v[1]), narrow2<T>(v[2], v[3]), narrow2<T>(v[4], v[5]), narrow2<T>(v[6], v[7]));
+}
+
+// Eight values as memory holds them: in 16 bits half the registers of their fp32.
+template <typename T>
+struct Raw8 {
+    uint4 words;
+
+    __device__ void unpack(float (&v)[8]) const {
+        const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            v[2 * i] = widen(T{uint16_t(pairs[i])});
+            v[2 * i + 1] = widen(T{uint16_t(pairs[i] >> 16)});
+        }
+    }
+
+    __device__ void pack(const float (&v)[8]) {
+        words =
+            make_uint4(narrow2<T>(v[0], v[1]), narrow2<T>(v[2], v[3]), narrow2<T>(v[4], v[5]), narrow2<T>(v[6], v[7]));
+    }
+
+    __device__ void load(const T* p) { words = *reinterpret_cast<const uint4*>(p); }
+    __device__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = words; }
+};
+
+template <>
+struct Raw8<float> {
+    float4 low, high;
+
+    __device__ void unpack(float (&v)[8]) const {
+        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+    }
+
+    __device__ void pack(const float (&v)[8]) {
+        low = make_float4(v[0], v[1], v[2], v[3]), high = make_float4(v[4], v[5], v[6], v[7]);
+    }
+
+    __device__ void load(const float* p) {
+        low = reinterpret_cast<const float4*>(p)[0], high = reinterpret_cast<const float4*>(p)[1];
+    }
+
+    __device__ void store(float* p) const {
+        reinterpret_cast<float4*>(p)[0] = low, reinterpret_cast<float4*>(p)[1] = high;
+    }
+};
+
+// As of one value: the largest of eight.
+template <typename T>
+__device__ uint32_t magnitude(const Raw8<T>& raw) {
+    const uint32_t pairs[4] = {raw.words.x, raw.words.y, raw.words.z, raw.words.w};
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        largest = __vmaxu2(largest, pairs[i] & 0x7fff7fffu);
+    return __float_as_uint(widen(T{uint16_t(max(largest >> 16, largest & 0xffffu))}));
+}
+
+__device__ inline uint32_t magnitude(const Raw8<float>& raw) {
+    float v[8];
+    raw.unpack(v);
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        largest = max(largest, magnitude(v[i]));
+    return largest;
+}
+
+// x[first .. first+8), zeros past n; any alignment unless `vector`.
+template <typename T, typename Index>
+__device__ Raw8<T> load_raw8(const T* x, Index first, Index n, bool vector) {
+    Raw8<T> raw;
+    if (vector && first + 8 <= n) {
+        raw.load(x + first);
+    } else {
+        float v[8];
+        load8_or_zero(x, first, n, false, v);
+        raw.pack(v);
+    }
+    return raw;
+}
+
+// v to y[first .. first+8), cut at n; any alignment unless `vector`.
+template <typename T, typename Index>
+__device__ void store8_inside(T* y, Index first, Index n, bool vector, const float (&v)[8]) {
+    if (vector && first + 8 <= n) {
+        Raw8<T> raw;
+        raw.pack(v);
+        return raw.store(y + first);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        if (first + i < n)
+            y[first + i] = narrow<T>(v[i]);
 }

@@ -69,3 +69,9 @@ __device__ inline uint32_t narrow2<bf16>(float first, float second) {
     return pair;
 }
 #endif
+
+// What is left of a value once it has been stored as T.
+template <typename T>
+__device__ float rounded(float value) {
+    return widen(narrow<T>(value));
+}

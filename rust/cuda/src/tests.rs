@@ -20,7 +20,7 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 10] = sources!(
+static SOURCES: [Sources; 13] = sources!(
     adamw,
     adamw_8bit,
     dequantize_4bit,
@@ -30,7 +30,10 @@ static SOURCES: [Sources; 10] = sources!(
     gemv_4bit_mma,
     paged_attention,
     quantize_4bit,
-    quantize_blockwise
+    quantize_blockwise,
+    rms_norm,
+    rope,
+    swiglu
 );
 
 fn contains(haystack: &[u8], needle: &str) -> bool {
@@ -103,6 +106,13 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
+        ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
+        ("rms_norm", "GROUPS", crate::rms_norm::GROUPS),
+        ("rms_norm", "STRIP", crate::rms_norm::STRIP),
+        ("rope", "THREADS", crate::rope::THREADS as usize),
+        ("rope", "WIDTH", crate::rope::WIDTH),
+        ("swiglu", "THREADS", crate::swiglu::THREADS as usize),
+        ("swiglu", "WIDTH", crate::swiglu::WIDTH),
     ];
     for (family, name, value) in expected {
         let source = SOURCES.iter().find(|sources| sources.family.name == family);
@@ -148,10 +158,12 @@ fn one_comparison_is_left_in_a_part_of_the_range() {
         let edges = (0..=30).map(|edge| edge as f32 / 15.0 - 1.0).flat_map(|e| [e - 1e-4, e, e + 1e-4]);
         let grid = (-100_000..=100_000).map(|step| step as f32 / 1e5);
         for x in near.chain(edges).chain(grid).filter(|x| x.abs() <= 1.000001) {
-            let from_zero = x.mul_add(0.5, 0.5).clamp(0.0, 1.0);
-            let bin = (f64::from(from_zero) * 29.9999).floor() as usize;
-            let shift = if x > thresholds[bin] { 4 } else { 0 };
-            assert_eq!((codes[bin] as u32 >> shift & 15) as u8, ranks.encode(x), "{x}");
+            let bin = (f64::from(x) * f64::from(14.9999f32) + 15.0).floor() as usize;
+            let above = if x > thresholds[bin] { 1 } else { 0 };
+            assert_eq!((codes[bin] as u32 & 15) as u8 + above, ranks.encode(x), "{x}");
+            let steep = 2f64.powi(60);
+            let clamped = (f64::from(x) * steep - f64::from(thresholds[bin]) * steep).clamp(0.0, 1.0);
+            assert_eq!(clamped, f64::from(above), "{x}");
         }
     }
 }

@@ -67,8 +67,8 @@ impl<'a> Gemv4bit<'a> {
     }
 }
 
-/// Weights of a chunk; fewer than two chunks are not worth waking a second thread (about 10 us).
-const CHUNK_WEIGHTS: usize = 1 << 17;
+/// Weights of a chunk, 2 us of work; fewer than two chunks are not worth a second thread (1 us while it spins).
+const CHUNK_WEIGHTS: usize = 1 << 15;
 
 impl Gemv4bit<'_> {
     pub(crate) fn run_on_cpu(self, simd: Simd) {
@@ -176,7 +176,7 @@ impl Weight<'_> {
 }
 
 /// Sixteen partial sums, so that the compiler can use vector registers of any width.
-fn dot(x: &[f32], w: &[f32]) -> f32 {
+pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     let mut lanes = [0.0; 16];
     let (x_chunks, w_chunks) = (x.chunks_exact(16), w.chunks_exact(16));
     let rest = x_chunks.remainder().iter().zip(w_chunks.remainder());
@@ -190,7 +190,7 @@ fn dot(x: &[f32], w: &[f32]) -> f32 {
 }
 
 /// `sums` `[N, M]` to `out` `[M, N]`, rounded.
-fn store_transposed<T: Float>(sums: &[f32], out: &mut [T], shape: GemvShape) {
+pub(crate) fn store_transposed<T: Float>(sums: &[f32], out: &mut [T], shape: GemvShape) {
     for (row, out) in out.chunks_mut(shape.n).enumerate() {
         for (out, sums) in out.iter_mut().zip(sums.chunks(shape.m)) {
             *out = T::from_f32(sums[row]);
