@@ -50,7 +50,7 @@ class Run:
         self.prompt = max(1, context - FIRST - tokens // 2)
         blocks = batch * blocks_for(max(PROMPT + 1, self.prompt + FIRST + tokens))
         each = block_bytes(model.config, torch.bfloat16)
-        self.engine = Engine(model, batch, blocks * each)
+        self.engine = Engine(model, max_batch=batch, kv_budget=blocks * each)
 
     def prompts(self, length: int) -> list[list[int]]:
         vocab = self.model.config.vocab_size
@@ -96,7 +96,7 @@ def start_up(model: Decoder, args: argparse.Namespace) -> None:
 
     def seconds(tokens: int) -> float:
         start = time.perf_counter()
-        Engine(model, 1).generate(list(range(1, 17)), max_new_tokens=tokens)
+        Engine(model, max_batch=1).generate(list(range(1, 17)), max_new_tokens=tokens)
         return time.perf_counter() - start
 
     first, more = (median(seconds(tokens) for _ in range(3)) for tokens in (1, 32))
@@ -107,8 +107,12 @@ def profile(model: Decoder, batch: int, context: int) -> None:
     """Kernel times of captured steps, and the time between steps without a profiler."""
     run = Run(model, batch, context, 64)
     run.decode()
-    scheduler = run.engine._scheduler
-    graph = next(graph for graph in scheduler.decode.graphs.values() if graph is not None)
+    decode = run.engine._scheduler.decode
+    graph = next(graph for key, graph in decode.graphs.items() if key.rows == batch)
+    # Nobody runs any more: the rows get lengths and blocks of their own again.
+    decode.lengths.fill_(context)
+    blocks = torch.arange(batch * decode.tables.shape[1], device=decode.tables.device)
+    decode.tables.copy_(blocks.view(batch, -1) % (decode.cache.blocks - 1) + 1)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
     for event in events:
         graph.replay()

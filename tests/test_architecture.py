@@ -21,6 +21,7 @@ LEVELS = [
     {"engine"},
     {"scheduler"},
     {"decode"},
+    {"adapters"},
     {"sampling", "reply", "prefix_cache"},
     {"checkpoint", "data", "optim"},
     {"lora", "fingerprint", "models"},

@@ -16,8 +16,14 @@ from test_generate import byte_tokenizer, tiny  # noqa: F401
 from tiny import tiny_folder
 
 import halfbyte
-from halfbyte import Engine, LoraConfig, Sampling, lora
-from halfbyte.errors import ContextLengthError, QueueFullError
+from halfbyte import Engine, Linear4bit, LoraConfig, Sampling, lora
+from halfbyte.decode import BUCKETS, DecodeStep
+from halfbyte.errors import (
+    AdapterNotFoundError,
+    CheckpointError,
+    ContextLengthError,
+    QueueFullError,
+)
 from halfbyte.kv_cache import block_bytes
 from halfbyte.prefix_cache import PrefixCache
 from halfbyte.scheduler import CHUNK
@@ -97,7 +103,7 @@ def test_long_prompts_are_read_in_chunks(byte_tokenizer):  # noqa: F811
     model = tiny(max_position_embeddings=2 * CHUNK + 100)
     rng = random.Random(2)
     prompt = [rng.randrange(256) for _ in range(2 * CHUNK + 50)]
-    got = Engine(model, 2).generate(prompt, max_new_tokens=4).token_ids
+    got = Engine(model, max_batch=2).generate(prompt, max_new_tokens=4).token_ids
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(4):
@@ -107,7 +113,7 @@ def test_long_prompts_are_read_in_chunks(byte_tokenizer):  # noqa: F811
 
 def test_running_sequences_go_on_while_a_long_prompt_is_read():
     model = tiny(max_position_embeddings=4 * CHUNK)
-    engine = Engine(model, 2)
+    engine = Engine(model, max_batch=2)
     first = engine.submit([1, 2], Sampling(max_new_tokens=50))
     engine._advance_once()
     long = engine.submit([3] * (3 * CHUNK), Sampling(max_new_tokens=1))
@@ -127,7 +133,9 @@ def test_a_model_in_training_is_sampled_between_steps(model):
         parameter.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
     engine.refresh()
     after = engine.generate([5] * 40, max_new_tokens=8).token_ids
-    assert after == Engine(model, 1).generate([5] * 40, max_new_tokens=8).token_ids != before
+    assert (
+        after == Engine(model, max_batch=1).generate([5] * 40, max_new_tokens=8).token_ids != before
+    )
     assert not engine.stale
     lora.merge(model, torch.float32)
     assert engine.stale
@@ -147,7 +155,10 @@ def test_a_known_prefix_is_not_read_again(model):
     turn = engine.submit(onward, Sampling(max_new_tokens=10))
     engine.run([turn])
     assert turn.cached_tokens == 128, "129 tokens were fed: the newest never is"
-    assert turn.reply.tokens == Engine(model, 1).generate(onward, max_new_tokens=10).token_ids
+    assert (
+        turn.reply.tokens
+        == Engine(model, max_batch=1).generate(onward, max_new_tokens=10).token_ids
+    )
     engine.refresh()
     fresh = engine.submit(prompt, Sampling(max_new_tokens=1))
     engine.run([fresh])
@@ -156,7 +167,7 @@ def test_a_known_prefix_is_not_read_again(model):
 
 
 def test_running_sequences_share_a_prefix(model):
-    engine = Engine(model, 4, kv_budget=budget(model, 1 + 4 + 3 * 2))
+    engine = Engine(model, max_batch=4, kv_budget=budget(model, 1 + 4 + 3 * 2))
     prompt = list(range(64))
     engine.generate(prompt, max_new_tokens=1)
     requests = [engine.submit(prompt + [i], Sampling(max_new_tokens=8)) for i in range(3)]
@@ -165,7 +176,7 @@ def test_running_sequences_share_a_prefix(model):
     assert [r.cached_tokens for r in requests[:2]] == [64, 64]
     engine.run(requests)
     for i, request in enumerate(requests):
-        alone = Engine(model, 1).generate(prompt + [i], max_new_tokens=8)
+        alone = Engine(model, max_batch=1).generate(prompt + [i], max_new_tokens=8)
         assert request.reply.tokens == alone.token_ids
     assert fully_free(engine)
 
@@ -220,6 +231,142 @@ def test_prefixes_of_different_roots_stay_apart():
     assert prefixes.match("one", list(range(32))) == blocks[:1], "one token is left to compute"
 
 
+# --- adapters --------------------------------------------------------------------------------
+
+
+ADAPTERS = {
+    "one": LoraConfig(r=4, lora_alpha=8),
+    "two": LoraConfig(r=9, lora_alpha=5, target_modules=["q_proj", "down_proj"]),
+    "head": LoraConfig(r=2, lora_alpha=16, use_rslora=True, target_modules=["lm_head", "v_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, byte_tokenizer):  # noqa: F811
+    """A base's folder-like maker, adapters over it, and a model that carries each."""
+    folder = tmp_path_factory.mktemp("adapters")
+    carriers = {}
+    for seed, (name, config) in enumerate(ADAPTERS.items()):
+        rng = torch.Generator().manual_seed(seed)
+        made = lora.inject(base_model(byte_tokenizer), config, rng)
+        for parameter in lora.adapter_parameters(made):
+            parameter.data.normal_(0, 0.3, generator=rng)
+        lora.save_adapter(made, folder / name)
+        carriers[name] = made
+    return {name: folder / name for name in ADAPTERS}, carriers
+
+
+def base_model(tokenizer):
+    made = tiny(max_position_embeddings=256)
+    made.tokenizer = tokenizer
+    return made
+
+
+def test_rows_use_their_own_adapters(adapters, byte_tokenizer):  # noqa: F811
+    folders, carriers = adapters
+    engine = Engine(base_model(byte_tokenizer), adapters=folders, max_batch=6)
+    prompts = [list(range(i, i + 40)) for i in range(8)]
+    names = [None, *ADAPTERS, None, *ADAPTERS]
+    options = Sampling(max_new_tokens=12, temperature=0.5, seed=4)
+    requests = [engine.submit(p, options, n) for p, n in zip(prompts, names, strict=True)]
+    engine.run(requests)
+    carriers = {None: base_model(byte_tokenizer), **carriers}
+    for prompt, name, request in zip(prompts, names, requests, strict=True):
+        alone = Engine(carriers[name], max_batch=1).generate(prompt, options)
+        assert request.reply.tokens == alone.token_ids, name
+    assert fully_free(engine) and all(a.users == 0 for a in engine.adapters.values())
+
+
+def test_a_prefix_belongs_to_its_adapter(adapters, byte_tokenizer):  # noqa: F811
+    folders, carriers = adapters
+    engine = Engine(base_model(byte_tokenizer), adapters=folders, max_batch=2)
+    prompt = list(range(50))
+    plain = engine.generate(prompt, max_new_tokens=8)
+    adapted = engine.submit(prompt, Sampling(max_new_tokens=8), "one")
+    engine.run([adapted])
+    assert adapted.cached_tokens == 0
+    alone = Engine(carriers["one"], max_batch=1).generate(prompt, max_new_tokens=8)
+    assert adapted.reply.tokens == alone.token_ids != plain.token_ids
+    again = engine.submit(prompt, Sampling(max_new_tokens=8), "one")
+    engine.run([again])
+    assert again.cached_tokens == 48 and again.reply.tokens == alone.token_ids
+
+
+def test_adapters_come_and_go_while_requests_run(adapters, byte_tokenizer):  # noqa: F811
+    folders, carriers = adapters
+    engine = Engine(base_model(byte_tokenizer), max_batch=4)
+    alone = {
+        name: Engine(carrier, max_batch=1).generate([1, 2, 3], max_new_tokens=30).token_ids
+        for name, carrier in carriers.items()
+    }
+    engine.load_adapter("a", folders["one"])
+    first = engine.submit([1, 2, 3], Sampling(max_new_tokens=30), "a")
+    for _ in range(4):
+        engine._advance_once()
+    generation = engine.load_adapter("a", folders["two"]).generation
+    assert generation > first.adapter.generation
+    second = engine.submit([1, 2, 3], Sampling(max_new_tokens=30), "a")
+    engine.load_adapter("b", folders["head"])
+    engine._advance_once()
+    engine.unload_adapter("a")
+    third = engine.submit([1, 2, 3], Sampling(max_new_tokens=30), "b")
+    with pytest.raises(AdapterNotFoundError, match="a: no such adapter is loaded; there is: b"):
+        engine.submit([1, 2, 3], Sampling(), "a")
+    engine.run([first, second, third])
+    assert first.reply.tokens == alone["one"]
+    assert second.reply.tokens == alone["two"]
+    assert third.reply.tokens == alone["head"]
+    assert [a.name for a in engine._scheduler.decode.adapters._places] == ["b"]
+    engine.unload_adapter("b")
+    plain = base_model(byte_tokenizer)
+    expected = plain.generate([1, 2, 3], max_new_tokens=9)
+    assert engine.generate([1, 2, 3], max_new_tokens=9).token_ids == expected
+
+
+def test_an_error_lets_go_of_adapters(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    model = base_model(byte_tokenizer)
+    engine = Engine(model, adapters={"a": folders["one"]}, max_batch=2, max_waiting=1)
+    engine.submit([1], Sampling(max_new_tokens=50), "a")
+    with pytest.raises(QueueFullError):
+        engine.submit([2], Sampling(), "a")
+    engine._advance_once()
+    engine.unload_adapter("a")
+    handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate([3])
+    handle.remove()
+    assert engine._scheduler.decode.adapters._places == []
+    assert engine.generate([3], max_new_tokens=3).finish_reason == "length"
+
+
+def test_adapters_that_do_not_fit_are_refused(adapters, byte_tokenizer, tmp_path):  # noqa: F811
+    folders, carriers = adapters
+    with pytest.raises(ValueError, match="a base model without an adapter of its own"):
+        Engine(carriers["one"], adapters={"two": folders["two"]})
+    narrow = tiny(hidden_size=16, intermediate_size=64)
+    with pytest.raises(CheckpointError, match=r"lora_B.weight: expected \[16, 4\], got \[32, 4\]"):
+        Engine(narrow, adapters={"one": folders["one"]})
+    with pytest.raises(CheckpointError, match="no such file"):
+        Engine(base_model(byte_tokenizer), adapters={"x": tmp_path / "nothing"})
+    saved = lora.inject(base_model(None), LoraConfig(r=2, modules_to_save=["lm_head"]))
+    lora.save_adapter(saved, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="only LoRA matrices can be served"):
+        Engine(base_model(byte_tokenizer), adapters={"x": tmp_path / "saved"})
+
+
+def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    model = base_model(byte_tokenizer)
+    before = {name: type(module) for name, module in model.named_modules()}
+    engine = Engine(model, adapters=folders)
+    pieces = engine.stream([1, 2], adapter="one")
+    assert {name: type(module) for name, module in model.named_modules()} != before
+    engine.close()
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert list(pieces) == [] and pieces.finish_reason == "cancelled"
+
+
 # --- limits and ends -------------------------------------------------------------------------
 
 
@@ -228,7 +375,8 @@ def test_more_requests_than_rows_or_blocks_wait(model):
     prompts = [[i] * (10 + i) for i in range(12)]
     got = engine.generate(prompts, max_new_tokens=20)
     assert [c.token_ids for c in got] == [
-        Engine(model, 1).generate(prompt, max_new_tokens=20).token_ids for prompt in prompts
+        Engine(model, max_batch=1).generate(prompt, max_new_tokens=20).token_ids
+        for prompt in prompts
     ]
     assert fully_free(engine)
 
@@ -254,7 +402,7 @@ def test_a_full_queue_refuses(model):
 
 
 def test_a_prompt_as_long_as_the_context_has_no_reply(model):
-    engine = Engine(model, 1)
+    engine = Engine(model, max_batch=1)
     got = engine.generate([1] * 256)
     assert got.token_ids == [] and got.finish_reason == "context" and got.text == ""
     assert len(engine.generate([1] * 255).token_ids) == 1
@@ -331,7 +479,7 @@ def test_many_random_requests(model):
             prompt, sampling, request = entry
             finished += 1
             if request.reply.finish_reason != "cancelled" and len(expected) < 40:
-                alone = Engine(model, 1).generate(list(prompt), sampling)
+                alone = Engine(model, max_batch=1).generate(list(prompt), sampling)
                 assert request.reply.tokens == alone.token_ids
                 expected[prompt, sampling.seed] = alone.token_ids
     while engine._scheduler.busy:
@@ -356,7 +504,7 @@ def test_threads_share_an_engine(model):
         thread.start()
     for thread in threads:
         thread.join(60)
-    alone = [Engine(model, 1).generate(p, max_new_tokens=12).token_ids for p in prompts]
+    alone = [Engine(model, max_batch=1).generate(p, max_new_tokens=12).token_ids for p in prompts]
     assert [got[i] for i in range(8)] == alone and fully_free(engine)
 
 
@@ -416,3 +564,87 @@ def test_generate_keeps_no_model_alive(tmp_path):
     del pieces
     gc.collect()
     assert gone() is None
+
+
+# --- on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_model(byte_tokenizer):  # noqa: F811
+    """bf16 over 4-bit layers of sizes that the fast kernels take."""
+    made = tiny(hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=1024)
+    made.bfloat16()
+    for name, linear in list(made.named_modules()):
+        if type(linear) is torch.nn.Linear and name != "lm_head":
+            layer = Linear4bit(linear.in_features, linear.out_features, bias=False)
+            layer.quantize_(linear.weight.detach().cuda(), name=name)
+            parent, _, child = name.rpartition(".")
+            setattr(made.get_submodule(parent), child, layer)
+    made.tokenizer = byte_tokenizer
+    return made.cuda().eval()
+
+
+def gpu_work() -> list[tuple[list[int], Sampling]]:
+    work = requests_of(random.Random(6), 24)
+    return [(prompt * 9 if i % 5 == 0 else prompt, s) for i, (prompt, s) in enumerate(work)]
+
+
+def all_at_once(engine: Engine, work) -> list[list[int]]:
+    requests = [engine.submit(prompt, sampling) for prompt, sampling in work]
+    engine.run(requests)
+    return [request.reply.tokens for request in requests]
+
+
+@pytest.mark.gpu
+def test_gpu_graph_equals_eager(gpu_model, monkeypatch):
+    captured = Engine(gpu_model, max_batch=8)
+    expected = all_at_once(captured, gpu_work())
+    graphs = captured._scheduler.decode.graphs.values()
+    assert sum(graph is not None for graph in graphs) >= 3
+
+    def eager(step: DecodeStep, rows: int, kind, adapted):
+        size = next(size for size in BUCKETS if size >= rows)
+        return step.to_host(step._run(size, kind, adapted))
+
+    monkeypatch.setattr(DecodeStep, "launch", eager)
+    assert all_at_once(Engine(gpu_model, max_batch=8), gpu_work()) == expected
+
+
+@pytest.mark.gpu
+def test_gpu_any_mix_equals_each_alone(gpu_model):
+    expected = [
+        Engine(gpu_model, max_batch=1).generate(prompt, sampling).token_ids
+        for prompt, sampling in gpu_work()
+    ]
+    engine = Engine(gpu_model, max_batch=16)
+    assert all_at_once(engine, gpu_work()) == expected
+    assert fully_free(engine)
+
+
+@pytest.mark.gpu
+def test_gpu_memory_stays_flat(gpu_model):
+    engine = Engine(gpu_model, max_batch=8)
+    all_at_once(engine, gpu_work())
+    all_at_once(engine, gpu_work())
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        all_at_once(engine, gpu_work())
+    assert torch.cuda.memory_allocated() <= before
+
+
+@pytest.mark.gpu
+def test_gpu_adapters_equal_the_cpus(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    prompts = [list(range(i, i + 40)) for i in range(8)]
+    names = [None, *ADAPTERS, None, *ADAPTERS]
+
+    def replies(device: str) -> list[list[int]]:
+        engine = Engine(base_model(byte_tokenizer).to(device), adapters=folders, max_batch=4)
+        requests = [
+            engine.submit(prompt, Sampling(max_new_tokens=40), name)
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        engine.run(requests)
+        return [request.reply.tokens for request in requests]
+
+    assert replies("cuda") == replies("cpu")

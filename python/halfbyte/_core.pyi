@@ -59,11 +59,14 @@ def dequantize_4bit(
     nested_absmax float32 [ceil(blocks / 256)] and nested_map float32 [256].
     """
 
-def double_quantize(absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
+def double_quantize(
+    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, sums: Tensor
+) -> None:
     """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around the mean.
 
     absmax: float32 [blocks]. codes: uint8 [blocks], out. nested_absmax: float32
-    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean.
+    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. sums: uint8
+    [8 * ceil(blocks / 65536)], scratch.
     """
 
 def quantize_blockwise(

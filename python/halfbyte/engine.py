@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.adapters import Adapter
 from halfbyte.errors import ContextLengthError
 from halfbyte.kv_cache import KVCache, block_bytes, blocks_for
 from halfbyte.models import Decoder
@@ -97,10 +99,12 @@ class Engine:
 
     model: a loaded Decoder, or one that is being trained: weights are read where they are, so
     replies come from what they are now; call `refresh` after they have changed, since the cache
-    still holds what the old ones wrote. max_batch: sequences that run at once, at most 32; others
-    wait. kv_budget: bytes for keys and values; default: what max_batch sequences of the model's
-    whole context need, but at most 80 % of the free device memory (1 GiB on the CPU).
-    max_waiting: requests that may wait before QueueFullError; None: any number.
+    still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
+    halfbyte saved, over a model that carries none itself; requests choose one, and all run in one
+    batch. max_batch: sequences that run at once, at most 32; others wait. kv_budget: bytes for
+    keys and values; default: what max_batch sequences of the model's whole context need, but at
+    most 80 % of the free device memory (1 GiB on the CPU). max_waiting: requests that may wait
+    before QueueFullError; None: any number.
 
     Not bound to a thread: whoever waits for a reply drives the engine, and an async caller has it
     driven by a thread of its own.
@@ -109,6 +113,7 @@ class Engine:
     def __init__(
         self,
         model: Decoder,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         max_batch: int = MAX_BATCH,
         kv_budget: int | None = None,
         max_waiting: int | None = None,
@@ -135,21 +140,60 @@ class Engine:
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._driver: threading.Thread | None = None
+        for name, folder in (adapters or {}).items():
+            self.load_adapter(name, folder)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters that requests can name."""
+        return dict(self._scheduler.decode.adapters.by_name)
+
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> Adapter:
+        """Load an adapter, or load it anew; running requests go on with what they began with.
+
+        Raises CheckpointError for files that do not fit, ValueError where the model carries an
+        adapter of its own.
+        """
+        decode = self._scheduler.decode
+        adapter = decode.adapters.read(name, folder)
+        with self._lock, torch.inference_mode():
+            decode.adapters.add(adapter)
+            decode.rearrange()
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Let no more requests use an adapter; its memory is freed when the last one has ended.
+
+        Raises AdapterNotFoundError.
+        """
+        decode = self._scheduler.decode
+        with self._lock, torch.inference_mode():
+            decode.adapters.remove(name)
+            decode.rearrange()
+
+    def close(self) -> None:
+        """End all requests and give the model back as it was before it got adapters."""
+        with self._lock:
+            self._scheduler.abandon(None)
+            self._scheduler.decode.adapters.close()
 
     def generate(
         self,
         prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Tensor,
         sampling: Sampling | None = None,
+        adapter: str | None = None,
         **overrides: Any,
     ) -> Any:
         """The Completion of a prompt, or of each prompt of a batch; all run together.
 
         prompts: text or token ids, or a list of these. sampling: greedy by default; overrides are
-        its fields. Raises what `submit` raises; FloatingPointError for logits that are not finite.
+        its fields. adapter: the name of one that is loaded. Raises what `submit` raises;
+        FloatingPointError for logits that are not finite.
         """
         sampling = replace(sampling or Sampling(), **overrides)
         batched = is_batch(prompts)
-        requests = [self.submit(p, sampling) for p in (prompts if batched else [prompts])]
+        prompts = prompts if batched else [prompts]
+        requests = [self.submit(prompt, sampling, adapter) for prompt in prompts]
         self.run(requests)
         completions = [_completion(request) for request in requests]
         return completions if batched else completions[0]
@@ -158,6 +202,7 @@ class Engine:
         self,
         prompt: str | Sequence[int] | Tensor,
         sampling: Sampling | None = None,
+        adapter: str | None = None,
         **overrides: Any,
     ) -> Stream:
         """Like `generate` for one prompt, as an iterator over its text; also an async iterator.
@@ -168,16 +213,17 @@ class Engine:
             raise ValueError("stream: expected the ids of one prompt, got a batch")
         sampling = replace(sampling or Sampling(), **overrides)
         tokenizer_of(self.model, "stream")
-        return Stream(self, self.submit(prompt, sampling), self.model)
+        return Stream(self, self.submit(prompt, sampling, adapter), self.model)
 
     async def agenerate(
         self,
         prompt: str | Sequence[int] | Tensor,
         sampling: Sampling | None = None,
+        adapter: str | None = None,
         **overrides: Any,
     ) -> Completion:
         """The Completion of one prompt, awaited; cancelling the task cancels the request."""
-        request = self.submit(prompt, replace(sampling or Sampling(), **overrides))
+        request = self.submit(prompt, replace(sampling or Sampling(), **overrides), adapter)
         try:
             async for _ in self._arrivals(request):
                 pass
@@ -185,11 +231,16 @@ class Engine:
             request.cancelled = True
         return _completion(request)
 
-    def submit(self, prompt: str | Sequence[int] | Tensor, sampling: Sampling) -> Request:
+    def submit(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        sampling: Sampling,
+        adapter: str | None = None,
+    ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
         Raises ValueError for token ids that the model does not have, ContextLengthError for a
-        prompt longer than the model's context or the cache, QueueFullError.
+        prompt longer than the model's context or the cache, AdapterNotFoundError, QueueFullError.
         """
         ids = checked_prompt(self.model, prompt)
         context = self.model.config.max_position_embeddings
@@ -198,10 +249,20 @@ class Engine:
         if self.model.tokenizer is not None or sampling.stop:
             text = ReplyText(tokenizer_of(self.model, "stop strings"), sampling.stop)
         reply = Reply(len(ids), ends, sampling.max_new_tokens, context, text)
-        request = Request(ids, sampling, _seed(sampling), reply, root=self._generation)
-        if not request.done:
-            self._scheduler.submit(request)
-            self._work.set()
+        adapters = self._scheduler.decode.adapters
+        chosen = None if adapter is None else adapters.acquire(adapter)
+        root = (self._generation, chosen and chosen.generation)
+        request = Request(ids, sampling, _seed(sampling), reply, root, chosen)
+        try:
+            if not request.done:
+                self._scheduler.submit(request)
+        except Exception:
+            reply.finish("error")
+            raise
+        finally:
+            if request.done and chosen is not None:
+                adapters.release(chosen)
+        self._work.set()
         return request
 
     def run(self, requests: Sequence[Request]) -> None:

@@ -23,3 +23,7 @@ class ContextLengthError(HalfbyteError, ValueError):
 
 class QueueFullError(HalfbyteError):
     """More requests than an engine lets wait."""
+
+
+class AdapterNotFoundError(HalfbyteError, ValueError):
+    """A request for an adapter that is not loaded."""

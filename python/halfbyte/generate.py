@@ -39,7 +39,7 @@ def _engine(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling
     _engines.pop(model, None)
     budget = needed * block_bytes(model.config, model.model.embed_tokens.weight.dtype)
     # By proxy, so that the table's value does not keep its key.
-    engine = Engine(weakref.proxy(model), batch, budget)
+    engine = Engine(weakref.proxy(model), max_batch=batch, kv_budget=budget)
     _engines[model] = engine
     return engine
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from halfbyte.adapters import Adapter
 from halfbyte.decode import DecodeStep, Results, evaluating
 from halfbyte.errors import ContextLengthError, QueueFullError
 from halfbyte.kv_cache import KVCache, blocks_for
@@ -36,12 +37,14 @@ class Request:
         seed: int,
         reply: Reply,
         root: Hashable = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.prompt = list(prompt)
         self.sampling = sampling
         self.seed = seed
         self.reply = reply
         self.root = root
+        self.adapter = adapter
         self.pieces: deque[str] = deque()
         self.error: Exception | None = None
         self.listener: Callable[[], None] | None = None
@@ -140,14 +143,14 @@ class Scheduler:
         After a step that was not finished no one knows what the cache holds.
         """
         requests = [*self.waiting, *self.prefilling, *self.running]
+        for row in range(self.max_batch):
+            self.decode.remove(row)
         for queue in (self.pending, self.waiting, self.prefilling, self.running):
             queue.clear()
         for request in requests:
             request.error = error
             self._end(request, "cancelled" if error is None else "error")
         self.prefixes.clear()
-        for row in range(self.max_batch):
-            self.decode.remove(row)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
@@ -166,7 +169,7 @@ class Scheduler:
         ids = request.prompt[request.prefilled : request.prefilled + CHUNK]
         step = self.cache.step([request.blocks], [request.prefilled], [len(ids)])
         batch = torch.tensor([ids], device=self.cache.device)
-        with evaluating(self.model):
+        with evaluating(self.model), self.decode.adapters.only(request.adapter):
             logits = self.model(batch, cache=step, last_only=True).logits[:, 0]
         request.prefilled += len(ids)
         if request.prefilled < len(request.prompt):
@@ -181,7 +184,7 @@ class Scheduler:
         rows.set(row, request.sampling, request.seed, request.prompt, (), ends)
         place = torch.full((1,), position, device=self.cache.device)
         sampled = rows.sample(logits, place, row, request.sampling.kind)
-        self.decode.place(row, request.blocks, sampled.tokens, position)
+        self.decode.place(row, request.blocks, sampled.tokens, position, request.adapter)
         self.running.append(request)
         request.sampled = 1
         self.pending.append(Pending(self.decode.to_host(sampled), [(0, request)]))
@@ -194,7 +197,8 @@ class Scheduler:
         for request in self.running:
             kind = kind | request.sampling.kind
             request.sampled += 1
-        results = self.decode.launch(len(self.running), kind)
+        adapted = any(request.adapter is not None for request in self.running)
+        results = self.decode.launch(len(self.running), kind, adapted)
         self.pending.append(Pending(results, list(enumerate(self.running))))
         return True
 
@@ -237,6 +241,8 @@ class Scheduler:
         self.prefixes.keep(request.root, fed, request.blocks)
         self.prefixes.release(request.blocks)
         request.blocks = []
+        if request.adapter is not None and self.decode.adapters.release(request.adapter):
+            self.decode.rearrange()
 
     def _vacate(self, row: int) -> None:
         """Running sequences lie in the first rows: the last one moves to the row that is left."""

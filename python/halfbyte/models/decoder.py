@@ -17,6 +17,7 @@ from halfbyte.ops import cross_entropy, gemv, swiglu
 
 IGNORE = -100
 HEAD_CHUNK = 256
+HEAD_ROWS = 32
 
 
 class Output(NamedTuple):
@@ -150,8 +151,19 @@ class Decoder(nn.Module):
             return Output(self._loss(hidden, labels, num_items), None)
         if last_only:
             last = cache.last if cache is not None else None
-            return Output(None, self.lm_head(_last(hidden, last))[:, None])
+            return Output(None, self._head_of_rows(_last(hidden, last))[:, None])
         return Output(None, self.lm_head(hidden))
+
+    def _head_of_rows(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden [B, d], whose bits depend on nothing but their own row.
+
+        On a GPU the order of a sum is that of the kernel which torch chooses for a shape, so all
+        batches of a decode step are given the same shape; the head's bytes decide the time.
+        """
+        rows = len(hidden)
+        if hidden.is_cuda and rows < HEAD_ROWS:
+            hidden = F.pad(hidden, (0, 0, 0, HEAD_ROWS - rows))
+        return self.lm_head(hidden)[:rows]
 
     def _check(
         self, ids: Tensor, labels: Tensor | None, cache: CacheStep | None, last_only: bool

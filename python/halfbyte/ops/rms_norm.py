@@ -140,9 +140,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     residual: x's shape and dtype. Otherwise as `rms_norm`.
     """
     x = _rows("add_rms_norm", x, weight)
-    if residual.shape != x.shape:
+    if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
-            f"add_rms_norm: residual: expected {list(x.shape)}, got {list(residual.shape)}"
+            f"add_rms_norm: residual: expected {x.dtype} {list(x.shape)}, "
+            f"got {residual.dtype} {list(residual.shape)}"
         )
     residual = residual.contiguous()
     tracked = x.requires_grad or residual.requires_grad or weight.requires_grad
@@ -157,5 +158,10 @@ def _rows(op: str, x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: x: expected [..., {weight.numel()}] for weight {list(weight.shape)}, "
             f"got {list(x.shape)}"
+        )
+    if weight.dtype not in (x.dtype, torch.float32) or weight.device != x.device:
+        raise ValueError(
+            f"{op}: weight: expected {x.dtype} or torch.float32 on {x.device}, "
+            f"got {weight.dtype} on {weight.device}"
         )
     return x.contiguous()

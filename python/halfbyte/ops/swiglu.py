@@ -93,8 +93,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         else:
             out = torch.ops.halfbyte.swiglu(*both.chunk(2, dim=-1))
         return out.view(*gate.shape[:-1], gate.shape[-1] // 2)
-    if gate.shape != up.shape:
-        raise ValueError(f"swiglu: up: expected {list(gate.shape)}, got {list(up.shape)}")
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(f"swiglu: up: expected {_described(gate)}, got {_described(up)}")
     rows = _rows(gate), _rows(up)
     tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     out = _Swiglu.apply(*rows) if tracked else torch.ops.halfbyte.swiglu(*rows)
@@ -106,3 +106,7 @@ def _rows(x: Tensor) -> Tensor:
     matrix = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     apart = matrix.stride(-1) == 1 and matrix.stride(0) >= matrix.shape[1]
     return matrix if apart else matrix.contiguous()
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}"

@@ -79,16 +79,20 @@ pub fn double_quantize(
     codes: Object<'_, '_>,
     nested_absmax: Object<'_, '_>,
     offset: Object<'_, '_>,
+    sums: Object<'_, '_>,
 ) -> PyResult<()> {
     const OP: &str = "double_quantize";
     let absmax = Tensor::read(OP, "absmax", absmax)?;
     let codes = Tensor::read(OP, "codes", codes)?;
     let nested_absmax = Tensor::read(OP, "nested_absmax", nested_absmax)?;
     let offset = Tensor::read(OP, "offset", offset)?;
-    check_overlap(OP, &[&absmax], &[&codes, &nested_absmax, &offset])?;
+    let sums = Tensor::read(OP, "sums", sums)?;
+    check_overlap(OP, &[&absmax], &[&codes, &nested_absmax, &offset, &sums])?;
     // SAFETY: the outputs were checked for overlap.
     let (codes, nested_absmax, offset) = unsafe { (codes.as_mut(), nested_absmax.as_mut(), offset.as_mut()) };
-    let args = DoubleQuantize::new(absmax.as_ref(), codes, nested_absmax, offset).map_err(to_py_err)?;
+    // SAFETY: as above.
+    let sums = unsafe { sums.as_mut() };
+    let args = DoubleQuantize::new(absmax.as_ref(), codes, nested_absmax, offset, sums).map_err(to_py_err)?;
     call(py, absmax.device, |backend| backend.double_quantize(args))
 }
 

@@ -72,7 +72,21 @@ struct Raw8 {
     }
 
     __device__ void load(const T* p) { words = *reinterpret_cast<const uint4*>(p); }
+
+    // As many as there are, zeros behind them; two at a time, which takes few registers.
+    template <typename Index>
+    __device__ void load_some(const T* p, Index count) {
+#pragma unroll 1
+        for (int i = 6; i >= 0; i -= 2) {
+            const uint32_t low = i < count ? p[i].bits : 0, high = i + 1 < count ? p[i + 1].bits : 0;
+            words = make_uint4(low | high << 16, words.x, words.y, words.z);
+        }
+    }
+
     __device__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = words; }
+
+    // Keeps the compiler from holding unpacked values, twice the registers, until the next use.
+    __device__ void stay_packed() { asm("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)); }
 };
 
 template <>
@@ -88,6 +102,12 @@ struct Raw8<float> {
         low = make_float4(v[0], v[1], v[2], v[3]), high = make_float4(v[4], v[5], v[6], v[7]);
     }
 
+    template <typename Index>
+    __device__ void load_some(const float* p, Index count) {
+        const auto at = [&](int i) { return i < count ? p[i] : 0.0f; };
+        low = make_float4(at(0), at(1), at(2), at(3)), high = make_float4(at(4), at(5), at(6), at(7));
+    }
+
     __device__ void load(const float* p) {
         low = reinterpret_cast<const float4*>(p)[0], high = reinterpret_cast<const float4*>(p)[1];
     }
@@ -95,6 +115,8 @@ struct Raw8<float> {
     __device__ void store(float* p) const {
         reinterpret_cast<float4*>(p)[0] = low, reinterpret_cast<float4*>(p)[1] = high;
     }
+
+    __device__ void stay_packed() {}
 };
 
 // As of one value: the largest of eight.
@@ -121,27 +143,30 @@ __device__ inline uint32_t magnitude(const Raw8<float>& raw) {
 // x[first .. first+8), zeros past n; any alignment unless `vector`.
 template <typename T, typename Index>
 __device__ Raw8<T> load_raw8(const T* x, Index first, Index n, bool vector) {
-    Raw8<T> raw;
-    if (vector && first + 8 <= n) {
+    Raw8<T> raw{};
+    if (vector && first + 8 <= n)
         raw.load(x + first);
-    } else {
-        float v[8];
-        load8_or_zero(x, first, n, false, v);
-        raw.pack(v);
-    }
+    else
+        raw.load_some(x + first, n - first);
     return raw;
 }
 
-// v to y[first .. first+8), cut at n; any alignment unless `vector`.
+// To y[first .. first+8), cut at n; any alignment unless `vector`.
 template <typename T, typename Index>
-__device__ void store8_inside(T* y, Index first, Index n, bool vector, const float (&v)[8]) {
-    if (vector && first + 8 <= n) {
-        Raw8<T> raw;
-        raw.pack(v);
+__device__ void store_raw8(T* y, Index first, Index n, bool vector, const Raw8<T>& raw) {
+    if (vector && first + 8 <= n)
         return raw.store(y + first);
-    }
+    float v[8];
+    raw.unpack(v);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
         if (first + i < n)
             y[first + i] = narrow<T>(v[i]);
+}
+
+template <typename T, typename Index>
+__device__ void store8_inside(T* y, Index first, Index n, bool vector, const float (&v)[8]) {
+    Raw8<T> raw;
+    raw.pack(v);
+    store_raw8(y, first, n, vector, raw);
 }

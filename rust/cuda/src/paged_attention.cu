@@ -3,13 +3,14 @@
 #include "memory.cuh"
 #include "reduce.cuh"
 
-constexpr int WARPS = 4;
+constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCK = 16;
 constexpr int MAX_PARTS = 32;
-constexpr int MIN_PART = 64;
+constexpr int MIN_PART = 256;
 constexpr int PER_LANE = 8;
 constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LOWEST = -3.4028235e38f; // below every score, and its difference from one is a number
 
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
@@ -22,6 +23,8 @@ __device__ inline void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 template <typename T>
 __device__ float rounded(float value) {
@@ -36,103 +39,118 @@ __device__ T rotate(const T* x, const T* cos, const T* sin, int i, int D) {
     return narrow<T>(__fadd_rn(rounded<T>(a), rounded<T>(b)));
 }
 
-// Eight raw elements as they lie in memory.
+// Eight elements as they lie in memory.
 template <typename T>
-struct Raw {
-    uint4 words[sizeof(T) / 2];
+struct alignas(16) Raw {
+    T elements[PER_LANE];
 };
 
-template <typename T>
-__device__ Raw<T> load_raw(const T* p, int first, int D, bool vector) {
-    Raw<T> raw;
-    if (vector) {
+template <bool VECTOR, typename T>
+__device__ Raw<T> load_raw(const T* p, int element, int D) {
+    if constexpr (VECTOR) {
+        return *reinterpret_cast<const Raw<T>*>(p + element);
+    } else {
+        Raw<T> raw;
 #pragma unroll
-        for (int i = 0; i < int(sizeof(T)) / 2; ++i)
-            raw.words[i] = reinterpret_cast<const uint4*>(p + first)[i];
+        for (int i = 0; i < PER_LANE; ++i)
+            raw.elements[i] = element + i < D ? p[element + i] : narrow<T>(0.0f);
         return raw;
-    }
-    T* elements = reinterpret_cast<T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i)
-        elements[i] = first + i < D ? p[first + i] : narrow<T>(0.0f);
-    return raw;
-}
-
-__device__ inline void widen8(const Raw<float>& raw, float (&v)[PER_LANE]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        v[4 * i] = __uint_as_float(raw.words[i].x), v[4 * i + 1] = __uint_as_float(raw.words[i].y);
-        v[4 * i + 2] = __uint_as_float(raw.words[i].z), v[4 * i + 3] = __uint_as_float(raw.words[i].w);
     }
 }
 
 template <typename T>
 __device__ void widen8(const Raw<T>& raw, float (&v)[PER_LANE]) {
-    const uint32_t words[4] = {raw.words[0].x, raw.words[0].y, raw.words[0].z, raw.words[0].w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        v[2 * i] = widen(T{uint16_t(words[i])});
-        v[2 * i + 1] = widen(T{uint16_t(words[i] >> 16)});
-    }
+    for (int i = 0; i < PER_LANE; ++i)
+        v[i] = widen(raw.elements[i]);
 }
 
-// L lanes share a token, eight elements each; G: heads of a tile.
-template <typename T, int L, int G>
-__device__ void paged_attention(const T* q,          // [B, heads, D]
-                                const T* k,          // [B, kv_heads, D]
-                                const T* v,          // [B, kv_heads, D]
-                                const T* cos,        // [B, D]
-                                const T* sin,        // [B, D]
-                                const int* tables,   // [B, table]
-                                const int* lengths,  // [B]
-                                T* keys,             // [blocks, BLOCK, kv_heads, D]
-                                T* values,           // [blocks, BLOCK, kv_heads, D]
-                                float* partials,     // [B, heads, MAX_PARTS, D + 2]
-                                int* arrived,        // [B, heads], zeros
-                                T* out,              // [B, heads, D]
-                                int heads, int kv_heads, int D, int blocks, int table, int window, bool vector) {
+// A row's context, cut by its own length, so that its result depends on nothing else.
+struct Cut {
+    int first, length, part_size, parts;
+
+    __device__ Cut(int length_, int most, int window) : length(max(0, min(length_, most))) {
+        first = window > 0 ? max(0, length - window) : 0;
+        const int span = length - first, cut = (span + MAX_PARTS - 1) / MAX_PARTS;
+        part_size = max(1, (cut + MIN_PART - 1) / MIN_PART) * MIN_PART;
+        parts = (span + part_size - 1) / part_size;
+    }
+    __device__ int begin(int part) const { return first + part * part_size; }
+    __device__ int end(int part) const { return min(begin(part) + part_size, length); }
+};
+
+struct Shape {
+    int heads, kv_heads, D, blocks, table, window;
+};
+
+// L lanes share a token, eight elements each; G: heads of a tile; VECTOR: rows lie on 16-byte boundaries.
+template <typename T, int L, int G, bool VECTOR>
+__device__ void paged_attention(const T* q,         // [B, heads, D]
+                                const T* k,         // [B, kv_heads, D]
+                                const T* v,         // [B, kv_heads, D]
+                                const T* cos,       // [B, D]
+                                const T* sin,       // [B, D]
+                                const int* tables,  // [B, table]
+                                const int* lengths, // [B]
+                                T* keys,            // [blocks, BLOCK, kv_heads, D]
+                                T* values,          // [blocks, BLOCK, kv_heads, D]
+                                float* partials,    // [B, heads, MAX_PARTS, D], then their weights and largest scores
+                                int* arrived,       // [B, heads], zeros
+                                T* out,             // [B, heads, D]
+                                const Shape& shape) {
     constexpr int MAX_D = L * PER_LANE;
-    constexpr int STREAMS = WARPS * 32 / L; // groups of lanes, each with its own tokens
-    constexpr int UNROLL = G == 8 ? 2 : 4;  // tokens in flight of a group
+    constexpr int STREAMS = THREADS / L;                     // groups of lanes, each with its own tokens
+    constexpr int UNROLL = G == 8 || sizeof(T) == 4 ? 2 : 4; // tokens in flight of a group
     __shared__ __align__(16) float query[G][MAX_D];
     __shared__ float sums[WARPS][G][MAX_D];
-    __shared__ float largest[WARPS][G], weights[WARPS][G];
-    __shared__ int last;
+    __shared__ float largest[WARPS][G], weights[WARPS][G], factors[G][MAX_PARTS];
+    __shared__ bool last;
 
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    const int heads = shape.heads, kv_heads = shape.kv_heads, D = shape.D, table = shape.table;
     const int row = blockIdx.z, group = heads / kv_heads, tiles = (group + G - 1) / G;
     const int kv_head = blockIdx.y / tiles, tile = blockIdx.y % tiles;
     const int first_head = kv_head * group + tile * G, tile_heads = min(G, group - tile * G);
-    const int length = max(0, min(lengths[row], table * BLOCK));
-    const int first = window > 0 ? max(0, length - window) : 0;
-    // Cut by the row's own length, so that its result depends on nothing else.
-    const int span = length - first, cut = (span + MAX_PARTS - 1) / MAX_PARTS;
-    const int part_size = max(1, (cut + MIN_PART - 1) / MIN_PART) * MIN_PART;
-    const int parts = (span + part_size - 1) / part_size;
+    tables += int64_t(row) * table;
+    keys += kv_head * D, values += kv_head * D;
+    const int token_stride = kv_heads * D;
+    const auto offset = [&](int block, int t) {
+        return (int64_t(max(0, min(block, shape.blocks - 1))) * BLOCK + t % BLOCK) * token_stride;
+    };
+
+    // Length and table are nearly always known before the kernel before this one has ended; what they name is moved
+    // to L2 meanwhile. They are read again after the wait, and not through L1, which may then be out of date.
+    let_next_kernel_start();
+    const Cut guess(__ldcg(lengths + row), table * BLOCK, shape.window);
+    if (int(blockIdx.x) < guess.parts) {
+        for (int t = guess.begin(blockIdx.x) + threadIdx.x; t < guess.end(blockIdx.x); t += THREADS) {
+            const int64_t at = offset(__ldcg(tables + t / BLOCK), t);
+            for (int i = 0; i < D; i += 128 / sizeof(T))
+                prefetch_l2(keys + at + i), prefetch_l2(values + at + i);
+        }
+    }
+    wait_for_previous_kernel();
+
+    const Cut cut(__ldcg(lengths + row), table * BLOCK, shape.window);
     T* out_tile = out + (int64_t(row) * heads + first_head) * D;
-    if (parts == 0) {
+    if (cut.parts == 0) {
         for (int i = threadIdx.x; blockIdx.x == 0 && i < tile_heads * D; i += THREADS)
             out_tile[i] = narrow<T>(0.0f);
         return;
     }
-    if (int(blockIdx.x) >= parts)
+    if (int(blockIdx.x) >= cut.parts)
         return;
 
     q += (int64_t(row) * heads + first_head) * D, cos += int64_t(row) * D, sin += int64_t(row) * D;
-    tables += int64_t(row) * table;
-    const auto slot = [&](int t) {
-        return int64_t(max(0, min(tables[t / BLOCK], blocks - 1))) * BLOCK + t % BLOCK;
-    };
     const float scale = LOG2_E * rsqrtf(float(D)); // scores in powers of two
     for (int i = threadIdx.x; i < G * MAX_D; i += THREADS) {
         const int head = i / MAX_D, d = i % MAX_D;
         const bool real = head < tile_heads && d < D;
         query[head][d] = real ? widen(rotate(q + head * D, cos, sin, d, D)) * scale : 0.0f;
     }
-    if ((parts - 1) % gridDim.x == blockIdx.x) {
+    if ((cut.parts - 1) % gridDim.x == blockIdx.x) {
         // This CTA reads the new token: it appends it first.
-        const int64_t from = (int64_t(row) * kv_heads + kv_head) * D, to = (slot(length - 1) * kv_heads + kv_head) * D;
+        const int64_t from = (int64_t(row) * kv_heads + kv_head) * D;
+        const int64_t to = offset(tables[(cut.length - 1) / BLOCK], cut.length - 1);
         for (int i = threadIdx.x; i < D; i += THREADS) {
             keys[to + i] = rotate(k + from, cos, sin, i, D);
             values[to + i] = v[from + i];
@@ -141,28 +159,35 @@ __device__ void paged_attention(const T* q,          // [B, heads, D]
     __syncthreads();
 
     const int warp = threadIdx.x / 32, lane = lane_id() % L, stream = threadIdx.x / L;
-    const int element = lane * PER_LANE;
-    const bool has_elements = element < D;
-    float* partial = partials + (int64_t(row) * heads + first_head) * MAX_PARTS * (D + 2);
-    for (int part = blockIdx.x; part < parts; part += gridDim.x) {
-        const int begin = first + part * part_size, end = min(begin + part_size, length);
+    // Lanes past the head's end repeat its last elements; their part of the query is zero.
+    const int element = lane * PER_LANE, loaded = VECTOR ? min(element, D - PER_LANE) : element;
+    const int64_t first_partial = (int64_t(row) * heads + first_head) * MAX_PARTS;
+    float* sums_of_parts = partials + first_partial * D;
+    float2* scales_of_parts =
+        reinterpret_cast<float2*>(partials + int64_t(gridDim.z) * heads * MAX_PARTS * D) + first_partial;
+    for (int part = blockIdx.x; part < cut.parts; part += gridDim.x) {
+        const int begin = cut.begin(part), end = cut.end(part);
         float sum[G][PER_LANE] = {}, weight[G] = {}, most[G];
+        int block[UNROLL];
 #pragma unroll
         for (int g = 0; g < G; ++g)
-            most[g] = -INFINITY;
+            most[g] = LOWEST;
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+            block[u] = tables[min(begin + stream + u * STREAMS, end - 1) / BLOCK];
         for (int t = begin + stream; t - stream < end; t += UNROLL * STREAMS) {
-            Raw<T> key[UNROLL] = {}, value[UNROLL] = {};
+            Raw<T> key[UNROLL], value[UNROLL];
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
-                if (t + u * STREAMS < end && has_elements) {
-                    const int64_t at = (slot(t + u * STREAMS) * kv_heads + kv_head) * D;
-                    key[u] = load_raw(keys + at, element, D, vector);
-                    value[u] = load_raw(values + at, element, D, vector);
-                }
+                const int64_t at = offset(block[u], min(t + u * STREAMS, end - 1));
+                key[u] = load_raw<VECTOR>(keys + at, loaded, D);
+                value[u] = load_raw<VECTOR>(values + at, loaded, D);
             }
+            float score[UNROLL][G];
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
-                float wide[PER_LANE], score[G];
+                block[u] = tables[min(t + (UNROLL + u) * STREAMS, end - 1) / BLOCK];
+                float wide[PER_LANE];
                 widen8(key[u], wide);
 #pragma unroll
                 for (int g = 0; g < G; ++g) {
@@ -171,25 +196,41 @@ __device__ void paged_attention(const T* q,          // [B, heads, D]
                     float dot = wide[0] * a.x;
                     dot = fmaf(wide[1], a.y, dot), dot = fmaf(wide[2], a.z, dot), dot = fmaf(wide[3], a.w, dot);
                     dot = fmaf(wide[4], b.x, dot), dot = fmaf(wide[5], b.y, dot), dot = fmaf(wide[6], b.z, dot);
-                    score[g] = fmaf(wide[7], b.w, dot);
+                    score[u][g] = fmaf(wide[7], b.w, dot);
                 }
+            }
 #pragma unroll
-                for (int step = L / 2; step > 0; step /= 2)
+            for (int step = L / 2; step > 0; step /= 2)
+#pragma unroll
+                for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
                     for (int g = 0; g < G; ++g)
-                        score[g] += __shfl_xor_sync(FULL_WARP, score[g], step);
-                if (t + u * STREAMS >= end)
-                    continue;
+                        score[u][g] += __shfl_xor_sync(FULL_WARP, score[u][g], step);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                float top = most[g];
+#pragma unroll
+                for (int u = 0; u < UNROLL; ++u) {
+                    score[u][g] = t + u * STREAMS < end ? score[u][g] : -INFINITY;
+                    top = fmaxf(top, score[u][g]);
+                }
+                const float keep = exp2f(most[g] - top);
+                most[g] = top, weight[g] *= keep;
+#pragma unroll
+                for (int i = 0; i < PER_LANE; ++i)
+                    sum[g][i] *= keep;
+            }
+#pragma unroll
+            for (int u = 0; u < UNROLL; ++u) {
+                float wide[PER_LANE];
                 widen8(value[u], wide);
 #pragma unroll
                 for (int g = 0; g < G; ++g) {
-                    const float before = most[g];
-                    most[g] = fmaxf(before, score[g]);
-                    const float keep = exp2f(before - most[g]), p = exp2f(score[g] - most[g]);
-                    weight[g] = fmaf(weight[g], keep, p);
+                    const float p = exp2f(score[u][g] - most[g]);
+                    weight[g] += p;
 #pragma unroll
                     for (int i = 0; i < PER_LANE; ++i)
-                        sum[g][i] = fmaf(p, wide[i], sum[g][i] * keep);
+                        sum[g][i] = fmaf(p, wide[i], sum[g][i]);
                 }
             }
         }
@@ -198,8 +239,8 @@ __device__ void paged_attention(const T* q,          // [B, heads, D]
         for (int g = 0; g < G; ++g) {
 #pragma unroll
             for (int step = L; step < 32; step *= 2) {
-                const float other = __shfl_xor_sync(FULL_WARP, most[g], step), top = fmaxf(most[g], other);
-                const float keep = top == -INFINITY ? 0.0f : exp2f(most[g] - top);
+                const float top = fmaxf(most[g], __shfl_xor_sync(FULL_WARP, most[g], step));
+                const float keep = exp2f(most[g] - top);
                 most[g] = top;
                 weight[g] *= keep;
                 weight[g] += __shfl_xor_sync(FULL_WARP, weight[g], step);
@@ -231,26 +272,24 @@ __device__ void paged_attention(const T* q,          // [B, heads, D]
                 total = fmaf(sums[w][head][d], keep, total);
                 total_weight = fmaf(weights[w][head], keep, total_weight);
             }
-            if (parts == 1) {
+            if (cut.parts == 1) {
                 out_tile[i] = narrow<T>(total / total_weight);
                 continue;
             }
-            float* to = partial + (head * MAX_PARTS + part) * (D + 2);
-            to[d] = total;
+            sums_of_parts[(head * MAX_PARTS + part) * D + d] = total;
             if (d == 0)
-                to[D] = total_weight, to[D + 1] = top;
+                scales_of_parts[head * MAX_PARTS + part] = make_float2(total_weight, top);
         }
         __syncthreads();
     }
-    if (parts == 1)
+    if (cut.parts == 1)
         return;
 
-    const int ctas = min(int(gridDim.x), parts);
     __threadfence();
     __syncthreads();
     int* count = arrived + int64_t(row) * heads + first_head;
     if (threadIdx.x == 0) {
-        last = atomicAdd(count, 1) == ctas - 1;
+        last = atomicAdd(count, 1) == min(int(gridDim.x), cut.parts) - 1;
         if (last)
             *count = 0;
     }
@@ -258,42 +297,48 @@ __device__ void paged_attention(const T* q,          // [B, heads, D]
     if (!last)
         return;
     __threadfence();
+    for (int head = warp; head < tile_heads; head += WARPS) {
+        // A lane has a part: MAX_PARTS is 32.
+        const bool real = lane_id() < cut.parts;
+        const float2 scales = real ? __ldcg(scales_of_parts + head * MAX_PARTS + lane_id()) : make_float2(0, LOWEST);
+        float top = scales.y;
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2)
+            top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
+        const float keep = exp2f(scales.y - top);
+        factors[head][lane_id()] = keep / warp_sum(scales.x * keep);
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < tile_heads * D; i += THREADS) {
-        const float* from = partial + i / D * MAX_PARTS * (D + 2);
-        const int d = i % D;
-        float top = -INFINITY, total = 0, total_weight = 0;
-        for (int part = 0; part < parts; ++part)
-            top = fmaxf(top, __ldcg(from + part * (D + 2) + D + 1));
-        for (int part = 0; part < parts; ++part) {
-            const float* of_part = from + part * (D + 2);
-            const float keep = exp2f(__ldcg(of_part + D + 1) - top);
-            total = fmaf(__ldcg(of_part + d), keep, total);
-            total_weight = fmaf(__ldcg(of_part + D), keep, total_weight);
-        }
-        out_tile[i] = narrow<T>(total / total_weight);
+        const int head = i / D;
+        const float* from = sums_of_parts + int64_t(head) * MAX_PARTS * D + i % D;
+        float total = 0;
+#pragma unroll 8
+        for (int part = 0; part < cut.parts; ++part)
+            total = fmaf(__ldcg(from + part * D), factors[head][part], total);
+        out_tile[i] = narrow<T>(total);
     }
 }
 
-#define PAGED_ATTENTION(L, G, T, dtype)                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_##L##_##G##_##dtype(                         \
+#define PAGED_ATTENTION(name, L, G, VECTOR, T, dtype)                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention_##name##_##dtype(                            \
         const T* q, const T* k, const T* v, const T* cos, const T* sin, const int* tables, const int* lengths,         \
-        T* keys, T* values, float* partials, int* arrived, T* out, int heads, int kv_heads, int D, int blocks,         \
-        int table, int window, bool vector) {                                                                          \
-        paged_attention<T, L, G>(q, k, v, cos, sin, tables, lengths, keys, values, partials, arrived, out, heads,      \
-                                 kv_heads, D, blocks, table, window, vector);                                          \
+        T* keys, T* values, float* partials, int* arrived, T* out, Shape shape) {                                      \
+        paged_attention<T, L, G, VECTOR>(q, k, v, cos, sin, tables, lengths, keys, values, partials, arrived, out,     \
+                                         shape);                                                                       \
     }
 
-#define PAGED_ATTENTION_DTYPES(L, G)                                                                                   \
-    PAGED_ATTENTION(L, G, float, f32)                                                                                  \
-    PAGED_ATTENTION(L, G, f16, f16)                                                                                    \
-    PAGED_ATTENTION(L, G, bf16, bf16)
+#define PAGED_ATTENTION_DTYPES(name, L, G, VECTOR)                                                                     \
+    PAGED_ATTENTION(name, L, G, VECTOR, float, f32)                                                                    \
+    PAGED_ATTENTION(name, L, G, VECTOR, f16, f16)                                                                      \
+    PAGED_ATTENTION(name, L, G, VECTOR, bf16, bf16)
 
-PAGED_ATTENTION_DTYPES(8, 1)
-PAGED_ATTENTION_DTYPES(8, 4)
-PAGED_ATTENTION_DTYPES(8, 8)
-PAGED_ATTENTION_DTYPES(16, 1)
-PAGED_ATTENTION_DTYPES(16, 4)
-PAGED_ATTENTION_DTYPES(16, 8)
-PAGED_ATTENTION_DTYPES(32, 1)
-PAGED_ATTENTION_DTYPES(32, 4)
-PAGED_ATTENTION_DTYPES(32, 8)
+PAGED_ATTENTION_DTYPES(8_1, 8, 1, true)
+PAGED_ATTENTION_DTYPES(8_4, 8, 4, true)
+PAGED_ATTENTION_DTYPES(8_8, 8, 8, true)
+PAGED_ATTENTION_DTYPES(16_1, 16, 1, true)
+PAGED_ATTENTION_DTYPES(16_4, 16, 4, true)
+PAGED_ATTENTION_DTYPES(16_8, 16, 8, true)
+PAGED_ATTENTION_DTYPES(32_1, 32, 1, true)
+PAGED_ATTENTION_DTYPES(32_4, 32, 4, true)
+PAGED_ATTENTION_DTYPES(any, 32, 1, false)

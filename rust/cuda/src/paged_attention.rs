@@ -1,10 +1,10 @@
 use halfbyte_core::Result;
-use halfbyte_core::ops::paged_attention::{MAX_PARTS, PagedAttention};
+use halfbyte_core::ops::paged_attention::{AttentionShape, MAX_PARTS, PagedAttention};
 
-use crate::args::{aligned, aligned_mut, args, dtype_index};
+use crate::args::{KernelArg, aligned_mut, args, dtype_index};
 use crate::launch::{Family, Geometry, Launcher, extent, family};
 
-/// By lanes that share a token (8, 16, 32), then heads of a CTA (1, 4, 8), then dtype.
+/// By lanes that share a token and heads of a CTA (any: rows on any boundary), then by dtype.
 const KERNELS: [&str; 27] = [
     "paged_attention_8_1_f32",
     "paged_attention_8_1_f16",
@@ -30,34 +30,56 @@ const KERNELS: [&str; 27] = [
     "paged_attention_32_4_f32",
     "paged_attention_32_4_f16",
     "paged_attention_32_4_bf16",
-    "paged_attention_32_8_f32",
-    "paged_attention_32_8_f16",
-    "paged_attention_32_8_bf16",
+    "paged_attention_any_f32",
+    "paged_attention_any_f16",
+    "paged_attention_any_bf16",
 ];
 pub(crate) static FAMILY: Family = family!("paged_attention", &KERNELS);
 
-pub(crate) const WARPS: usize = 4;
+pub(crate) const WARPS: usize = 8;
 /// Elements that a lane loads at a time.
-const PER_LANE: usize = 8;
+pub(crate) const PER_LANE: usize = 8;
+
+/// `struct Shape` of paged_attention.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct DeviceShape {
+    heads: i32,
+    kv_heads: i32,
+    head_dim: i32,
+    blocks: i32,
+    table: i32,
+    window: i32,
+}
+
+impl KernelArg for DeviceShape {}
+
+/// Place among the kernels of a dtype, and heads of a CTA.
+fn variant(shape: AttentionShape, vector: bool) -> (usize, usize) {
+    if !vector {
+        return (8, 1);
+    }
+    let tile = [1, 4, 8].into_iter().position(|heads| shape.group() <= heads).unwrap_or(2);
+    match shape.head_dim.div_ceil(PER_LANE) {
+        ..=8 => (tile, [1, 4, 8][tile]),
+        9..=16 => (3 + tile, [1, 4, 8][tile]),
+        _ => (6 + tile.min(1), [1, 4][tile.min(1)]),
+    }
+}
 
 pub(crate) fn launch(launcher: &Launcher, args: PagedAttention<'_>) -> Result<()> {
     let (shape, inputs, outputs) = (args.shape, args.inputs, args.outputs);
     if shape.batch == 0 {
         return Ok(());
     }
-    let lanes = shape.head_dim.div_ceil(PER_LANE);
-    let lanes = [8, 16, 32].into_iter().position(|most| lanes <= most).unwrap_or(2);
-    let (tile, heads) = [(0, 1), (1, 4), (2, 8)].into_iter().find(|(_, most)| shape.group() <= *most).unwrap_or((2, 8));
+    let vector = shape.head_dim % PER_LANE == 0 && aligned_mut(&outputs.keys, 16) && aligned_mut(&outputs.values, 16);
+    let (index, heads) = variant(shape, vector);
     let tiles = shape.kv_heads * shape.group().div_ceil(heads);
     // Parts are taken in turns by so many CTAs as fill the device twice; which parts there are depends on the row.
     let ctas = (2 * launcher.limits().multiprocessors).div_ceil(tiles * shape.batch).clamp(1, MAX_PARTS);
-    let vector = shape.head_dim % PER_LANE == 0
-        && aligned_mut(&outputs.keys, 16)
-        && aligned_mut(&outputs.values, 16)
-        && aligned(inputs.q, 16);
     launcher.launch(
         &FAMILY,
-        KERNELS[9 * lanes + 3 * tile + dtype_index(inputs.q.dtype())],
+        KERNELS[3 * index + dtype_index(inputs.q.dtype())],
         Geometry {
             grid: (extent(ctas), extent(tiles), extent(shape.batch)),
             block: (extent(32 * WARPS), 1, 1),
@@ -77,13 +99,14 @@ pub(crate) fn launch(launcher: &Launcher, args: PagedAttention<'_>) -> Result<()
             outputs.partials.ptr(),
             outputs.arrived.ptr(),
             outputs.out.ptr(),
-            shape.heads as i32,
-            shape.kv_heads as i32,
-            shape.head_dim as i32,
-            shape.blocks as i32,
-            shape.table as i32,
-            i32::try_from(args.window).unwrap_or(0),
-            vector,
+            DeviceShape {
+                heads: shape.heads as i32,
+                kv_heads: shape.kv_heads as i32,
+                head_dim: shape.head_dim as i32,
+                blocks: shape.blocks as i32,
+                table: shape.table as i32,
+                window: i32::try_from(args.window).unwrap_or(0),
+            },
         ],
     )
 }

@@ -1,6 +1,7 @@
 // Bound by bytes: 2 B in, 0.56 B out per 16-bit weight; 28672 x 8192 takes 140 us at 4.3 TB/s.
 #include "codes.cuh"
 #include "memory.cuh"
+#include "overlap.cuh"
 
 constexpr int THREADS = 512;
 constexpr int GROUP = 8 * THREADS; // elements: a whole number of blocks of any legal size
@@ -92,6 +93,8 @@ __device__ void quantize_4bit(const T* x,         // [n]
                               int log2_blocksize, // 5..12
                               int quant_type,     // row of the codebook tables
                               bool vector) {      // x is 16-byte, packed 4-byte aligned
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     const bool whole = vector && (int64_t(blockIdx.x) + 1) * TILE <= n;
     if (whole && log2_blocksize == 6 && quant_type != FP4)
         quantize_tile64(x, packed, absmax, Binned4bit(quant_type));
@@ -102,7 +105,7 @@ __device__ void quantize_4bit(const T* x,         // [n]
 }
 
 #define QUANTIZE_4BIT(T, dtype)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) quantize_4bit_##dtype(                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) quantize_4bit_##dtype(                                    \
         const T* x, uint8_t* packed, float* absmax, int64_t n, int log2_blocksize, int quant_type, bool vector) {      \
         quantize_4bit(x, packed, absmax, n, log2_blocksize, quant_type, vector);                                       \
     }

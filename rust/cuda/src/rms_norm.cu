@@ -4,35 +4,49 @@
 #include "overlap.cuh"
 #include "reduce.cuh"
 
-constexpr int MAX_THREADS = 512;
-constexpr int GROUPS = 2;  // of eight elements that a thread keeps in registers; what is longer is read again
+constexpr int MAX_THREADS = 1024; // of a 16-bit row, eight elements each; what is longer is read again
+constexpr int MAX_THREADS_F32 = 512;
 constexpr int STRIP = 256; // columns of a CTA that sums over rows, eight a lane
 constexpr int WARPS = 8;   // of that CTA, each with its own rows
 
-// One row of a call and this thread's share of it.
+// This thread's share of a row, and of the rows that its CTA takes one after the other.
 struct Row {
-    int64_t row;
-    int columns; // none past the last row, whose threads must still meet the others
+    int row, rows;
+    int columns; // of every row
     int first;   // this thread's first column
-    int lanes;   // threads that share the row: a power of two <= 32, or the whole CTA
+    int lanes;   // threads that share a row: a power of two <= 32, or the whole CTA
     bool vector; // rows and weight are 16-byte aligned
 
-    __device__ Row(int64_t rows, int columns, int lanes, bool vector) : lanes(lanes), vector(vector) {
-        row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
-        this->columns = row < rows ? columns : 0;
-        this->first = threadIdx.x % lanes * 8;
+    __device__ Row(int rows, int columns, int lanes, bool vector)
+        : rows(rows), columns(columns), lanes(lanes), vector(vector) {
+        row = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+        first = threadIdx.x % lanes * 8;
+    }
+
+    // Whether the CTA has a row here; a thread may have none and must still meet the others.
+    __device__ bool any() const { return row - int(threadIdx.x) / lanes < rows; }
+    __device__ Row next() const {
+        Row next = *this;
+        next.row += gridDim.x * (blockDim.x / lanes);
+        return next;
     }
 
     __device__ int column(int group) const { return first + group * lanes * 8; }
+    __device__ int end() const { return row < rows ? columns : 0; }
 
     template <typename T>
     __device__ Raw8<T> load(const T* x, int group) const {
-        return load_raw8(x + row * columns, column(group), columns, vector);
+        return load_raw8(x + int64_t(row) * columns, column(group), end(), vector);
+    }
+
+    template <typename W>
+    __device__ Raw8<W> load_weight(const W* weight, int group) const {
+        return load_raw8(weight, column(group), columns, vector);
     }
 
     template <typename T>
-    __device__ void store(T* y, int group, const float (&v)[8]) const {
-        store8_inside(y + row * columns, column(group), columns, vector, v);
+    __device__ void store(T* y, int group, const Raw8<T>& raw) const {
+        store_raw8(y + int64_t(row) * columns, column(group), end(), vector, raw);
     }
 };
 
@@ -40,22 +54,31 @@ __device__ inline float reciprocal_root(float squares, int columns, float eps) {
     return __fdiv_rn(1.0f, __fsqrt_rn(squares / float(columns) + eps));
 }
 
-// What is normed: x, or the rounded sum of x and the residual, which is stored.
+// What is normed is x, or the rounded sum of x and the residual, which is stored.
 template <typename T>
-__device__ Raw8<T> load_sum(const Row& row, const T* x, const T* residual, T* sum, int group) {
-    Raw8<T> raw = row.load(x, group);
-    if (residual == nullptr)
-        return raw;
-    float v[8], r[8];
-    raw.unpack(v);
-    row.load(residual, group).unpack(r);
+struct Terms {
+    Raw8<T> x, residual;
+
+    __device__ void load(const Row& row, const T* from, const T* residual_from, int group) {
+        x = row.load(from, group);
+        if (residual_from != nullptr)
+            residual = row.load(residual_from, group);
+    }
+
+    __device__ Raw8<T> sum(const Row& row, T* to, int group) const {
+        if (to == nullptr)
+            return x;
+        float v[8], r[8];
+        x.unpack(v), residual.unpack(r);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-        v[i] += r[i];
-    row.store(sum, group, v);
-    raw.pack(v);
-    return raw;
-}
+        for (int i = 0; i < 8; ++i)
+            v[i] += r[i];
+        Raw8<T> sum;
+        sum.pack(v);
+        row.store(to, group, sum);
+        return sum;
+    }
+};
 
 template <typename T>
 __device__ float add_squares(float total, const Raw8<T>& raw) {
@@ -68,14 +91,15 @@ __device__ float add_squares(float total, const Raw8<T>& raw) {
 }
 
 template <typename T, typename W>
-__device__ void store_normed(const Row& row, T* out, int group, float root, const Raw8<W>& weight, const Raw8<T>& raw) {
+__device__ Raw8<T> normed(const Raw8<T>& raw, float root, const Raw8<W>& weight) {
     float v[8], w[8];
-    raw.unpack(v);
-    weight.unpack(w);
+    raw.unpack(v), weight.unpack(w);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
         v[i] = rounded<T>(v[i] * root) * w[i];
-    row.store(out, group, v);
+    Raw8<T> out;
+    out.pack(v);
+    return out;
 }
 
 template <typename T, typename W>
@@ -84,29 +108,32 @@ __device__ void rms_norm(const T* x,        // [rows, columns]
                          const W* weight,   // [columns]
                          T* sum,            // [rows, columns], null without a residual
                          T* out,            // [rows, columns]
-                         float eps, const Row& row) {
-    Raw8<T> v[GROUPS];
-    Raw8<W> w[GROUPS];
-    float total = 0.0f;
+                         float eps, Row row) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-        v[g] = load_sum(row, x, residual, sum, g);
-        w[g] = load_raw8(weight, row.column(g), row.columns, row.vector);
+    // Two more rows are on their way while one is reduced.
+    Terms<T> now, coming;
+    now.load(row, x, residual, 0);
+    if (row.next().any())
+        coming.load(row.next(), x, residual, 0);
+    for (; row.any(); row = row.next()) {
+        Raw8<T> v = now.sum(row, sum, 0);
+        now = coming;
+        if (const Row later = row.next().next(); later.any())
+            coming.load(later, x, residual, 0);
+        const Raw8<W> w = row.load_weight(weight, 0);
+        float total = add_squares(0.0f, v);
+        for (int g = 1; row.column(g) < row.end(); ++g) {
+            Terms<T> rest;
+            rest.load(row, x, residual, g);
+            total = add_squares(total, rest.sum(row, sum, g));
+        }
+        const float root = reciprocal_root(threads_sum(total, row.lanes), row.columns, eps);
+        v.stay_packed();
+        row.store(out, 0, normed(v, root, w));
+        for (int g = 1; row.column(g) < row.end(); ++g)
+            row.store(out, g, normed(row.load(sum == nullptr ? x : sum, g), root, row.load_weight(weight, g)));
     }
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-        total = add_squares(total, v[g]);
-    for (int g = GROUPS; row.column(g) < row.columns; ++g)
-        total = add_squares(total, load_sum(row, x, residual, sum, g));
-    const float root = reciprocal_root(threads_sum(total, row.lanes), row.columns, eps);
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-        store_normed(row, out, g, root, w[g], v[g]);
-    for (int g = GROUPS; row.column(g) < row.columns; ++g)
-        store_normed(row, out, g, root, load_raw8(weight, row.column(g), row.columns, row.vector),
-                     row.load(residual == nullptr ? x : sum, g));
 }
 
 // The two sums that the gradient of a row needs.
@@ -114,29 +141,42 @@ struct Moments {
     float squares, slope; // of x * x and of grad * weight * x
 };
 
-template <typename T, typename W>
-__device__ void add(Moments& m, const Raw8<T>& x, const Raw8<T>& grad, const Raw8<W>& weight) {
-    float v[8], h[8], w[8];
-    x.unpack(v), grad.unpack(h), weight.unpack(w);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        m.squares += v[i] * v[i];
-        m.slope += h[i] * w[i] * v[i];
-    }
-}
+template <typename T>
+struct Gradient {
+    Raw8<T> x, grad;
 
-// grad * weight * root - x * shrink, and the gradient that reaches the sum by the residual stream.
-template <typename T, typename W>
-__device__ void store_grad(const Row& row, const T* grad_sum, T* grad_x, int group, float root, float shrink,
-                           const Raw8<T>& x, const Raw8<T>& grad, const Raw8<W>& weight) {
-    float v[8], h[8], w[8], stream[8] = {};
-    x.unpack(v), grad.unpack(h), weight.unpack(w);
-    if (grad_sum != nullptr)
-        row.load(grad_sum, group).unpack(stream);
+    __device__ void load(const Row& row, const T* x_from, const T* grad_from, int group) {
+        x = row.load(x_from, group), grad = row.load(grad_from, group);
+    }
+
+    template <typename W>
+    __device__ void add_to(Moments& m, const Raw8<W>& weight) const {
+        float v[8], h[8], w[8];
+        x.unpack(v), grad.unpack(h), weight.unpack(w);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-        h[i] = h[i] * w[i] * root - v[i] * shrink + stream[i];
-    row.store(grad_x, group, h);
+        for (int i = 0; i < 8; ++i) {
+            m.squares += v[i] * v[i];
+            m.slope += h[i] * w[i] * v[i];
+        }
+    }
+
+    // grad * weight * root - x * shrink, and the gradient that reaches the sum by the residual stream.
+    template <typename W>
+    __device__ Raw8<T> of_x(float root, float shrink, const Raw8<W>& weight, const Raw8<T>& stream) const {
+        float v[8], h[8], w[8], s[8];
+        x.unpack(v), grad.unpack(h), weight.unpack(w), stream.unpack(s);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            h[i] = h[i] * w[i] * root - v[i] * shrink + s[i];
+        Raw8<T> out;
+        out.pack(h);
+        return out;
+    }
+};
+
+template <typename T>
+__device__ Raw8<T> load_or_zeros(const Row& row, const T* from, int group) {
+    return from == nullptr ? Raw8<T>{} : row.load(from, group);
 }
 
 template <typename T, typename W>
@@ -146,32 +186,37 @@ __device__ void rms_norm_backward(const T* grad,     // [rows, columns], of out
                                   const T* grad_sum, // [rows, columns] or null
                                   T* grad_x,         // [rows, columns]
                                   float* roots,      // [rows] or null
-                                  float eps, const Row& row) {
-    Raw8<T> v[GROUPS], h[GROUPS];
-    Raw8<W> w[GROUPS];
-    Moments m = {0.0f, 0.0f};
+                                  float eps, Row row) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-        v[g] = row.load(x, g), h[g] = row.load(grad, g);
-        w[g] = load_raw8(weight, row.column(g), row.columns, row.vector);
+    Raw8<W> w = row.load_weight(weight, 0);
+    Gradient<T> coming;
+    coming.load(row, x, grad, 0);
+    for (; row.any(); row = row.next()) {
+        Gradient<T> now = coming;
+        const Raw8<T> stream = load_or_zeros(row, grad_sum, 0);
+        if (const Row next = row.next(); next.any())
+            coming.load(next, x, grad, 0);
+        Moments m = {0.0f, 0.0f};
+        now.add_to(m, w);
+        for (int g = 1; row.column(g) < row.end(); ++g) {
+            Gradient<T> rest;
+            rest.load(row, x, grad, g);
+            rest.add_to(m, row.load_weight(weight, g));
+        }
+        const float root = reciprocal_root(threads_sum(m.squares, row.lanes), row.columns, eps);
+        const float shrink = threads_sum(m.slope, row.lanes) / float(row.columns) * root * root * root;
+        if (roots != nullptr && row.first == 0 && row.row < row.rows)
+            roots[row.row] = root;
+        now.x.stay_packed(), now.grad.stay_packed(), w.stay_packed();
+        row.store(grad_x, 0, now.of_x(root, shrink, w, stream));
+        for (int g = 1; row.column(g) < row.end(); ++g) {
+            Gradient<T> rest;
+            rest.load(row, x, grad, g);
+            const Raw8<T> of_sum = load_or_zeros(row, grad_sum, g);
+            row.store(grad_x, g, rest.of_x(root, shrink, row.load_weight(weight, g), of_sum));
+        }
     }
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-        add(m, v[g], h[g], w[g]);
-    for (int g = GROUPS; row.column(g) < row.columns; ++g)
-        add(m, row.load(x, g), row.load(grad, g), load_raw8(weight, row.column(g), row.columns, row.vector));
-    const float root = reciprocal_root(threads_sum(m.squares, row.lanes), row.columns, eps);
-    const float shrink = threads_sum(m.slope, row.lanes) / float(row.columns) * root * root * root;
-    if (roots != nullptr && row.first == 0 && row.columns > 0)
-        roots[row.row] = root;
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-        store_grad(row, grad_sum, grad_x, g, root, shrink, v[g], h[g], w[g]);
-    for (int g = GROUPS; row.column(g) < row.columns; ++g)
-        store_grad(row, grad_sum, grad_x, g, root, shrink, row.load(x, g), row.load(grad, g),
-                   load_raw8(weight, row.column(g), row.columns, row.vector));
 }
 
 // The weight's gradient over one slice of rows and one strip of columns.
@@ -225,14 +270,14 @@ __device__ void rms_norm_grad_weight(const float* partials, // [slices, columns]
 
 // A name ends in the dtype of x and that of the weight.
 #define ROWS(T, W, dtypes)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) rms_norm_##dtypes(                                       \
-        const T* x, const T* residual, const W* weight, T* sum, T* out, float eps, int64_t rows, int columns,          \
-        int lanes, bool vector) {                                                                                      \
+    extern "C" __global__ void __launch_bounds__(sizeof(T) == 4 ? MAX_THREADS_F32 : MAX_THREADS)                       \
+        rms_norm_##dtypes(const T* x, const T* residual, const W* weight, T* sum, T* out, float eps, int rows,         \
+                          int columns, int lanes, bool vector) {                                                       \
         rms_norm(x, residual, weight, sum, out, eps, Row(rows, columns, lanes, vector));                               \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) rms_norm_backward_##dtypes(                              \
-        const T* grad, const T* x, const W* weight, const T* grad_sum, T* grad_x, float* roots, float eps,             \
-        int64_t rows, int columns, int lanes, bool vector) {                                                           \
+    extern "C" __global__ void __launch_bounds__(sizeof(T) == 4 ? MAX_THREADS_F32 : MAX_THREADS)                       \
+        rms_norm_backward_##dtypes(const T* grad, const T* x, const W* weight, const T* grad_sum, T* grad_x,           \
+                                   float* roots, float eps, int rows, int columns, int lanes, bool vector) {           \
         rms_norm_backward(grad, x, weight, grad_sum, grad_x, roots, eps, Row(rows, columns, lanes, vector));           \
     }
 

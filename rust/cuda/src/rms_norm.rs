@@ -29,9 +29,9 @@ const KERNELS: [&str; 16] = {
 };
 pub(crate) static FAMILY: Family = family!("rms_norm", &KERNELS);
 
-pub(crate) const MAX_THREADS: usize = 512;
-/// Eights of elements that a thread keeps.
-pub(crate) const GROUPS: usize = 2;
+/// Of a CTA, in 16 bits and in fp32.
+pub(crate) const MAX_THREADS: usize = 1024;
+pub(crate) const MAX_THREADS_F32: usize = 512;
 /// Columns of a CTA, and its threads, where it sums over rows.
 pub(crate) const STRIP: usize = 256;
 /// Threads of a CTA whose rows are shared by at most a warp.
@@ -47,18 +47,15 @@ fn kernels(x: DType, weight: DType) -> [&'static str; 2] {
     }]
 }
 
-/// Threads that share a row: part of a warp, or a whole CTA. Few rows get a thread for every eight elements.
-fn lanes(rows: usize, columns: usize, multiprocessors: usize) -> usize {
-    let groups = if rows < 4 * multiprocessors { 1 } else { GROUPS };
-    let lanes = columns.div_ceil(8 * groups);
-    if lanes <= 32 { lanes.next_power_of_two() } else { lanes.next_multiple_of(32).min(MAX_THREADS) }
-}
-
-fn geometry(rows: usize, lanes: usize) -> Geometry {
-    let threads = lanes.max(SMALL.min(rows.next_power_of_two() * lanes)).next_multiple_of(32);
-    let threads = if lanes <= 32 { threads } else { lanes };
-    let ctas = rows.div_ceil(threads / lanes);
-    Geometry { grid: (extent(ctas), 1, 1), block: (threads as u32, 1, 1), shared: 0, overlaps: true }
+/// Threads that share a row, and how many CTAs there are room for at once; they take the rows in turn.
+fn geometry(rows: usize, columns: usize, dtype: DType, multiprocessors: usize) -> (i32, Geometry) {
+    let most = if dtype == DType::F32 { MAX_THREADS_F32 } else { MAX_THREADS };
+    let lanes = columns.div_ceil(8);
+    let lanes = if lanes <= 32 { lanes.next_power_of_two() } else { lanes.next_multiple_of(32).min(most) };
+    let threads = if lanes <= 32 { (rows * lanes).next_multiple_of(32).min(SMALL) } else { lanes };
+    let ctas = rows.div_ceil(threads / lanes).min(multiprocessors * (most / threads));
+    let block = (threads as u32, 1, 1);
+    (lanes as i32, Geometry { grid: (extent(ctas), 1, 1), block, shared: 0, overlaps: true })
 }
 
 fn vector(columns: usize, weight: TensorRef<'_>, others: &[Option<TensorRef<'_>>]) -> bool {
@@ -75,11 +72,11 @@ pub(crate) fn launch(launcher: &Launcher, args: RmsNorm<'_>) -> Result<()> {
     let residual = args.residual.as_ref().map(|(residual, _)| *residual);
     let sum = args.residual.as_ref().map(|(_, sum)| sum.as_ref());
     let vector = vector(columns, args.weight, &[Some(x), residual, sum, Some(args.out.as_ref())]);
-    let lanes = lanes(rows, columns, launcher.limits().multiprocessors);
+    let (lanes, geometry) = geometry(rows, columns, x.dtype(), launcher.limits().multiprocessors);
     launcher.launch(
         &FAMILY,
         kernels(x.dtype(), args.weight.dtype())[0],
-        geometry(rows, lanes),
+        geometry,
         args![
             x.ptr(),
             optional(residual),
@@ -87,9 +84,9 @@ pub(crate) fn launch(launcher: &Launcher, args: RmsNorm<'_>) -> Result<()> {
             optional(sum),
             args.out.ptr(),
             args.eps,
-            rows as i64,
+            rows as i32,
             columns as i32,
-            lanes as i32,
+            lanes,
             vector,
         ],
     )
@@ -101,11 +98,11 @@ pub(crate) fn launch_backward(launcher: &Launcher, args: RmsNormBackward<'_>) ->
     let vector = vector(columns, args.weight, &[Some(grad), Some(x), args.grad_sum, Some(args.grad_x.as_ref())]);
     let roots = args.weight_gradient.as_ref().map(|gradient| gradient.roots.as_ref());
     if rows > 0 {
-        let lanes = lanes(rows, columns, launcher.limits().multiprocessors);
+        let (lanes, geometry) = geometry(rows, columns, x.dtype(), launcher.limits().multiprocessors);
         launcher.launch(
             &FAMILY,
             kernels(x.dtype(), args.weight.dtype())[1],
-            geometry(rows, lanes),
+            geometry,
             args![
                 grad.ptr(),
                 x.ptr(),
@@ -114,9 +111,9 @@ pub(crate) fn launch_backward(launcher: &Launcher, args: RmsNormBackward<'_>) ->
                 args.grad_x.ptr(),
                 optional(roots),
                 args.eps,
-                rows as i64,
+                rows as i32,
                 columns as i32,
-                lanes as i32,
+                lanes,
                 vector,
             ],
         )?;

@@ -12,7 +12,8 @@
 //! over t from 0, or from p + 1 - window where a window is given, to p. round: to the tensors' dtype; all else is fp32
 //! and rounded once. The order of the sums is the backend's own, but fixed: it depends on the row's own length and
 //! window only, never on the batch. A length past the table's end counts as the table's length, a block past the
-//! cache's end as its last; rows that share a block they append to get one of the values.
+//! cache's end as its last; rows that share a block they append to get one of the
+//! values.
 
 use crate::check::arg;
 use crate::error::{Error, Result};

@@ -120,9 +120,10 @@ fn check_rows(op: &'static str, name: &'static str, x: TensorRef<'_>, weight: Te
     if weight.dtype() != DType::F32 {
         weight_arg.dtype(x.dtype())?;
     }
-    let columns = weight.numel();
-    if columns == 0 || i32::try_from(columns).is_err() || !x.numel().is_multiple_of(columns) {
-        let expected = "as long as a row of x, 1 to 2^31 - 1 elements";
+    let (columns, most) = (weight.numel(), i32::MAX as usize);
+    let rows = x.numel().checked_div(columns).unwrap_or(usize::MAX);
+    if rows > most || columns > most || rows * columns != x.numel() {
+        let expected = "as long as a row of x, and both they and the rows at most 2^31 - 1";
         return Err(Error::Argument {
             op,
             name: "weight",

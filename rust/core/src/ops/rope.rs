@@ -63,9 +63,14 @@ impl<'a> Rope<'a> {
         shape: RopeShape,
         inverse: bool,
     ) -> Result<Self> {
-        if shape.head_dim % 2 != 0 {
+        if !shape.head_dim.is_multiple_of(2) {
             let (expected, got) = ("even", shape.head_dim.to_string());
             return Err(Error::Argument { op: OP, name: "head_dim", expected, got });
+        }
+        let heads_in_all = shape.batch * shape.tokens * (q.heads + k.heads);
+        if i32::try_from(heads_in_all).is_err() || i32::try_from(shape.head_dim).is_err() {
+            let (expected, got) = ("at most 2^31 - 1 heads of all tokens", heads_in_all.to_string());
+            return Err(Error::Argument { op: OP, name: "q and k", expected, got });
         }
         let (dtype, device) = (q.span.dtype(), q.span.device());
         arg(OP, "q", q.span).float()?;
