@@ -92,17 +92,32 @@ class _Recorder(TorchDispatchMode):
 
 def _again(
     call: partial, args: tuple, kwargs: dict | None, results: list[Tensor]
-) -> Callable[[], None] | None:
+) -> Callable[[], Any] | None:
     """The call again, its results written over the first ones; None where they are views."""
     given = {_memory(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
     if all(_memory(x) in given for x in results):
         return None
+    into = _into(call.func)
+    if into is not None:
+        return partial(into, *args, **(kwargs or {}), out=results[0])
 
     def again() -> None:
         for first, new in zip(results, tree_leaves(call()), strict=True):
             first.copy_(new)
 
     return again
+
+
+def _into(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The overload of the same arguments that writes its one result into `out`."""
+    packet = op.overloadpacket
+    if "out" not in packet.overloads():
+        return None
+    own, others = (
+        [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
+        for overload in (op, packet.out)
+    )
+    return packet.out if [*own, ("out", "Tensor")] == others else None
 
 
 def _memory(x: Tensor) -> int:
