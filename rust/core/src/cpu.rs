@@ -82,7 +82,7 @@ impl Backend for CpuBackend {
     }
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
-        args.run_on_cpu();
+        args.run_on_cpu(self.simd);
         Ok(())
     }
 
