@@ -12,6 +12,7 @@ from torch import Tensor
 from halfbyte.adapters import Adapter, Adapters
 from halfbyte.kv_cache import SPARE_BLOCK, CacheStep, KVCache
 from halfbyte.models import Decoder
+from halfbyte.recording import Recording, record
 from halfbyte.sampling import Kind, Sampled, SamplingRows
 
 # A step runs for so many rows; the ones that no sequence has are computed and ignored.
@@ -56,9 +57,9 @@ class DecodeStep:
     """The state of up to `rows` sequences on the device, and the step that advances them.
 
     Row b feeds tokens[b] at positions[b]; the step samples its next token and moves it there. A
-    row that no sequence has stays at position 0 of the spare block. On CUDA each variant is run as
-    it is the first time, captured the second time and replayed from then on; both give the same
-    bits.
+    row that no sequence has stays at position 0 of the spare block. Each variant is run as it is
+    the first time, captured (on CUDA) or recorded (on the CPU) the second time and replayed from
+    then on; all give the same bits.
     """
 
     def __init__(self, model: Decoder, cache: KVCache, rows: int, width: int) -> None:
@@ -72,7 +73,7 @@ class DecodeStep:
         self.tables = torch.full((rows, width), SPARE_BLOCK, dtype=torch.int32, device=device)
         self.arrived = cache.arrivals(rows)
         self.adapters = Adapters(model, rows)
-        self.graphs: dict[Variant, torch.cuda.CUDAGraph | None] = {}
+        self.graphs: dict[Variant, torch.cuda.CUDAGraph | Recording | None] = {}
         self._sampled: dict[Variant, Sampled] = {}
         self._pool = None
 
@@ -113,16 +114,17 @@ class DecodeStep:
     def launch(self, rows: int, kind: Kind, adapted: bool = False) -> Results:
         """Queue one step of the first `rows` rows; adapted: whether some row uses an adapter."""
         key = Variant(next(size for size in BUCKETS if size >= rows), kind, adapted)
-        if not self.tokens.is_cuda:
-            return self.to_host(self._run(*key))
         if key not in self.graphs:
             self.graphs[key] = None
-            sampled = self._run(*key)
-        else:
-            graph = self.graphs[key] or self._capture(key)
+            return self.to_host(self._run(*key))
+        graph = self.graphs[key]
+        if graph is not None:
             graph.replay()
-            sampled = self._sampled[key]
-        return self.to_host(sampled)
+        elif self.tokens.is_cuda:
+            self._capture(key).replay()
+        else:
+            self.graphs[key], self._sampled[key] = record(lambda: self._run(*key))
+        return self.to_host(self._sampled[key])
 
     def rearrange(self) -> None:
         """Follow adapters that came or went; what was captured with the old ones is dropped."""

@@ -96,7 +96,7 @@ fn fits(limits: Limits, args: &Gemm4bit<'_>) -> bool {
 pub(crate) fn launch(launcher: &Launcher, args: Gemm4bit<'_>) -> Result<()> {
     let shape = args.product.shape;
     if shape.m * shape.n == 0 || !fits(launcher.limits(), &args) {
-        return gemv_4bit::launch(launcher, vec![args.product]);
+        return gemv_4bit::launch(launcher, args.product);
     }
     permute(launcher, &args)?;
     multiply(launcher, &args)

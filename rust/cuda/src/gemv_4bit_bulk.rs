@@ -1,7 +1,7 @@
 use std::ptr;
 
 use halfbyte_core::codebook::{FP4, INT4, NF4};
-use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
 use halfbyte_core::{Absmax, DType, QuantType, Result};
 
 use crate::args::{DeviceAbsmax, KernelArg, aligned, args};
@@ -10,7 +10,7 @@ use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 const KERNELS: [&str; 2] = ["gemv_4bit_bulk_f16", "gemv_4bit_bulk_bf16"];
 pub(crate) static FAMILY: Family = family!("gemv_4bit_bulk", &KERNELS);
 
-pub(crate) const MAX_PARTS: usize = 4;
+pub(crate) const MAX_PARTS: usize = MAX_GROUP;
 pub(crate) const PANEL: usize = 16;
 pub(crate) const TILE: usize = 8;
 pub(crate) const SHARED_BYTES: usize = 169536;
@@ -57,7 +57,6 @@ pub(crate) fn fits(limits: Limits, products: &[Gemv4bit<'_>]) -> bool {
     limits.capability >= (9, 0)
         && limits.has_machine_code
         && SHARED_BYTES <= limits.shared
-        && products.len() <= MAX_PARTS
         && products.iter().all(|product| fits_alone(product) && same(product))
 }
 
