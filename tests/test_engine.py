@@ -17,7 +17,7 @@ from tiny import tiny_folder
 
 import halfbyte
 from halfbyte import Engine, Linear4bit, LoraConfig, Sampling, lora
-from halfbyte.decode import BUCKETS, DecodeStep
+from halfbyte.capture import Captured
 from halfbyte.errors import (
     AdapterNotFoundError,
     CheckpointError,
@@ -25,8 +25,8 @@ from halfbyte.errors import (
     QueueFullError,
 )
 from halfbyte.kv_cache import block_bytes
+from halfbyte.prefill import CHUNK
 from halfbyte.prefix_cache import PrefixCache
-from halfbyte.scheduler import CHUNK
 
 
 def budget(model, blocks: int) -> int:
@@ -599,14 +599,12 @@ def all_at_once(engine: Engine, work) -> list[list[int]]:
 def test_gpu_graph_equals_eager(gpu_model, monkeypatch):
     captured = Engine(gpu_model, max_batch=8)
     expected = all_at_once(captured, gpu_work())
-    graphs = captured._scheduler.decode.graphs.values()
-    assert sum(graph is not None for graph in graphs) >= 3
+    steps = captured._scheduler.decode.steps.values()
+    assert sum(step.graph is not None for step in steps) >= 3
+    forwards = captured._scheduler.prefill.forwards.values()
+    assert sum(forward.graph is not None for forward in forwards) >= 3
 
-    def eager(step: DecodeStep, rows: int, kind, adapted):
-        size = next(size for size in BUCKETS if size >= rows)
-        return step.to_host(step._run(size, kind, adapted))
-
-    monkeypatch.setattr(DecodeStep, "launch", eager)
+    monkeypatch.setattr(Captured, "__call__", lambda captured: captured.work())
     assert all_at_once(Engine(gpu_model, max_batch=8), gpu_work()) == expected
 
 
