@@ -109,7 +109,7 @@ def profile(model: Decoder, batch: int, context: int) -> None:
     run = Run(model, batch, context, 64)
     wall = median(run.decode() for _ in range(3)) / run.tokens
     decode = run.engine._scheduler.decode
-    graph = next(step.graph for key, step in decode.steps.items() if key.rows == batch)
+    graph, _ = next(step.captured for key, step in decode.steps.items() if key.rows == batch)
     # Nobody runs any more: the rows get lengths and blocks of their own again.
     decode.lengths.fill_(context)
     blocks = torch.arange(batch * decode.tables.shape[1], device=decode.tables.device)

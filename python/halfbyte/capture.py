@@ -20,22 +20,20 @@ class Captured(Generic[T]):
     def __init__(self, work: Callable[[], T], pool: Any) -> None:
         self.work = work
         self.pool = pool
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.results: T | None = None
         self.called = False
+        self.captured: tuple[torch.cuda.CUDAGraph, T] | None = None
 
     def __call__(self) -> T:
         if not self.called:
             self.called = True
             return self.work()
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
-        return self.results
+        self.captured = self.captured or self._capture()
+        graph, results = self.captured
+        graph.replay()
+        return results
 
-    def _capture(self) -> None:
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, T]:
         graph = torch.cuda.CUDAGraph()
         # Thread-local: torch may allocate on other threads meanwhile.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            self.results = self.work()
-        self.graph = graph
+            return graph, self.work()

@@ -29,16 +29,16 @@ class Variant(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What one step sampled, on its way to the host; `wait` for it first."""
+    """What one step sampled, on its way to the host."""
 
-    tokens: Tensor
-    logprobs: Tensor | None
-    alternatives: Tensor | None
+    sampled: Sampled
     arrived: torch.cuda.Event | None
 
-    def wait(self) -> None:
+    def read(self) -> Sampled:
+        """Wait for it to arrive."""
         if self.arrived is not None:
             self.arrived.synchronize()
+        return self.sampled
 
 
 @contextmanager
@@ -146,13 +146,16 @@ class DecodeStep:
     def to_host(self, sampled: Sampled) -> Results:
         """Send a step's results on their way."""
         if not self.tokens.is_cuda:
-            return Results(*sampled, arrived=None)
-        host = [
-            None
-            if x is None
-            else torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            for x in sampled
-        ]
+            return Results(sampled, None)
+        host = Sampled(
+            _pinned(sampled.tokens),
+            None if sampled.logprobs is None else _pinned(sampled.logprobs),
+            None if sampled.alternatives is None else _pinned(sampled.alternatives),
+        )
         arrived = torch.cuda.Event()
         arrived.record()
-        return Results(*host, arrived=arrived)
+        return Results(host, arrived)
+
+
+def _pinned(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -16,7 +16,7 @@ from halfbyte.models import Decoder
 from halfbyte.prefill import CHUNK, Prefill
 from halfbyte.prefix_cache import PrefixCache
 from halfbyte.reply import Reply, TokenLogprobs
-from halfbyte.sampling import NOT_FINITE, Kind, Sampling
+from halfbyte.sampling import NOT_FINITE, Kind, Sampled, Sampling
 
 
 class Request:
@@ -45,7 +45,7 @@ class Request:
         self.adapter = adapter
         self.pieces: deque[str] = deque()
         self.error: Exception | None = None
-        self.listener: Callable[[], None] | None = None
+        self.listener: Callable[[], object] | None = None
         self.cancelled = False
         self.cached_tokens = 0
         # The scheduler's: blocks held, prompt tokens in the cache, tokens sampled so far.
@@ -204,9 +204,8 @@ class Scheduler:
 
     def _read(self, pending: Pending) -> None:
         """Wait for a step's tokens and hand them out; a sequence that has ended drops its own."""
-        results = pending.results
-        results.wait()
-        tokens = results.tokens.tolist()
+        sampled = pending.results.read()
+        tokens = sampled.tokens.tolist()
         for place, request in pending.places:
             if request.done:
                 continue
@@ -215,7 +214,7 @@ class Scheduler:
                 request.error = _not_finite(request)
                 self._end(request, "error")
                 continue
-            piece = request.reply.accept(token, _logprobs(results, place, token, request))
+            piece = request.reply.accept(token, _logprobs(sampled, place, token, request))
             if request.done:
                 self._leave(request)
             _tell(request, piece)
@@ -270,10 +269,10 @@ def _not_finite(request: Request) -> FloatingPointError:
     )
 
 
-def _logprobs(results: Results, place: int, token: int, request: Request) -> TokenLogprobs | None:
+def _logprobs(sampled: Sampled, place: int, token: int, request: Request) -> TokenLogprobs | None:
     count = request.sampling.logprobs
-    if count is None or results.logprobs is None or results.alternatives is None:
+    if count is None or sampled.logprobs is None or sampled.alternatives is None:
         return None
-    own, *top = results.logprobs[place, : count + 1].tolist()
-    ids = results.alternatives[place, :count].tolist()
+    own, *top = sampled.logprobs[place, : count + 1].tolist()
+    ids = sampled.alternatives[place, :count].tolist()
     return TokenLogprobs(token, own, list(zip(ids, top, strict=True)))

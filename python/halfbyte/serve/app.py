@@ -123,8 +123,8 @@ def create_app(service: Service) -> FastAPI:
                 response = Response(status_code=499)
             except Exception:
                 log.exception("an answer failed")
-                error = ApiError(500, "internal error", "server_error")
-                response = JSONResponse(error.body, error.status)
+                failure = ApiError(500, "internal error", "server_error")
+                response = JSONResponse(failure.body, failure.status)
             service.metrics.requests.labels(response.status_code).inc()
             return response
 
