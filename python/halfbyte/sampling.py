@@ -282,14 +282,16 @@ class SamplingRows:
         positions: int64 [B] of the new tokens. kind: the parts that at least one row needs.
         """
         part = slice(first, first + len(logits))
-        logits = logits.float()
-        finite = logits.amax(-1).isfinite()
+        # 16 bits order tokens as well as 32 do.
+        logits = logits.float() if kind != Kind() else logits
         edits = self.edits.rows(part) if self.edits is not None and kind.edits else None
         scores = logits
         if edits is not None:
             early = positions < self.integers[part, 2]
             scores = edits.apply(logits, self.scalars[part, 3:], early)
+        # The largest is NaN if any is.
         tokens = scores.argmax(-1)
+        finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
         if kind.draws:
             tokens = self._draw(scores, tokens, positions, part, kind.filters)
         if edits is not None:
