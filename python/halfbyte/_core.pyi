@@ -13,6 +13,8 @@ Letters: n elements, M rows of x, N out_features, K in_features. "float" is floa
 bfloat16. A block is ``blocksize`` consecutive elements of the flat tensor; the last may be short.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 __version__: str
@@ -48,11 +50,14 @@ def dequantize_4bit(
     nested_absmax float32 [ceil(blocks / 256)] and nested_map float32 [256].
     """
 
-def double_quantize(absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
+def double_quantize(
+    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, sums: Tensor
+) -> None:
     """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around the mean.
 
     absmax: float32 [blocks]. codes: uint8 [blocks], out. nested_absmax: float32
-    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean.
+    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. sums: uint8
+    [8 * ceil(blocks / 65536)], scratch.
     """
 
 def quantize_blockwise(
@@ -87,6 +92,17 @@ def gemv_4bit(
 
     x: float [M, K]. packed: uint8 [ceil(N K / 2)]. out: x's dtype [M, N]. Scales as in
     ``dequantize_4bit``. Sums are fp32; a row of ``out`` depends on its row of ``x`` only.
+    """
+
+def gemv_4bit_group(
+    x: Tensor,
+    products: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, Tensor]],
+    quant_type: str,
+    blocksize: int,
+) -> None:
+    """``gemv_4bit`` of one x with several W, in one launch where a kernel takes them so.
+
+    products: (packed, absmax, nested_absmax, nested_map, offset, out) of each W.
     """
 
 def paged_attention(
@@ -153,6 +169,68 @@ def adamw_8bit(
     uint8 [n], updated. absmax1, absmax2: float32 [ceil(n / 256)], updated; zeros before the first
     step. Where the gradient is NaN or infinite the moments become 0 and the weight stays.
     step and grad_scale as in ``adamw``.
+    """
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    residual: Tensor | None = None,
+    sum: Tensor | None = None,
+) -> None:
+    """``sum = x + residual`` and ``out = rounded(sum / sqrt(mean(sum^2) + eps)) * weight`` by rows.
+
+    x: float, rows of as many elements as weight has. weight: x's dtype or float32. out, residual,
+    sum: x's dtype and size; without residual and sum, x is normed. fp32 between the roundings to
+    x's dtype.
+    """
+
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_x: Tensor,
+    grad_sum: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+    roots: Tensor | None = None,
+    partials: Tensor | None = None,
+) -> None:
+    """The gradient of what was normed, and of the weight where ``grad_weight`` is given.
+
+    grad: float, of out. x: what was normed (the sum), grad's dtype and size, like grad_sum (the
+    gradient that reaches the sum otherwise) and grad_x, out. grad_weight: like weight, out. roots:
+    float32 [rows] and partials: float32 [64, columns], scratch.
+    """
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+    q_out: Tensor,
+    k_out: Tensor,
+) -> None:
+    """Rotate the two halves of every head by the angles of its token, or back by ``inverse``.
+
+    q: float [B, T, heads, D], k: q's dtype [B, T, kv_heads, D], each of any strides but 1 in the
+    last dimension. cos, sin: q's dtype [B or 1, T, D], the first half of sin negated. q_out, k_out:
+    like q and k, contiguous. Rounded after every product and sum, as torch does.
+    """
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """``out = rounded(silu(gate)) * up``, fp32 between the roundings to the dtype.
+
+    gate, up: one float dtype, [rows, columns], rows any distance apart. out: the same, contiguous.
+    """
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, grads: Tensor, halves: bool) -> None:
+    """The gradients of gate and up, together in ``grads``.
+
+    grad: gate's dtype [rows, columns]. grads: [2, rows, columns], or [rows, 2, columns] if
+    ``halves``.
     """
 
 def codebook(quant_type: str) -> list[float]:

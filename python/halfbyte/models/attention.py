@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from halfbyte.kv_cache import CacheStep
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
-from halfbyte.models.rope import rotate
+from halfbyte.ops import rope
 
 
 class Span(NamedTuple):
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         if step.cache is not None and step.cache.decodes:
             out = step.cache.attend(self.layer, q, k, v, step.cos, step.sin, self.window)
         else:
-            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+            q, k = rope(q, k, step.cos, step.sin)
             span = step.spans[self.window]
             if step.cache is not None:
                 step.cache.write(self.layer, k, v)

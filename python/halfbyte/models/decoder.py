@@ -13,7 +13,7 @@ from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.models.rope import RotaryEmbedding
-from halfbyte.ops import cross_entropy
+from halfbyte.ops import cross_entropy, swiglu
 
 IGNORE = -100
 HEAD_CHUNK = 256
@@ -38,7 +38,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -52,8 +52,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), step)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), step)
+        normed, x = self.post_attention_layernorm.add(attended, x)
+        return x + self.mlp(normed)
 
 
 class Backbone(nn.Module):

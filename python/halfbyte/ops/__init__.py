@@ -8,11 +8,15 @@ from halfbyte.ops.paged_attention import paged_attention
 from halfbyte.ops.quant_state import Nested, QuantState
 from halfbyte.ops.quantize_4bit import dynamic_map, quantize_4bit
 from halfbyte.ops.quantize_blockwise import dequantize_blockwise, quantize_blockwise
+from halfbyte.ops.rms_norm import add_rms_norm, rms_norm
+from halfbyte.ops.rope import rope
+from halfbyte.ops.swiglu import swiglu
 
 __all__ = [
     "AdamWScalars",
     "Nested",
     "QuantState",
+    "add_rms_norm",
     "adamw",
     "adamw_8bit",
     "cross_entropy",
@@ -23,4 +27,7 @@ __all__ = [
     "paged_attention",
     "quantize_4bit",
     "quantize_blockwise",
+    "rms_norm",
+    "rope",
+    "swiglu",
 ]

@@ -16,6 +16,7 @@ mod _core {
     #[pymodule_export]
     use super::ops::{
         adamw, adamw_8bit, codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
-        double_quantize, dynamic_map, gemv_4bit, paged_attention, quantize_4bit, quantize_blockwise,
+        double_quantize, dynamic_map, gemv_4bit, gemv_4bit_group, paged_attention, quantize_4bit, quantize_blockwise,
+        rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward,
     };
 }

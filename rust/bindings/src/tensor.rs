@@ -18,25 +18,45 @@ pub struct Tensor {
     pub device: Device,
 }
 
+/// Sizes and strides of a tensor, in elements.
+pub struct Layout {
+    pub shape: Vec<usize>,
+    pub strides: Vec<usize>,
+}
+
 impl Tensor {
     pub fn read(op: &str, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = object.py();
-        let Ok(dtype) = object.getattr(intern!(py, "dtype")) else {
-            let got = object.get_type().name()?;
-            return Err(PyTypeError::new_err(format!("{op}: {name} must be a torch.Tensor, got {got}")));
-        };
-        let dtype = read_dtype(op, name, &dtype)?;
-        let device = read_device(op, name, object)?;
+        let (dtype, device) = read_kind(op, name, object)?;
         if !object.call_method0(intern!(py, "is_contiguous"))?.is_truthy()? {
             let strides = object.call_method0(intern!(py, "stride"))?;
             return Err(PyValueError::new_err(format!("{op}: {name} must be contiguous, got strides {strides}")));
         }
         let numel: usize = object.call_method0(intern!(py, "numel"))?.extract()?;
-        let ptr: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
-        if ptr == 0 && numel > 0 {
-            return Err(PyValueError::new_err(format!("{op}: {name} must have memory, got a tensor without storage")));
-        }
+        let ptr = read_ptr(op, name, object, numel)?;
         Ok(Self { name, ptr, numel, dtype, device })
+    }
+
+    /// The memory from the first to the last element of a tensor whose last dimension alone must be contiguous.
+    pub fn read_strided(
+        op: &str,
+        name: &'static str,
+        object: &Bound<'_, PyAny>,
+        dimensions: usize,
+    ) -> PyResult<(Self, Layout)> {
+        let py = object.py();
+        let (dtype, device) = read_kind(op, name, object)?;
+        let shape: Vec<usize> = object.getattr(intern!(py, "shape"))?.extract()?;
+        let strides: Vec<usize> = object.call_method0(intern!(py, "stride"))?.extract()?;
+        if shape.len() != dimensions || shape.last() != Some(&1) && strides.last() != Some(&1) {
+            let expected = format!("{dimensions} dimensions, the last one contiguous");
+            let got = format!("shape {shape:?} and strides {strides:?}");
+            return Err(PyValueError::new_err(format!("{op}: {name} must have {expected}, got {got}")));
+        }
+        let last: usize = shape.iter().zip(&strides).map(|(size, stride)| size.saturating_sub(1) * stride).sum();
+        let numel = if shape.contains(&0) { 0 } else { last + 1 };
+        let ptr = read_ptr(op, name, object, numel)?;
+        Ok((Self { name, ptr, numel, dtype, device }, Layout { shape, strides }))
     }
 
     pub fn as_ref(&self) -> TensorRef<'_> {
@@ -82,6 +102,22 @@ pub fn read_shape<const N: usize>(op: &str, name: &str, object: &Bound<'_, PyAny
     shape.try_into().map_err(|shape: Vec<usize>| {
         PyValueError::new_err(format!("{op}: {name} must have {N} dimensions, got shape {shape:?}"))
     })
+}
+
+fn read_kind(op: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<(DType, Device)> {
+    let Ok(dtype) = object.getattr(intern!(object.py(), "dtype")) else {
+        let got = object.get_type().name()?;
+        return Err(PyTypeError::new_err(format!("{op}: {name} must be a torch.Tensor, got {got}")));
+    };
+    Ok((read_dtype(op, name, &dtype)?, read_device(op, name, object)?))
+}
+
+fn read_ptr(op: &str, name: &str, object: &Bound<'_, PyAny>, numel: usize) -> PyResult<usize> {
+    let ptr: usize = object.call_method0(intern!(object.py(), "data_ptr"))?.extract()?;
+    if ptr == 0 && numel > 0 {
+        return Err(PyValueError::new_err(format!("{op}: {name} must have memory, got a tensor without storage")));
+    }
+    Ok(ptr)
 }
 
 fn read_dtype(op: &str, name: &str, dtype: &Bound<'_, PyAny>) -> PyResult<DType> {

@@ -11,6 +11,9 @@ use crate::ops::gemv_4bit::Gemv4bit;
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
+use crate::ops::rms_norm::{RmsNorm, RmsNormBackward};
+use crate::ops::rope::Rope;
+use crate::ops::swiglu::{Swiglu, SwigluBackward};
 use crate::simd::Simd;
 
 #[derive(Debug, Clone, Copy)]
@@ -67,8 +70,10 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
-        args.run_on_cpu(self.simd);
+    fn gemv_4bit(&self, products: Vec<Gemv4bit<'_>>) -> Result<()> {
+        for product in products {
+            product.run_on_cpu(self.simd);
+        }
         Ok(())
     }
 
@@ -83,6 +88,31 @@ impl Backend for CpuBackend {
     }
 
     fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn rope(&self, args: Rope<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn swiglu(&self, args: Swiglu<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
         args.run_on_cpu();
         Ok(())
     }

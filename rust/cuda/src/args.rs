@@ -13,6 +13,7 @@ impl KernelArg for *const c_void {}
 impl KernelArg for *mut c_void {}
 impl KernelArg for i64 {}
 impl KernelArg for i32 {}
+impl KernelArg for f32 {}
 impl KernelArg for bool {}
 impl KernelArg for DeviceAbsmax {}
 

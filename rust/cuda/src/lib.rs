@@ -10,11 +10,15 @@ mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
 mod gemv_4bit;
+mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
 mod paged_attention;
 mod quantize_4bit;
 mod quantize_blockwise;
+mod rms_norm;
+mod rope;
+mod swiglu;
 
 #[cfg(test)]
 mod tests;
@@ -28,6 +32,9 @@ use halfbyte_core::ops::gemv_4bit::Gemv4bit;
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
+use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward};
+use halfbyte_core::ops::rope::Rope;
+use halfbyte_core::ops::swiglu::{Swiglu, SwigluBackward};
 use halfbyte_core::{Backend, Result};
 
 use launch::Launcher;
@@ -92,8 +99,8 @@ impl Backend for CudaBackend {
         dequantize_blockwise::launch(&self.launcher, args)
     }
 
-    fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
-        gemv_4bit::launch(&self.launcher, args)
+    fn gemv_4bit(&self, products: Vec<Gemv4bit<'_>>) -> Result<()> {
+        gemv_4bit::launch(&self.launcher, products)
     }
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
@@ -106,5 +113,25 @@ impl Backend for CudaBackend {
 
     fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
         adamw_8bit::launch(&self.launcher, args)
+    }
+
+    fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
+        rms_norm::launch(&self.launcher, args)
+    }
+
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()> {
+        rms_norm::launch_backward(&self.launcher, args)
+    }
+
+    fn rope(&self, args: Rope<'_>) -> Result<()> {
+        rope::launch(&self.launcher, args)
+    }
+
+    fn swiglu(&self, args: Swiglu<'_>) -> Result<()> {
+        swiglu::launch(&self.launcher, args)
+    }
+
+    fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
+        swiglu::launch_backward(&self.launcher, args)
     }
 }

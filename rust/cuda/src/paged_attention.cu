@@ -2,6 +2,7 @@
 // parts; a CTA takes a part of a tile of heads that share a key head, and the last CTA to arrive adds the parts in
 // order.
 #include "memory.cuh"
+#include "pipeline.cuh"
 #include "reduce.cuh"
 
 constexpr int WARPS = 8;
@@ -12,25 +13,6 @@ constexpr int MIN_PART = 256;
 constexpr int PER_LANE = 8;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -3.4028235e38f; // below every score, and its difference from one is a number
-
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-template <typename T>
-__device__ float rounded(float value) {
-    return widen(narrow<T>(value));
-}
 
 // Element i of x [D] rotated, in x's dtype.
 template <typename T>

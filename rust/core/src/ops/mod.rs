@@ -9,3 +9,6 @@ pub mod gemv_4bit;
 pub mod paged_attention;
 pub mod quantize_4bit;
 pub mod quantize_blockwise;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
