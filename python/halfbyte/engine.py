@@ -203,7 +203,7 @@ class Engine:
         """
         sampling = replace(sampling or Sampling(), **overrides)
         batched = is_batch(prompts)
-        batch: Sequence[Any] = prompts if batched else [prompts]
+        batch: Any = prompts if batched else [prompts]
         requests = [self.submit(prompt, sampling, adapter) for prompt in batch]
         self.run(requests)
         completions = [_completion(request) for request in requests]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ContextLengthError
-from halfbyte.ops import paged_attention
-from halfbyte.ops.paged_attention import BLOCK
+from halfbyte.ops.paged_attention import BLOCK, paged_attention
 
 # What padding writes to, and what tables name past their end; it belongs to no sequence.
 SPARE_BLOCK = 0

@@ -221,7 +221,7 @@ class Edits(NamedTuple):
         logits = logits - presence[:, None] * (self.replied > 0)
         return logits.masked_fill(early[:, None] & self.ends, -math.inf)
 
-    def count(self, tokens: Tensor) -> None:
+    def note(self, tokens: Tensor) -> None:
         """Count one new token of each row."""
         index = tokens.clamp(min=0)[:, None]
         self.seen.scatter_(1, index, True)
@@ -295,7 +295,7 @@ class SamplingRows:
         if kind.draws:
             tokens = self._draw(scores, tokens, positions, part, kind.filters)
         if edits is not None:
-            edits.count(tokens)
+            edits.note(tokens)
         logprobs = alternatives = None
         if kind.logprobs:
             every = logits.log_softmax(-1)
