@@ -73,7 +73,13 @@ class AdaptedLinear(nn.Module):
         scalings = [0.0] * (1 + max(place for place, _ in adapters))
         for place, share in adapters:
             scalings[place] = share.scaling
-        self.stacked = (a, b, *(torch.tensor(x, device=a.device) for x in (places, scalings)))
+        device = a.device
+        self.stacked = (
+            a,
+            b,
+            torch.tensor(places, device=device),
+            torch.tensor(scalings, device=device),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, in_features], or [B, in_features] of last tokens -> [..., out_features]."""
