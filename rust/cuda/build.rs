@@ -16,9 +16,10 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 13] = [
+const FAMILIES: [&str; 14] = [
     "adamw",
     "adamw_8bit",
+    "cross_entropy",
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",

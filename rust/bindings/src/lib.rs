@@ -15,8 +15,8 @@ mod _core {
     use super::call::CudaError;
     #[pymodule_export]
     use super::ops::{
-        adamw, adamw_8bit, codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
-        double_quantize, dynamic_map, gemv_4bit, paged_attention, quantize_4bit, quantize_blockwise, rms_norm,
-        rms_norm_backward, rope, swiglu, swiglu_backward,
+        adamw, adamw_8bit, codebook, cpu_features, cross_entropy, cuda_build, cuda_status, dequantize_4bit,
+        dequantize_blockwise, double_quantize, dynamic_map, gemv_4bit, paged_attention, quantize_4bit,
+        quantize_blockwise, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward,
     };
 }

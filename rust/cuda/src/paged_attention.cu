@@ -1,6 +1,8 @@
 // Bound by the bytes of the cache: flash decoding (Dao et al. 2023) over a paged cache. A row's context is cut into
-// parts; a CTA takes a part of a tile of heads that share a key head, and the last CTA to arrive adds the parts in order.
+// parts; a CTA takes a part of a tile of heads that share a key head, and the last CTA to arrive adds the parts in
+// order.
 #include "memory.cuh"
+#include "overlap.cuh"
 #include "reduce.cuh"
 
 constexpr int WARPS = 8;
@@ -12,24 +14,7 @@ constexpr int PER_LANE = 8;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -3.4028235e38f; // below every score, and its difference from one is a number
 
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-template <typename T>
-__device__ float rounded(float value) {
-    return widen(narrow<T>(value));
-}
 
 // Element i of x [D] rotated, in x's dtype.
 template <typename T>
@@ -321,7 +306,7 @@ __device__ void paged_attention(const T* q,         // [B, heads, D]
 }
 
 #define PAGED_ATTENTION(name, L, G, VECTOR, T, dtype)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention_##name##_##dtype(                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention_##name##_##dtype(                         \
         const T* q, const T* k, const T* v, const T* cos, const T* sin, const int* tables, const int* lengths,         \
         T* keys, T* values, float* partials, int* arrived, T* out, Shape shape) {                                      \
         paged_attention<T, L, G, VECTOR>(q, k, v, cos, sin, tables, lengths, keys, values, partials, arrived, out,     \

@@ -20,9 +20,10 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 13] = sources!(
+static SOURCES: [Sources; 14] = sources!(
     adamw,
     adamw_8bit,
+    cross_entropy,
     dequantize_4bit,
     dequantize_blockwise,
     double_quantize,
@@ -85,12 +86,14 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("adamw", "PER_THREAD", crate::adamw::PER_THREAD),
         ("adamw_8bit", "THREADS", crate::adamw_8bit::THREADS as usize),
         ("adamw_8bit", "BLOCKSIZE", halfbyte_core::ops::adamw_8bit::STATE_BLOCKSIZE),
+        ("cross_entropy", "THREADS", crate::cross_entropy::THREADS as usize),
         ("dequantize_4bit", "THREADS", crate::dequantize_4bit::THREADS as usize),
         ("dequantize_4bit", "GROUPS", crate::dequantize_4bit::GROUPS),
         ("dequantize_blockwise", "THREADS", crate::dequantize_blockwise::THREADS as usize),
         ("dequantize_blockwise", "PER_THREAD", crate::dequantize_blockwise::PER_THREAD),
         ("double_quantize", "THREADS", crate::double_quantize::THREADS as usize),
         ("double_quantize", "CHUNK", halfbyte_core::ops::double_quantize::MEAN_CHUNK),
+        ("double_quantize", "LANES", halfbyte_core::ops::double_quantize::MEAN_LANES),
         ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
@@ -105,7 +108,6 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
         ("paged_attention", "MAX_PARTS", halfbyte_core::ops::paged_attention::MAX_PARTS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
-        ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
         ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
         ("rms_norm", "MAX_THREADS_F32", crate::rms_norm::MAX_THREADS_F32),
