@@ -159,12 +159,13 @@ def adamw_8bit(
     """
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, losses: Tensor, vocab: int, gradient: bool
+    logits: Tensor, labels: Tensor, losses: Tensor, vocab: int, divisor: Tensor | None = None
 ) -> None:
-    """Losses of rows of logits, which their gradient (of the losses' sum) replaces if asked for.
+    """Losses of rows of logits; with a divisor, the gradient of their sum over it replaces those.
 
     logits: float [rows, stride >= vocab], updated. labels: int32 [rows]; a row whose label is no
-    column is masked: its loss and gradient are zeros. losses: float32 [rows], out.
+    column is masked: its loss and gradient are zeros. losses: float32 [rows], out. divisor: float32
+    [1].
     """
 
 def rms_norm(

@@ -16,22 +16,22 @@ TILE = 128  # rows of a tile of torch's matrix products
 ALIGNED = 8  # columns of logits, so that products of any vocabulary run at full speed
 
 
-def _softmax(logits: Tensor, labels: Tensor, vocab: int, gradient: bool) -> Tensor:
-    """Losses fp32 [rows]; the logits [rows, >= vocab] become their gradient if wanted."""
+def _softmax(logits: Tensor, labels: Tensor, vocab: int, divisor: Tensor | None) -> Tensor:
+    """Losses fp32 [rows]; with a divisor, logits [rows, >= vocab] become their sum's gradient."""
     if logits.is_cuda:
         losses = logits.new_empty(len(labels), dtype=torch.float32)
-        _core.cross_entropy(logits, labels, losses, vocab, gradient)
+        _core.cross_entropy(logits, labels, losses, vocab, divisor)
         return losses
     # On the CPU by torch, whose exponential is vectorized.
-    x, keep = logits.float(), labels >= 0
-    index = labels.clamp(min=0).long()[:, None]
+    whole, keep = logits[:, :vocab], labels >= 0
+    x, index = whole.float(), labels.clamp(min=0).long()[:, None]
     logsumexp = x.logsumexp(1, keepdim=True)
     # where, not a product: a masked row may hold Inf or NaN.
     losses = torch.where(keep, (logsumexp - x.gather(1, index))[:, 0], 0.0)
-    if gradient:
+    if divisor is not None:
         x = x.sub_(logsumexp).exp_()
         x.scatter_add_(1, index, torch.full_like(logsumexp, -1.0))
-        logits.copy_(x.masked_fill_(~keep[:, None], 0.0))
+        whole.copy_(x.masked_fill_(~keep[:, None], 0.0).div_(divisor))
     return losses
 
 
@@ -47,38 +47,47 @@ def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> Non
 
 
 def _loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, of_hidden: bool, of_weight: bool, chunk: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    divisor: Tensor,
+    of_hidden: bool,
+    of_weight: bool,
+    chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total, grad_hidden, grad_weight = _loss_fake(
-        hidden, weight, labels, of_hidden, of_weight, chunk
+    loss, grad_hidden, grad_weight = _loss_fake(
+        hidden, weight, labels, divisor, of_hidden, of_weight, chunk
     )
     tokens, vocab = len(hidden), len(weight)
     stride = -(-vocab // ALIGNED) * ALIGNED
     buffer = hidden.new_empty(min(chunk, tokens), stride)
-    losses = []
+    losses = hidden.new_zeros(tokens, dtype=torch.float32)
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
         h = hidden[rows]
         whole = buffer[: len(h)]
         logits = whole[:, :vocab]
         torch.mm(h, weight.t(), out=logits)
-        losses.append(
-            _softmax(
-                whole if hidden.is_cuda else logits, labels[rows], vocab, of_hidden or of_weight
-            )
-        )
+        wanted = of_hidden or of_weight
+        losses[rows] = _softmax(whole, labels[rows], vocab, divisor if wanted else None)
         if of_hidden:
             torch.mm(logits, weight, out=grad_hidden[rows])
         if of_weight:
             _accumulate(grad_weight, logits, h, first=start == 0)
-    if tokens == 0 and of_weight:
+    if tokens == 0:
         grad_weight.zero_()
-    total.copy_(torch.cat(losses).sum() if losses else 0.0)
-    return total, grad_hidden, grad_weight
+    loss.copy_(losses.sum())
+    return loss, grad_hidden, grad_weight
 
 
 def _loss_fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, of_hidden: bool, of_weight: bool, chunk: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    divisor: Tensor,
+    of_hidden: bool,
+    of_weight: bool,
+    chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
     shape = weight.shape if of_weight else (0,)
@@ -87,8 +96,8 @@ def _loss_fake(
 
 
 define(
-    "cross_entropy(Tensor hidden, Tensor weight, Tensor labels, bool of_hidden, bool of_weight, "
-    "SymInt chunk) -> (Tensor, Tensor, Tensor)",
+    "cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor divisor, bool of_hidden, "
+    "bool of_weight, SymInt chunk) -> (Tensor, Tensor, Tensor)",
     _loss,
     _loss_fake,
 )
@@ -99,18 +108,19 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, divisor, chunk):
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
-        loss, grad_hidden, grad_weight = torch.ops.halfbyte.cross_entropy(
-            hidden, weight, labels, of_hidden, of_weight, chunk
+        # In fp16 small quotients would be lost: there the gradients are divided last.
+        late = divisor if hidden.dtype == torch.float16 else torch.ones_like(divisor)
+        loss, *grads = torch.ops.halfbyte.cross_entropy(
+            hidden, weight, labels, divisor / late, *ctx.needs_input_grad[:2], chunk
         )
-        ctx.save_for_backward(grad_hidden, grad_weight, divisor)
+        ctx.save_for_backward(*grads, late)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss / divisor[0]
 
     @staticmethod
     def backward(ctx, grad_loss):
-        *grads, divisor = ctx.saved_tensors
-        scale = grad_loss / divisor
+        *grads, late = ctx.saved_tensors
+        scale = grad_loss / late
         scaled = [
             # A scale of one dimension is multiplied in fp32 and rounded with the product.
             torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype)) if wanted else None

@@ -300,23 +300,27 @@ pub fn adamw_8bit(
 }
 
 #[pyfunction]
+#[pyo3(signature = (logits, labels, losses, vocab, divisor=None))]
 pub fn cross_entropy(
     py: Python<'_>,
     logits: Object<'_, '_>,
     labels: Object<'_, '_>,
     losses: Object<'_, '_>,
     vocab: i64,
-    gradient: bool,
+    divisor: Option<Object<'_, '_>>,
 ) -> PyResult<()> {
     const OP: &str = "cross_entropy";
     let logits = Tensor::read(OP, "logits", logits)?;
     let labels = Tensor::read(OP, "labels", labels)?;
     let losses = Tensor::read(OP, "losses", losses)?;
-    check_overlap(OP, &[&labels], &[&logits, &losses])?;
+    let divisor = divisor.map(|divisor| Tensor::read(OP, "divisor", divisor)).transpose()?;
+    let read: Vec<&Tensor> = [&labels].into_iter().chain(&divisor).collect();
+    check_overlap(OP, &read, &[&logits, &losses])?;
     let vocab = not_negative(OP, "vocab", vocab)?;
+    let divided = divisor.as_ref().map(Tensor::as_ref);
     // SAFETY: the outputs were checked for overlap.
     let (target, of_rows) = unsafe { (logits.as_mut(), losses.as_mut()) };
-    let args = CrossEntropy::new(target, labels.as_ref(), of_rows, vocab, gradient).map_err(to_py_err)?;
+    let args = CrossEntropy::new(target, labels.as_ref(), of_rows, divided, vocab).map_err(to_py_err)?;
     call(py, logits.device, |backend| backend.cross_entropy(args))
 }
 

@@ -84,7 +84,7 @@ __device__ float logsumexp(const T* x, int vocab, bool vector) {
 }
 
 template <typename T>
-__device__ void store_gradient(T* x, int vocab, int label, float logsumexp, bool vector) {
+__device__ void store_gradient(T* x, int vocab, int label, float logsumexp, float scale, bool vector) {
     for (int first = threadIdx.x * 8; first < vocab; first += AHEAD * STEP) {
         Eights<T> eights;
         eights.load(x, first, vocab, vector);
@@ -95,24 +95,26 @@ __device__ void store_gradient(T* x, int vocab, int label, float logsumexp, bool
             eights.raw[j].unpack(v);
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                v[i] = power(v[i] - logsumexp) - (here + i == label ? 1.0f : 0.0f);
+                v[i] = (power(v[i] - logsumexp) - (here + i == label ? 1.0f : 0.0f)) * scale;
             store8_inside(x, here, vocab, vector, v);
         }
     }
 }
 
 template <typename T>
-__device__ void cross_entropy(T* logits,         // [rows, stride]
-                              const int* labels, // [rows]
-                              float* losses,     // [rows]
-                              int64_t stride, int vocab, bool gradient, bool vector) {
+__device__ void cross_entropy(T* logits,            // [rows, stride]
+                              const int* labels,    // [rows]
+                              float* losses,        // [rows]
+                              int64_t stride,       //
+                              const float* divisor, // [1], null where no gradient is asked for
+                              int vocab, bool vector) {
     let_next_kernel_start();
     wait_for_previous_kernel();
     T* x = logits + blockIdx.x * stride;
     const int label = labels[blockIdx.x];
     if (label < 0 || label >= vocab) {
         const float zeros[8] = {};
-        for (int first = threadIdx.x * 8; gradient && first < vocab; first += STEP)
+        for (int first = threadIdx.x * 8; divisor != nullptr && first < vocab; first += STEP)
             store8_inside(x, first, vocab, vector, zeros);
         if (threadIdx.x == 0)
             losses[blockIdx.x] = 0.0f;
@@ -122,14 +124,14 @@ __device__ void cross_entropy(T* logits,         // [rows, stride]
     const float total = logsumexp(x, vocab, vector);
     if (threadIdx.x == 0)
         losses[blockIdx.x] = total - picked;
-    if (gradient)
-        store_gradient(x, vocab, label, total, vector);
+    if (divisor != nullptr)
+        store_gradient(x, vocab, label, total, __fdiv_rn(1.0f, *divisor), vector);
 }
 
 #define CROSS_ENTROPY(T, dtype)                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) cross_entropy_##dtype(                                    \
-        T* logits, const int* labels, float* losses, int64_t stride, int vocab, bool gradient, bool vector) {          \
-        cross_entropy(logits, labels, losses, stride, vocab, gradient, vector);                                        \
+        T* logits, const int* labels, float* losses, int64_t stride, const float* divisor, int vocab, bool vector) {   \
+        cross_entropy(logits, labels, losses, stride, divisor, vocab, vector);                                         \
     }
 
 CROSS_ENTROPY(float, f32)

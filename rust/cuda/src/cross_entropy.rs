@@ -1,7 +1,7 @@
 use halfbyte_core::Result;
 use halfbyte_core::ops::cross_entropy::CrossEntropy;
 
-use crate::args::{aligned_mut, args, dtype_index};
+use crate::args::{aligned_mut, args, dtype_index, optional};
 use crate::launch::{Family, Geometry, Launcher, extent, family};
 
 const KERNELS: [&str; 3] = ["cross_entropy_f32", "cross_entropy_f16", "cross_entropy_bf16"];
@@ -24,8 +24,8 @@ pub(crate) fn launch(launcher: &Launcher, args: CrossEntropy<'_>) -> Result<()> 
             args.labels.ptr(),
             args.losses.ptr(),
             stride as i64,
+            optional(args.divisor),
             args.vocab as i32,
-            args.gradient,
             vector,
         ],
     )

@@ -163,18 +163,19 @@ struct Gradient {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             sums[0] = fmaf(v[i], v[i], sums[0]);
-            sums[1] = fmaf(h[i] * w[i], v[i], sums[1]);
+            sums[1] = fmaf(rounded<T>(h[i] * w[i]), v[i], sums[1]);
         }
     }
 
-    // grad * weight * root - x * shrink, and the gradient that reaches the sum by the residual stream.
+    // grad * weight * root - x * shrink, and the gradient that reaches the sum by the residual stream, rounded as torch
+    // rounds them.
     template <typename W>
     __device__ Raw8<T> of_x(float root, float shrink, const Raw8<W>& weight, const Raw8<T>& stream) const {
         float v[8], h[8], w[8], s[8];
         x.unpack(v), grad.unpack(h), weight.unpack(w), stream.unpack(s);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            h[i] = fmaf(h[i] * w[i], root, fmaf(v[i], -shrink, s[i]));
+            h[i] = rounded<T>(fmaf(rounded<T>(h[i] * w[i]), root, -v[i] * shrink)) + s[i];
         Raw8<T> out;
         out.pack(h);
         return out;

@@ -3,10 +3,8 @@
 //! ```text
 //! logsumexp = log(sum of exp(x))                       fp32
 //! loss      = logsumexp - x[label]                     0 for a masked row
-//! x         = exp(x - logsumexp) - (1 at the label)    rounded to x's dtype; zeros for a masked row
+//! x         = (exp(x - logsumexp) - (1 at the label)) / divisor    rounded to x's dtype; zeros for a masked row
 //! ```
-//!
-//! The gradient is that of the sum of the losses: what it is divided by comes later, where 16 bits lose nothing by it.
 
 use crate::check::arg;
 use crate::error::{Error, Result};
@@ -24,9 +22,9 @@ pub struct CrossEntropy<'a> {
     pub labels: TensorRef<'a>,
     /// f32 `[rows]`
     pub losses: TensorMut<'a>,
+    /// f32 `[1]`; if there is one, the gradient of the losses' sum over it replaces the logits
+    pub divisor: Option<TensorRef<'a>>,
     pub vocab: usize,
-    /// whether the gradient replaces the logits
-    pub gradient: bool,
 }
 
 impl<'a> CrossEntropy<'a> {
@@ -34,13 +32,16 @@ impl<'a> CrossEntropy<'a> {
         logits: TensorMut<'a>,
         labels: TensorRef<'a>,
         losses: TensorMut<'a>,
+        divisor: Option<TensorRef<'a>>,
         vocab: usize,
-        gradient: bool,
     ) -> Result<Self> {
         let (rows, device) = (labels.numel(), logits.device());
         arg(OP, "logits", logits.as_ref()).float()?;
         arg(OP, "labels", labels).dtype(DType::I32)?.on(device, "logits")?;
         arg(OP, "losses", losses.as_ref()).dtype(DType::F32)?.numel(rows, "one a row")?.on(device, "logits")?;
+        if let Some(divisor) = divisor {
+            arg(OP, "divisor", divisor).dtype(DType::F32)?.numel(1, "a scalar")?.on(device, "logits")?;
+        }
         let whole_rows = rows == 0 && logits.numel() == 0 || rows > 0 && logits.numel().is_multiple_of(rows);
         let fits = vocab > 0 && i32::try_from(vocab).is_ok();
         if !whole_rows || !fits || logits.numel() < rows * vocab {
@@ -48,7 +49,7 @@ impl<'a> CrossEntropy<'a> {
             let got = format!("{vocab} for {} logits in {rows} rows", logits.numel());
             return Err(Error::Argument { op: OP, name: "vocab", expected, got });
         }
-        Ok(Self { logits, labels, losses, vocab, gradient })
+        Ok(Self { logits, labels, losses, divisor, vocab })
     }
 
     /// Elements from one row of logits to the next.
@@ -61,17 +62,18 @@ impl<'a> CrossEntropy<'a> {
     }
 
     fn run<T: Float>(self) {
-        let (stride, vocab, gradient) = (self.stride(), self.vocab, self.gradient);
+        let (stride, vocab) = (self.stride(), self.vocab);
+        let divisor = self.divisor.map(|divisor| divisor.as_slice::<f32>()[0]);
         let labels: &[i32] = self.labels.as_slice();
         let rows = self.logits.into_slice::<T>().chunks_mut(stride).zip(labels).zip(self.losses.into_slice());
         parallel::for_each(rows, labels.len(), |((x, &label), loss)| {
             let x = &mut x[..vocab];
             let label = usize::try_from(label).ok().filter(|&label| label < vocab);
             *loss = label.map_or(0.0, |label| logsumexp(x) - x[label].to_f32());
-            match label {
-                Some(label) if gradient => differentiate(x, label),
-                None if gradient => x.fill(T::from_f32(0.0)),
-                _ => {}
+            match (divisor, label) {
+                (Some(divisor), Some(label)) => differentiate(x, label, divisor),
+                (Some(_), None) => x.fill(T::from_f32(0.0)),
+                (None, _) => {}
             }
         });
     }
@@ -83,10 +85,10 @@ fn logsumexp<T: Float>(x: &[T]) -> f32 {
     largest + sum.ln() as f32
 }
 
-fn differentiate<T: Float>(x: &mut [T], label: usize) {
+fn differentiate<T: Float>(x: &mut [T], label: usize, divisor: f32) {
     let logsumexp = logsumexp(x);
     for (i, x) in x.iter_mut().enumerate() {
         let hit = if i == label { 1.0 } else { 0.0 };
-        *x = T::from_f32((x.to_f32() - logsumexp).exp() - hit);
+        *x = T::from_f32(((x.to_f32() - logsumexp).exp() - hit) / divisor);
     }
 }
