@@ -117,8 +117,9 @@ class _AddRmsNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension; differentiable in both.
 
-    x: [..., d], fp32, fp16 or bf16 (on the CPU also fp64); weight: [d], x's dtype or fp32. Computed in fp32, rounded to
-    x's dtype before the weight and after it. Returns x's shape and dtype.
+    x: [..., d], fp32, fp16 or bf16 (on the CPU also fp64); weight: [d], x's dtype or fp32.
+    Computed in fp32, rounded to x's dtype before the weight and after it. Returns x's shape and
+    dtype.
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
