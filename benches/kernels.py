@@ -164,13 +164,13 @@ def quantize_contenders(dense: list[Tensor], double: bool) -> dict[str, Contende
         scales = empty(nblocks, torch.uint8), empty(-(-nblocks // 256)), empty(1)
         return empty((n + 1) // 2, torch.uint8), empty(nblocks), *scales
 
-    sums = empty(8 * -(-nblocks // 65536), torch.uint8)
+    lanes = empty(2048 * -(-nblocks // 65536), torch.uint8)
 
     def ours(item: tuple[Tensor, ...]) -> None:
         w, packed, absmax, *scales = item
         _core.quantize_4bit(w, packed, absmax, "nf4", 64)
         if double:
-            _core.double_quantize(absmax, *scales, sums)
+            _core.double_quantize(absmax, *scales, lanes)
 
     contenders = {"halfbyte": graphed([(w, *outputs()) for w in dense], ours)}
     try:

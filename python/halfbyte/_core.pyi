@@ -62,13 +62,13 @@ def dequantize_4bit(
     """
 
 def double_quantize(
-    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, sums: Tensor
+    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, lanes: Tensor
 ) -> None:
     """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around the mean.
 
     absmax: float32 [blocks]. codes: uint8 [blocks], out. nested_absmax: float32
-    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. sums: uint8
-    [8 * ceil(blocks / 65536)], scratch.
+    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. lanes: uint8
+    [2048 * ceil(blocks / 65536)], scratch.
     """
 
 def quantize_blockwise(
@@ -204,6 +204,16 @@ def adamw_8bit(
     uint8 [n], updated. absmax1, absmax2: float32 [ceil(n / 256)], updated; zeros before the first
     step. Where the gradient is NaN or infinite the moments become 0 and the weight stays.
     step and grad_scale as in ``adamw``.
+    """
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, losses: Tensor, vocab: int, divisor: Tensor | None = None
+) -> None:
+    """Losses of rows of logits; with a divisor, the gradient of their sum over it replaces those.
+
+    logits: float [rows, stride >= vocab], updated. labels: int32 [rows]; a row whose label is no
+    column is masked: its loss and gradient are zeros. losses: float32 [rows], out. divisor: float32
+    [1].
     """
 
 def rms_norm(

@@ -6,6 +6,7 @@
 mod adamw;
 mod adamw_8bit;
 mod args;
+mod cross_entropy;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
@@ -26,6 +27,7 @@ mod tests;
 
 use halfbyte_core::ops::adamw::Adamw;
 use halfbyte_core::ops::adamw_8bit::Adamw8bit;
+use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
@@ -149,5 +151,9 @@ impl Backend for CudaBackend {
 
     fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
         swiglu::launch_backward(&self.launcher, args)
+    }
+
+    fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()> {
+        cross_entropy::launch(&self.launcher, args)
     }
 }

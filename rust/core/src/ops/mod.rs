@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod adamw_8bit;
+pub mod cross_entropy;
 pub mod dequantize_4bit;
 pub mod dequantize_blockwise;
 pub mod double_quantize;
