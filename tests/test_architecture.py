@@ -18,7 +18,7 @@ LEVELS = [
     {"cli", "demo", "doctor"},
     {"chat"},
     {"train", "generate", "sampling"},
-    {"checkpoint", "data", "optim"},
+    {"checkpoint", "data", "optim", "pager"},
     {"lora", "fingerprint", "models"},
     {"linear", "kv_cache", "tokenizer"},
     {"ops"},

@@ -16,9 +16,8 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 9] = [
+const FAMILIES: [&str; 8] = [
     "adamw",
-    "adamw_8bit",
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",

@@ -1,6 +1,5 @@
 """Plain functions over torch tensors, registered so that torch.compile sees through them."""
 
-from halfbyte.ops.adamw import AdamWScalars, adamw, adamw_8bit
 from halfbyte.ops.cross_entropy import cross_entropy
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.gemm_4bit import gemm_4bit
@@ -9,11 +8,8 @@ from halfbyte.ops.quantize_4bit import dynamic_map, quantize_4bit
 from halfbyte.ops.quantize_blockwise import dequantize_blockwise, quantize_blockwise
 
 __all__ = [
-    "AdamWScalars",
     "Nested",
     "QuantState",
-    "adamw",
-    "adamw_8bit",
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_blockwise",

@@ -2,6 +2,7 @@
 
 mod call;
 mod ops;
+mod pager;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -12,10 +13,12 @@ mod _core {
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
     #[pymodule_export]
-    use super::call::CudaError;
+    use super::call::{CudaError, HostMemoryError};
     #[pymodule_export]
     use super::ops::{
-        adamw, adamw_8bit, codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
-        double_quantize, dynamic_map, gemv_4bit, quantize_4bit, quantize_blockwise,
+        codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise, double_quantize,
+        dynamic_map, gemv_4bit, quantize_4bit, quantize_blockwise,
     };
+    #[pymodule_export]
+    use super::pager::Pager;
 }

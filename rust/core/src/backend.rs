@@ -1,8 +1,6 @@
 //! The runtime's table of contents: what a device must be able to do.
 
 use crate::error::Result;
-use crate::ops::adamw::Adamw;
-use crate::ops::adamw_8bit::Adamw8bit;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
@@ -19,6 +17,4 @@ pub trait Backend {
     fn quantize_blockwise(&self, args: QuantizeBlockwise<'_>) -> Result<()>;
     fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()>;
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
-    fn adamw(&self, args: Adamw<'_>) -> Result<()>;
-    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()>;
 }

@@ -2,8 +2,6 @@
 
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::ops::adamw::Adamw;
-use crate::ops::adamw_8bit::Adamw8bit;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
@@ -68,16 +66,6 @@ impl Backend for CpuBackend {
 
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         args.run_on_cpu(self.simd);
-        Ok(())
-    }
-
-    fn adamw(&self, args: Adamw<'_>) -> Result<()> {
-        args.run_on_cpu();
-        Ok(())
-    }
-
-    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
-        args.run_on_cpu();
         Ok(())
     }
 }

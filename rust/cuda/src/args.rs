@@ -58,11 +58,6 @@ impl From<Absmax<'_>> for DeviceAbsmax {
     }
 }
 
-/// Pointer to an optional tensor; null stands for an absent one.
-pub(crate) fn optional(tensor: Option<TensorRef<'_>>) -> *const c_void {
-    tensor.map_or(ptr::null(), |tensor| tensor.ptr())
-}
-
 /// Row of the codebook tables that build.rs prints.
 pub(crate) fn codebook_row(quant_type: QuantType) -> i32 {
     match quant_type {

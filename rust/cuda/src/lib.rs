@@ -4,7 +4,6 @@
 //! operation can be captured in a CUDA graph.
 
 mod adamw;
-mod adamw_8bit;
 mod args;
 mod dequantize_4bit;
 mod dequantize_blockwise;
@@ -12,14 +11,13 @@ mod double_quantize;
 mod gemv_4bit;
 mod gemv_4bit_mma;
 mod launch;
+mod pager;
 mod quantize_4bit;
 mod quantize_blockwise;
 
 #[cfg(test)]
 mod tests;
 
-use halfbyte_core::ops::adamw::Adamw;
-use halfbyte_core::ops::adamw_8bit::Adamw8bit;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
@@ -29,6 +27,7 @@ use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
 use halfbyte_core::{Backend, Result};
 
 use launch::Launcher;
+pub use pager::CudaPages;
 
 /// What the embedded kernels were built by and for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,13 +91,5 @@ impl Backend for CudaBackend {
 
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         gemv_4bit::launch(&self.launcher, args)
-    }
-
-    fn adamw(&self, args: Adamw<'_>) -> Result<()> {
-        adamw::launch(&self.launcher, args)
-    }
-
-    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
-        adamw_8bit::launch(&self.launcher, args)
     }
 }
