@@ -341,11 +341,9 @@ impl<D: PageDevice> Pager<D> {
         };
         self.settle_compute(frame)?;
         let moving = &mut self.frames[frame];
+        // Compute is past the last write to the slot by now, or the host is.
         let lent = self.device.record(Stream::Compute)?;
-        self.device.wait(Stream::In, &lent)?; // R4
-        if let Some((_, written)) = &moving.written {
-            self.device.wait(Stream::In, written)?; // R2
-        }
+        self.device.wait(Stream::In, &lent)?; // R2, R4
         self.device.copy(Stream::In, host.device, to, bytes)?;
         let copied = self.device.record(Stream::In)?;
         moving.device = Some(to);

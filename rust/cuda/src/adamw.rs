@@ -38,7 +38,7 @@ impl From<&Target> for DeviceTarget {
             grad: target.grad,
             numel: target.numel as i64,
             dtype: dtype_index(target.dtype) as i32,
-            vector: (target.param % width == 0 && target.grad % width == 0).into(),
+            vector: (target.param.is_multiple_of(width) && target.grad.is_multiple_of(width)).into(),
             rule: target.rule,
         }
     }
