@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -220,7 +221,9 @@ def test_a_step_does_not_wait_for_the_device():
     set_grads(params, 0)
     optimizer.step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that the mode does not see everything
+        torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(1_000_000_000)
         before = torch.cuda.Event()
@@ -285,7 +288,7 @@ def test_where_torchs_optimizer_dies_ours_goes_on(cap):
     optimizer = AdamW([param], 1e-2)
     assert optimizer.pager.stats()["host_bytes"] > 0
     optimizer.step()
-    assert (param + 0.01).abs().max() < 1e-6
+    assert all((part + 0.01).abs().max() < 1e-6 for part in param.detach().split(1 << 20))
     del hog
 
 

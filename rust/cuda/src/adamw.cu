@@ -131,7 +131,8 @@ struct Fp32 {
 struct Block8 {
     struct Shared {
         float first[256], second[256];                       // the maps
-        float first_thresholds[255], second_thresholds[255]; // of their codes
+        float first_thresholds[256], second_thresholds[256]; // of their codes, padded with infinity
+        uint8_t ranks[3][BUCKETS];                           // of the thresholds, by the leading bits of a value
         float absmax[2][SLICE];                              // of the slice in work
     };
 
@@ -139,10 +140,11 @@ struct Block8 {
         const int i = threadIdx.x;
         shared.first[i] = DYNAMIC_MAP[1][i];
         shared.second[i] = DYNAMIC_MAP[0][i];
-        if (i == 255)
-            return;
-        shared.first_thresholds[i] = NEAREST_THRESHOLDS[1][i];
-        shared.second_thresholds[i] = NEAREST_THRESHOLDS[0][i];
+        shared.first_thresholds[i] = i < 255 ? NEAREST_THRESHOLDS[1][i] : __int_as_float(0x7f800000);
+        shared.second_thresholds[i] = i < 255 ? NEAREST_THRESHOLDS[0][i] : __int_as_float(0x7f800000);
+        for (int row = 0; row < 3; ++row)
+            for (int j = i; j < BUCKETS; j += THREADS)
+                shared.ranks[row][j] = NEAREST_RANKS[row][j];
     }
 
     // The slice's scales, read and written in one piece: single floats would waste the bus.
@@ -210,7 +212,7 @@ struct Block8 {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 four1 |= encode_first(shared, m[h][i] * reciprocal1) << 8 * i;
-                four2 |= rank256(shared.second_thresholds, v[h][i] * reciprocal2) << 8 * i;
+                four2 |= rank(shared.ranks[0], shared.second_thresholds, v[h][i] * reciprocal2) << 8 * i;
             }
             __stcs(codes1 + h * (HALF / 4), four1);
             __stcs(codes2 + h * (HALF / 4), four2);
@@ -219,9 +221,18 @@ struct Block8 {
             absmax1 = new1, absmax2 = new2;
     }
 
+    // Number of thresholds below x, 0 for NaN: at most two lie inside one bucket.
+    __device__ static uint32_t rank(const uint8_t (&ranks)[BUCKETS], const float* thresholds, float x) {
+        const uint32_t bits = min(max(magnitude(x), MAGNITUDE_MIN), 0x3f800000u);
+        uint32_t rank = ranks[(bits - MAGNITUDE_MIN) >> BUCKET_SHIFT];
+        rank += x > thresholds[rank] ? 1 : 0;
+        rank += x > thresholds[rank] ? 1 : 0;
+        return x == x ? rank : 0;
+    }
+
     // A negative moment never takes code 127, which is zero: codes keep the sign.
     __device__ static uint32_t encode_first(const Shared& shared, float scaled) {
-        const uint32_t code = rank256(shared.first_thresholds, scaled);
+        const uint32_t code = rank(shared.ranks[scaled < 0.0f ? 2 : 1], shared.first_thresholds, scaled);
         return code == 127 && scaled < 0.0f ? 126 : code;
     }
 

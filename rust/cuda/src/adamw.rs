@@ -15,8 +15,8 @@ pub(crate) const THREADS: u32 = 256;
 /// Blocks that a CTA takes at a time.
 pub(crate) const SLICE: usize = 32;
 pub(crate) const CTAS_PER_MULTIPROCESSOR: usize = 3;
-/// These saturate the bus in both directions (8 reach 97 % of it) and leave the device to others.
-const HOST_CTAS: usize = 16;
+/// These saturate the bus in both directions and leave the device to others. 8-bit moments take more work a byte.
+const HOST_CTAS: [usize; 2] = [16, 64];
 
 /// `struct Target` of adamw.cu.
 #[repr(C)]
@@ -107,8 +107,12 @@ impl Table {
     ) -> Result<()> {
         let work = |first: usize| memory + (self.work + first * size_of::<u32>()) as Address;
         let slices = |pages: &Range<usize>| pages.len() * BLOCKS_PER_PAGE / SLICE;
+        let kernel = match self.moments {
+            Moments::Fp32 => 0,
+            Moments::Block8 => 1,
+        };
+        let host_ctas = slices(&on_host).min(HOST_CTAS[kernel]);
         let most = CTAS_PER_MULTIPROCESSOR * launcher.limits().multiprocessors;
-        let host_ctas = slices(&on_host).min(HOST_CTAS);
         let ctas = host_ctas + slices(&on_device).min(most - host_ctas);
         if ctas == 0 {
             return Ok(());
@@ -125,11 +129,7 @@ impl Table {
             params: self.params as i32,
             grad_scale,
         };
-        let kernel = match self.moments {
-            Moments::Fp32 => KERNELS[0],
-            Moments::Block8 => KERNELS[1],
-        };
-        launcher.launch_1d(&FAMILY, kernel, ctas, THREADS, args![update])
+        launcher.launch_1d(&FAMILY, KERNELS[kernel], ctas, THREADS, args![update])
     }
 }
 

@@ -19,6 +19,9 @@ use crate::launch::{Launcher, describe};
 /// What tells a cap on pinned memory from one request that is too large.
 const PROBE_BYTES: usize = 1 << 20;
 
+/// Versions that are pinned at once: pinning takes as long as a step.
+const TABLES: usize = 16;
+
 /// An event, destroyed with its last owner.
 #[derive(Debug)]
 struct Handle(sys::CUevent);
@@ -55,8 +58,8 @@ pub struct CudaPages {
     table: Address,
     layout: Table,
     grad_scale: Address,
-    /// pinned tables, one a version
-    versions: Vec<*mut c_void>,
+    /// pinned memory, of `TABLES` versions each
+    tables: Vec<*mut c_void>,
     extents: Vec<Extent>,
     limit: Option<u64>,
 }
@@ -101,7 +104,7 @@ impl CudaPages {
             table,
             layout: Table::of(slab),
             grad_scale: 0,
-            versions: Vec::new(),
+            tables: Vec::new(),
             extents: Vec::new(),
             limit,
         })
@@ -162,9 +165,9 @@ impl CudaPages {
             // SAFETY: they were created with this and nothing is queued any more after the first call.
             unsafe { stream::synchronize(stream).and_then(|()| stream::destroy(stream)) }?;
         }
-        for version in self.versions.drain(..) {
+        for tables in self.tables.drain(..) {
             // SAFETY: allocated by malloc_host, and no copy from it is left.
-            unsafe { result::free_host(version) }?;
+            unsafe { result::free_host(tables) }?;
         }
         for extent in &self.extents {
             // SAFETY: registered by `reserve`, and nothing queued uses it any more.
@@ -240,13 +243,15 @@ impl PageDevice for CudaPages {
     }
 
     fn stage(&mut self, version: usize, update: &Update<'_>) -> Result<()> {
-        while self.versions.len() <= version {
+        let bytes = self.layout.bytes.next_multiple_of(mem::align_of::<Address>());
+        while self.tables.len() * TABLES <= version {
             let flags = sys::CU_MEMHOSTALLOC_PORTABLE;
             // SAFETY: freed when this is dropped.
-            let memory = self.call("pinning a table", || unsafe { result::malloc_host(self.layout.bytes, flags) })?;
-            self.versions.push(memory);
+            let tables = self.call("pinning tables", || unsafe { result::malloc_host(TABLES * bytes, flags) })?;
+            self.tables.push(tables);
         }
-        let memory = self.versions[version];
+        // SAFETY: there is memory for `TABLES` versions.
+        let memory = unsafe { self.tables[version / TABLES].byte_add(version % TABLES * bytes) };
         // SAFETY: it was made with room for a table, and the pager gives out versions that no one reads.
         unsafe { self.layout.write(memory, update) };
         self.grad_scale = update.grad_scale;
