@@ -18,9 +18,9 @@ LEVELS = [
     {"cli", "demo", "doctor"},
     {"chat"},
     {"train", "generate", "sampling"},
-    {"checkpoint", "data", "optim", "pager"},
+    {"checkpoint", "data", "optim", "pager", "plan", "pressure"},
     {"lora", "fingerprint", "models"},
-    {"linear", "kv_cache", "tokenizer"},
+    {"linear", "kv_cache", "offload", "tokenizer"},
     {"ops"},
     {"errors", "_core"},
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ MIN_8BIT_SIZE = 4096
 LAYOUTS = ("halfbyte", "torch", "bitsandbytes")
 # Where bitsandbytes puts the tensors of an 8-bit state inside a parameter's state.
 WRAPPED = "__bnb_optimizer_quant_state__"
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A parameter, the number of its group, and its entry of the optimizer's state."""
+
+    param: Tensor
+    group: int
+    state: dict[str, Any]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -60,6 +70,7 @@ class AdamW(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self.pager = Pager(placement, host_limit)
         self._waiting: list[Tensor] | None = []
+        self._members: dict[Slab, list[_Member]] = {}
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         waiting, self._waiting = self._waiting, None
         self._place(waiting)
@@ -91,32 +102,54 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale = self._grad_scale()
-        rules, rule_of = self._rules()
+        begin = self._now()
         for slab in self.pager.slabs:
-            grads = [None if p.grad is None else p.grad.contiguous() for p in slab.params]
-            params = [param.detach() for param in slab.params]
-            chosen = [rule_of[param] for param in slab.params]
-            slab.core.step(params, grads, rules, chosen, scale.get(slab.device), False)
+            grads = [param.grad for param in slab.params]
+            rules, rule_of = self._rules(slab, grads)
+            grads = [None if grad is None else grad.contiguous() for grad in grads]
+            slab.core.step(slab.params, grads, rules, rule_of, scale.get(slab.device), False)
+        end = self._now()
+        if begin is not None and end is not None:
+            self.pager.timed(begin, end)
+        self.pager.stepped()
         return loss
 
-    def _rules(self) -> tuple[list[tuple], dict[Tensor, int]]:
+    def _now(self) -> torch.cuda.Event | None:
+        if self.pager.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.pager.device))
+        return event
+
+    def _rules(
+        self, slab: Slab, grads: Sequence[Tensor | None]
+    ) -> tuple[list[tuple[float, float, float, float, float, int]], list[int]]:
         """The scalars in use, and which of them each parameter has; counts the steps."""
         numbers: dict[tuple[int, int], int] = {}
-        rule_of = {}
-        for index, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                step = self.state[param].get("step", 0) if param in self.state else 0
-                if param.grad is not None:
-                    step += 1
-                    self.state[param]["step"] = step
-                key = (index, max(step, 1))
-                rule_of[param] = numbers.setdefault(key, len(numbers))
+        rule_of = []
+        for member, grad in zip(self._members_of(slab), grads, strict=True):
+            if grad is not None:
+                if not member.state:
+                    self.state[member.param] = member.state
+                member.state["step"] = member.state.get("step", 0) + 1
+            key = (member.group, member.state.get("step", 1))
+            rule_of.append(numbers.setdefault(key, len(numbers)))
         rules = []
         for index, step in numbers:
             group = self.param_groups[index]
             scalars = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
             rules.append((*scalars, step))
         return rules, rule_of
+
+    def _members_of(self, slab: Slab) -> list[_Member]:
+        """A slab's parameters with their groups and states: looking them up takes long."""
+        if slab not in self._members:
+            group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+            self._members[slab] = [
+                _Member(param, group_of[param], self.state[param] if param in self.state else {})
+                for param in slab.params
+            ]
+        return self._members[slab]
 
     def _grad_scale(self) -> dict[torch.device, Tensor]:
         """min(1, max_grad_norm / norm) as a one-element tensor on every device in use."""
@@ -180,6 +213,7 @@ class AdamW(torch.optim.Optimizer):
         for param in params:
             if param in found:
                 self.state[param] = {"step": found[param]["step"]}
+        self._members.clear()
         for slab, moments in zip(self.pager.slabs, values, strict=True):
             slab.write(moments)
 

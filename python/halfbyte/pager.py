@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte import _core
+from halfbyte.offload import MIN_TOKENS, ActivationOffload
+from halfbyte.pressure import (
+    Attempt,
+    Gradients,
+    Predictor,
+    RandomState,
+    free_memory,
+    total_memory,
+)
 
 BLOCKSIZE = 256
 PAGE = 1 << 17
 PLACEMENTS = ("auto", "device", "host")
 # Share of a device's memory that state leaves free when it comes (back) to the device.
 MARGIN = 0.05
+# Steps without pressure before state comes back.
+QUIET_STEPS = 20
+TRACE_EVENTS = 100_000
 # The code of zero in the signed map; the unsigned map's is 0.
 ZERO_CODE = 127
 
@@ -159,11 +176,13 @@ class Slab:
 
 
 class Pager:
-    """Where the optimizer's state is. Made by `optim.AdamW`, which has it as `pager`.
+    """Where the optimizer's state is, and what happens when memory is short.
 
-    placement: "device" keeps the state there; "host" keeps it in pinned host memory, where it is
-    updated across the bus; "auto" keeps it on the device while it fits and moves it on pressure.
-    host_limit: most bytes of host memory to reserve.
+    Made by `optim.AdamW`, which has it as `pager`. placement: "device" keeps the state there;
+    "host" keeps it in pinned host memory, where it is updated across the bus; "auto" keeps it on
+    the device while it fits and moves it on pressure. host_limit: most bytes of host memory.
+
+    A training loop gets the whole ladder by `micro_step`, or all but the splitting by `attempts`.
 
     Raises ValueError for another placement, HostMemoryError where host memory is short.
     """
@@ -174,9 +193,28 @@ class Pager:
         self.placement = placement
         self.host_limit = host_limit
         self.slabs: list[Slab] = []
-        self.evicted: Counter[str] = Counter()
-        self.restored: Counter[str] = Counter()
+        self.predictor = Predictor()
         self.decision = "nothing was decided yet"
+        self._evicted: Counter[str] = Counter()
+        self._restored: Counter[str] = Counter()
+        self._absorbed: Counter[str] = Counter()
+        self._offloads: dict[torch.device, ActivationOffload] = {}
+        self._offload_from: int | None = None
+        self._quiet = 0
+        self._longest = 0
+        self._peak = 0
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._exposed_ms = 0.0
+        self._events: deque[dict[str, Any]] = deque(maxlen=TRACE_EVENTS)
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [param for slab in self.slabs for param in slab.params]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter, and so of the model's forward and backward."""
+        return self.slabs[0].device if self.slabs else torch.device("cpu")
 
     def add(self, params: Sequence[Tensor], moments: str) -> Slab:
         """Make room for the moments of more parameters of one device."""
@@ -190,27 +228,32 @@ class Pager:
         return slab
 
     def evict(self, nbytes: int, cause: str = "asked") -> int:
-        """Move state of at least `nbytes` to host memory, as far as there is; returns the bytes."""
+        """Move state of at least `nbytes` to host memory, as far as there is; returns the bytes.
+
+        Waits until the device memory is free. The state stays where it is with placement "device".
+        """
         freed = 0
-        for slab in reversed(self.slabs):
-            if freed < nbytes:
-                freed += slab.demote(slab.core.victims(nbytes - freed))
+        with self._span("evict", cause=cause):
+            for slab in reversed(self.slabs):
+                if freed < nbytes:
+                    freed += slab.demote(slab.core.victims(nbytes - freed))
         if freed:
-            self.evicted[cause] += freed
+            self._evicted[cause] += freed
+            self._quiet = 0
         self.decision = f"{cause}: {nbytes:,} bytes wanted, {freed:,} of state moved to the host"
         return freed
 
-    def restore(self, cause: str = "asked", keep_free: int | None = None) -> int:
-        """Move state back to the device, as much as leaves `keep_free` bytes; returns the bytes."""
+    def restore(self, cause: str = "asked", keep_free: int = 0) -> int:
+        """Move state back to the device, as far as it leaves `keep_free` bytes and a margin."""
         moved = 0
-        for slab in self.slabs:
-            room = free_memory(slab.device)
-            margin = int(MARGIN * total_memory(slab.device)) if keep_free is None else keep_free
-            frames = slab.core.returners(max(0, room - margin))
-            moved += slab.promote(frames)
+        with self._span("restore", cause=cause):
+            for slab in self.slabs:
+                margin = int(MARGIN * total_memory(slab.device))
+                room = free_memory(slab.device) - margin - keep_free
+                moved += slab.promote(slab.core.returners(max(0, room)))
         if moved:
-            self.restored[cause] += moved
-        self.decision = f"{cause}: {moved:,} bytes of state moved to the device"
+            self._restored[cause] += moved
+            self.decision = f"{cause}: {moved:,} bytes of state moved to the device"
         return moved
 
     def settle(self) -> None:
@@ -218,8 +261,167 @@ class Pager:
         for slab in self.slabs:
             slab.core.wait_for_all()
 
+    def expect(self, shape: Sequence[int], model: Any = None) -> None:
+        """Make room for a micro-batch of ids [B, T] before it runs, by what is known of others."""
+        tokens = math.prod(shape)
+        self._longest = max(self._longest, tokens)
+        predicted = self.predictor.predict(tokens)
+        if predicted is None or self.device.type != "cuda":
+            return
+        missing = predicted - free_memory(self.device)
+        if missing > 0:
+            missing -= self.evict(missing, "predicted")
+        if missing > 0 and self._can_offload(shape, model):
+            self._offload_from = min(tokens, self._offload_from or tokens)
+
+    def attempts(self, shape: Sequence[int], model: Any = None) -> Iterator[Attempt]:
+        """Tries of one micro-batch of ids [B, T]: forward and backward go into `with attempt:`.
+
+            for attempt in optimizer.pager.attempts(ids.shape, model):
+                with attempt:
+                    loss = model(ids, labels=labels).loss
+                    loss.backward()
+
+        Makes room before; after torch.OutOfMemoryError puts gradients and generators back, makes
+        more room and yields another try, with the same numbers as if nothing had happened. model:
+        a Decoder whose checkpointed activations may go to host memory (given gradient
+        checkpointing). Raises torch.OutOfMemoryError saying what was tried when nothing is left.
+        """
+        self.expect(shape, model)
+        tokens, tried = math.prod(shape), []
+        gradients, random = Gradients(self.params), RandomState.of(self.device)
+        offloaded = self._offload_from is not None and tokens >= self._offload_from
+        while True:
+            before = self._begin()
+            self._set_offload(model, shape, offloaded)
+            attempt = Attempt(gradients)
+            with self._span("micro step", tokens=tokens):
+                yield attempt
+            self._set_offload(model, shape, False)
+            if attempt.done:
+                if not offloaded:
+                    self._learn(tokens, before)
+                return
+            random.restore()
+            rung = self._climb(gradients, shape, model, offloaded)
+            if rung is None:
+                gradients.restore()
+                raise torch.OutOfMemoryError(self._ledger(shape, tried, attempt.failure))
+            offloaded = offloaded or rung == "activations"
+            tried.append(rung)
+
+    def micro_step(self, work: Callable[..., Tensor], *batch: Tensor, model: Any = None) -> Tensor:
+        """Run work(*batch), a forward and backward that returns its loss, whatever memory does.
+
+        As `attempts`; and when nothing else helps, the batch is split along its first dimension and
+        the losses are added up, so that `work` must divide by a number that does not depend on the
+        part it is given (the tokens of the whole step). Raises torch.OutOfMemoryError for a batch
+        of one row that does not fit.
+        """
+        try:
+            for attempt in self.attempts(batch[0].shape, model):
+                with attempt:
+                    loss = work(*batch)
+            return loss
+        except torch.OutOfMemoryError:
+            if batch[0].shape[0] < 2:
+                raise
+        self._absorbed["split"] += 1
+        self.decision = f"split: {list(batch[0].shape)} in two"
+        half = (batch[0].shape[0] + 1) // 2
+        first = self.micro_step(work, *(part[:half] for part in batch), model=model)
+        return first + self.micro_step(work, *(part[half:] for part in batch), model=model)
+
+    def _begin(self) -> int:
+        """Bytes allocated before a micro-batch, whose peak is measured from here."""
+        if self.device.type != "cuda":
+            return 0
+        self._peak = self.peak_bytes()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def _learn(self, tokens: int, before: int) -> None:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) - before
+            self.predictor.learn(tokens, peak)
+
+    def _climb(
+        self, gradients: Gradients, shape: Sequence[int], model: Any, offloaded: bool
+    ) -> str | None:
+        """Make room after a try that failed; what was done, None if nothing was left to do."""
+        rung = None
+        if self.evict(1 << 62, "out of memory") + gradients.to_host() > 0:
+            rung = "state"
+        elif not offloaded and self._can_offload(shape, model):
+            rung = "activations"
+            tokens = math.prod(shape)
+            self._offload_from = min(tokens, self._offload_from or tokens)
+            self.decision = f"activations: offloaded from {self._offload_from} tokens on"
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if rung is not None:
+            self._absorbed[rung] += 1
+        return rung
+
+    def _can_offload(self, shape: Sequence[int], model: Any) -> bool:
+        return bool(
+            model is not None
+            and getattr(model, "gradient_checkpointing", False)
+            and math.prod(shape) >= MIN_TOKENS
+            and self.placement != "device"
+        )
+
+    def _set_offload(self, model: Any, shape: Sequence[int], on: bool) -> None:
+        if model is None or not hasattr(model, "gradient_checkpointing"):
+            return
+        if not (on and self._can_offload(shape, model)):
+            model.model.offload = None
+            return
+        if self.device not in self._offloads:
+            self._offloads[self.device] = ActivationOffload(self.device)
+        model.model.offload = self._offloads[self.device]
+
+    def _ledger(self, shape: Sequence[int], tried: list[str], failure: str | None) -> str:
+        stats = self.stats()
+        grads = sum(p.grad.nbytes for p in self.params if p.grad is not None)
+        held = ""
+        if self.device.type == "cuda":
+            used, cap = torch.cuda.memory_allocated(self.device), total_memory(self.device)
+            held = f" of {used:,} bytes allocated where {cap:,} may be"
+        return (
+            f"a micro-batch of {list(shape)} tokens does not fit in memory ({failure}). "
+            f"Tried: {', '.join(tried) or 'nothing was left to move'}. Held{held}: optimizer state "
+            f"{stats['device_bytes']:,} on the device and {stats['host_bytes']:,} on the host, "
+            f"gradients {grads:,}, parameters {sum(p.nbytes for p in self.params):,}"
+        )
+
+    def stepped(self) -> None:
+        """After an optimizer step: bring state back once memory has long been easy."""
+        while self._waits and self._waits[0][1].query():
+            begin, end = self._waits.popleft()
+            self._exposed_ms += begin.elapsed_time(end)
+        self._quiet += 1
+        if self.placement != "auto" or self._quiet < QUIET_STEPS or self.device.type != "cuda":
+            return
+        # The longest batch of late has to fit beside what comes back.
+        keep_free = self.predictor.predict(self._longest) or 0
+        self.restore("quiet", keep_free)
+        self._quiet = self._longest = 0
+
+    def timed(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        """Count the time between two events of torch's stream as spent on an update."""
+        self._waits.append((begin, end))
+
+    def peak_bytes(self) -> int:
+        """Most bytes that torch had allocated at once: micro-batches reset torch's own count."""
+        if self.device.type != "cuda":
+            return 0
+        return max(self._peak, torch.cuda.max_memory_allocated(self.device))
+
     def stats(self) -> dict[str, Any]:
-        """Bytes of state by place; bytes moved, by cause and by updates in place; steps."""
+        """Bytes of state by place, moved by cause and across the bus by updates in place; ms that
+        torch's stream spent on updates; OOMs absorbed by rung; quality of the predictions.
+        """
         moved = [slab.core.moved() for slab in self.slabs]
         total = sum(slab.nbytes for slab in self.slabs)
         on_device = sum(slab.bytes_on_device for slab in self.slabs)
@@ -228,10 +430,17 @@ class Pager:
             "device_bytes": on_device,
             "host_bytes": total - on_device,
             "pinned_bytes": total if self.placement != "device" else 0,
-            "evicted_bytes": dict(self.evicted),
-            "restored_bytes": dict(self.restored),
+            "evicted_bytes": dict(self._evicted),
+            "restored_bytes": dict(self._restored),
             "zero_copy_bytes": sum(of[2] for of in moved),
+            "offloaded_bytes": sum(one.moved_bytes for one in self._offloads.values()),
             "updates": max((of[3] for of in moved), default=0),
+            "update_ms": round(self._exposed_ms, 3),
+            "absorbed": dict(self._absorbed),
+            "prediction_error": {
+                "p50": self.predictor.quantile(0.5),
+                "p99": self.predictor.quantile(0.99),
+            },
         }
 
     def explain(self) -> str:
@@ -243,19 +452,16 @@ class Pager:
             f"Last decision: {self.decision}"
         )
 
+    @contextmanager
+    def _span(self, name: str, **args: Any) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            span = {"name": name, "ph": "X", "pid": 0, "tid": 0, "args": args}
+            now = time.perf_counter()
+            self._events.append(span | {"ts": begin * 1e6, "dur": (now - begin) * 1e6})
 
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device that this process may use, its memory fraction counted; CPU: 2**63."""
-    if device.type != "cuda":
-        return 1 << 63
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
-    return int(torch.cuda.get_device_properties(device).total_memory * fraction)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that torch can still hand out: free on the device, under the fraction, or cached."""
-    if device.type != "cuda":
-        return 1 << 62
-    used = torch.cuda.memory_allocated(device)
-    cached = torch.cuda.memory_reserved(device) - used
-    return min(torch.cuda.mem_get_info(device)[0] + cached, total_memory(device) - used)
+    def write_trace(self, path: str | Path) -> None:
+        """Write the host's view of moves and micro-steps for chrome://tracing, as JSON."""
+        Path(path).write_text(json.dumps({"traceEvents": list(self._events)}))

@@ -260,6 +260,7 @@ def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> AdamW:
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         state=config.optim,
+        placement=config.placement,
     )
 
 

@@ -1,9 +1,4 @@
-//! Which frames move, and when.
-
-/// Steps without pressure before state may come back to the device.
-pub const QUIET_STEPS: u32 = 20;
-/// Share of the device's memory that stays free when state comes back.
-pub const MARGIN: f64 = 0.05;
+//! Which frames move.
 
 /// The fewest of `frames` (index, bytes) on the device that free `bytes`, the last of the slab first: their update
 /// comes last in a step. All of them if that is not enough.
