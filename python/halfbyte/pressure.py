@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -32,6 +32,7 @@ class Predictor:
     """Peak bytes of a micro-batch as a + b * tokens, by least squares over those that ran."""
 
     def __init__(self) -> None:
+        self.estimate: Callable[[int], int] | None = None
         self.samples = 0
         self.mean_tokens = self.mean_peak = 0.0
         self.variance = self.covariance = 0.0
@@ -58,8 +59,13 @@ class Predictor:
         return self.mean_peak + slope * (tokens - self.mean_tokens)
 
     def predict(self, tokens: int) -> int | None:
-        """Bytes above what is allocated before it, the largest miss so far added; None at first."""
-        return None if self.samples == 0 else math.ceil(self._line(tokens) + self.worst)
+        """Bytes above what is allocated before it, the largest miss so far added.
+
+        Before anything was learnt it is what `estimate` says, None without one.
+        """
+        if self.samples == 0:
+            return None if self.estimate is None else self.estimate(tokens)
+        return math.ceil(self._line(tokens) + self.worst)
 
     def quantile(self, q: float) -> float:
         """Relative error (predicted over measured, less 1) of predictions so far."""

@@ -32,6 +32,7 @@ from halfbyte.fingerprint import fingerprint
 from halfbyte.lora import LoraConfig, LoRALinear, adapter_parameters, adapter_tensors, inject
 from halfbyte.models import Decoder
 from halfbyte.optim import AdamW
+from halfbyte.plan import Setup, footprint
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.monitor import Monitor
 from halfbyte.train.world import World
@@ -125,7 +126,7 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
         model=model,
         base=base,
         parameters=parameters,
-        optimizer=_optimizer(config, parameters),
+        optimizer=_optimizer(config, model, parameters),
         rows=rows,
         eval_rows=eval_rows,
         report=report,
@@ -251,9 +252,9 @@ def _alphas(model: Decoder) -> list[float]:
     return sorted({layer.lora_alpha for layer in model.modules() if isinstance(layer, LoRALinear)})
 
 
-def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> AdamW:
+def _optimizer(config: TrainConfig, model: Decoder, parameters: list[nn.Parameter]) -> AdamW:
     beta1, beta2 = config.adam_betas
-    return AdamW(
+    optimizer = AdamW(
         parameters,
         lr=config.learning_rate,
         betas=(beta1, beta2),
@@ -262,6 +263,13 @@ def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> AdamW:
         state=config.optim,
         placement=config.placement,
     )
+
+    def first_estimate(tokens: int) -> int:
+        setup = Setup(seq=tokens, r=config.lora_r, optim=config.optim, quant_type=config.quant_type)
+        return footprint(model.config, setup).activations
+
+    optimizer.pager.predictor.estimate = first_estimate
+    return optimizer
 
 
 def _dtype(model: Decoder) -> torch.dtype:
