@@ -71,6 +71,10 @@ class AdamW(torch.optim.Optimizer):
         self.pager = Pager(placement, host_limit)
         self._waiting: list[Tensor] | None = []
         self._members: dict[Slab, list[_Member]] = {}
+        self._overlapping = False
+        # Gradients that an update under way reads, and the parameters of no module of `overlap`.
+        self._pending: dict[Slab, list[Tensor | None]] = {}
+        self._apart: dict[Slab, list[int]] = {}
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         waiting, self._waiting = self._waiting, None
         self._place(waiting)
@@ -102,17 +106,60 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale = self._grad_scale()
+        self.pager.settle()
+        self._pending.clear()
         begin = self._now()
         for slab in self.pager.slabs:
             grads = [param.grad for param in slab.params]
             rules, rule_of = self._rules(slab, grads)
             grads = [None if grad is None else grad.contiguous() for grad in grads]
-            slab.core.step(slab.params, grads, rules, rule_of, scale.get(slab.device), False)
+            factor = scale.get(slab.device)
+            overlapped = self._overlapping and slab.bytes_on_device < slab.nbytes
+            slab.core.step(slab.params, grads, rules, rule_of, factor, overlapped)
+            if overlapped:
+                self._pending[slab] = [*grads, factor]
+                self._wait_for({slab: self._apart[slab]})
         end = self._now()
         if begin is not None and end is not None:
             self.pager.timed(begin, end)
         self.pager.stepped()
         return loss
+
+    def overlap(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Let updates of state in host memory run beside the next forward pass.
+
+        The forward of each of `modules` (say, a decoder's layers) waits for the updates of its
+        own parameters, and `step` for all others. Whatever else reads a parameter after `step`
+        calls `pager.settle()` before; `state_dict` does.
+        """
+        inside: set[Tensor] = set()
+        for module in modules:
+            mine = set(module.parameters())
+            inside |= mine
+            places = {
+                slab: [i for i, param in enumerate(slab.params) if param in mine]
+                for slab in self.pager.slabs
+            }
+            module.register_forward_pre_hook(lambda *_, places=places: self._wait_for(places))
+        self._apart = {
+            slab: [i for i, param in enumerate(slab.params) if param not in inside]
+            for slab in self.pager.slabs
+        }
+        self._overlapping = True
+
+    def _wait_for(self, places: dict[Slab, list[int]]) -> None:
+        """Let torch's stream wait for updates under way, and let go of their gradients."""
+        for slab, numbers in places.items():
+            held = self._pending.get(slab)
+            for number in numbers if held is not None else ():
+                slab.core.wait_for(number)
+                held[number] = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; gradients that are to be zeroed in place are waited for first."""
+        if not set_to_none:
+            self.pager.settle()
+        super().zero_grad(set_to_none)
 
     def _now(self) -> torch.cuda.Event | None:
         if self.pager.device.type != "cuda":

@@ -31,6 +31,8 @@ PAGE = 1 << 17
 PLACEMENTS = ("auto", "device", "host")
 # Share of a device's memory that state leaves free when it comes (back) to the device.
 MARGIN = 0.05
+# Memory that a batch takes over what is allocated: pieces too small to be used.
+SLACK = 1.1
 # Steps without pressure before state comes back.
 QUIET_STEPS = 20
 TRACE_EVENTS = 100_000
@@ -268,7 +270,7 @@ class Pager:
         predicted = self.predictor.predict(tokens)
         if predicted is None or self.device.type != "cuda":
             return
-        missing = predicted - free_memory(self.device)
+        missing = int(SLACK * predicted) - free_memory(self.device)
         if missing > 0:
             missing -= self.evict(missing, "predicted")
         if missing > 0 and self._can_offload(shape, model):
@@ -303,7 +305,7 @@ class Pager:
                     self._learn(tokens, before)
                 return
             random.restore()
-            rung = self._climb(gradients, shape, model, offloaded)
+            rung = self._climb(gradients, shape, model, offloaded, tried)
             if rung is None:
                 gradients.restore()
                 raise torch.OutOfMemoryError(self._ledger(shape, tried, attempt.failure))
@@ -346,12 +348,20 @@ class Pager:
             self.predictor.learn(tokens, peak)
 
     def _climb(
-        self, gradients: Gradients, shape: Sequence[int], model: Any, offloaded: bool
+        self,
+        gradients: Gradients,
+        shape: Sequence[int],
+        model: Any,
+        offloaded: bool,
+        tried: list[str],
     ) -> str | None:
         """Make room after a try that failed; what was done, None if nothing was left to do."""
         rung = None
         if self.evict(1 << 62, "out of memory") + gradients.to_host() > 0:
             rung = "state"
+        elif not tried and self.device.type == "cuda":
+            # What is cached in pieces comes back in one.
+            rung = "cache"
         elif not offloaded and self._can_offload(shape, model):
             rung = "activations"
             tokens = math.prod(shape)

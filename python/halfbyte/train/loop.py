@@ -178,6 +178,7 @@ def _save(run: Run, rng: dict[str, Any]) -> None:
     """A checkpoint of everything that decides the next losses; `rng` is this rank's state."""
     folder = checkpoints.checkpoint_folder(run.output_dir, run.step)
     states = run.world.gather(rng)
+    run.optimizer.pager.settle()
 
     def write() -> None:
         run.monitor.sync()
@@ -448,6 +449,7 @@ def _write_adapter(run: Run, folder: Path) -> None:
 def _finish(run: Run, started: float) -> TrainResult:
     """Write the adapter and the curve, and sum the run up."""
     adapter_dir, curve = run.output_dir / ADAPTER, None
+    run.optimizer.pager.settle()
     run.monitor.close()
     if run.world.main and run.world.device.type == "cuda":
         run.optimizer.pager.write_trace(run.output_dir / TRACE)

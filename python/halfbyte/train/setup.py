@@ -269,6 +269,7 @@ def _optimizer(config: TrainConfig, model: Decoder, parameters: list[nn.Paramete
         return footprint(model.config, setup).activations
 
     optimizer.pager.predictor.estimate = first_estimate
+    optimizer.overlap(model.model.layers)
     return optimizer
 
 
