@@ -23,7 +23,14 @@ from halfbyte.checkpoint import default_device
 from halfbyte.models import Decoder, DecoderConfig
 
 # hidden, intermediate, layers, heads, vocabulary
-SHAPES = {"7b": (4096, 11008, 32, 32, 32000), "tiny": (256, 688, 4, 4, 2048)}
+SHAPES = {
+    "1b": (2048, 5632, 22, 32, 32000),
+    "7b": (4096, 11008, 32, 32, 32000),
+    "13b": (5120, 13824, 40, 40, 32000),
+    "33b": (6656, 17920, 60, 52, 32000),
+    "65b": (8192, 22016, 80, 64, 32000),
+    "tiny": (256, 688, 4, 4, 2048),
+}
 PROMPT_TOKENS = 16
 PEER = "transformers + bitsandbytes"
 
