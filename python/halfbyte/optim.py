@@ -151,7 +151,9 @@ class AdamW(torch.optim.Optimizer):
         """Let torch's stream wait for updates under way, and let go of their gradients."""
         for slab, numbers in places.items():
             held = self._pending.get(slab)
-            for number in numbers if held is not None else ():
+            if held is None:
+                continue
+            for number in numbers:
                 slab.core.wait_for(number)
                 held[number] = None
 

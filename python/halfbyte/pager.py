@@ -290,7 +290,8 @@ class Pager:
         checkpointing). Raises torch.OutOfMemoryError saying what was tried when nothing is left.
         """
         self.expect(shape, model)
-        tokens, tried = math.prod(shape), []
+        tokens = math.prod(shape)
+        tried: list[str] = []
         gradients, random = Gradients(self.params), RandomState.of(self.device)
         offloaded = self._offload_from is not None and tokens >= self._offload_from
         while True:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from halfbyte import _core
 from halfbyte.checkpoint import load
 from halfbyte.data import (
     Batches,
@@ -126,7 +127,7 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
         model=model,
         base=base,
         parameters=parameters,
-        optimizer=_optimizer(config, model, parameters),
+        optimizer=_optimizer(config, world, model, parameters),
         rows=rows,
         eval_rows=eval_rows,
         report=report,
@@ -252,8 +253,11 @@ def _alphas(model: Decoder) -> list[float]:
     return sorted({layer.lora_alpha for layer in model.modules() if isinstance(layer, LoRALinear)})
 
 
-def _optimizer(config: TrainConfig, model: Decoder, parameters: list[nn.Parameter]) -> AdamW:
+def _optimizer(
+    config: TrainConfig, world: World, model: Decoder, parameters: list[nn.Parameter]
+) -> AdamW:
     beta1, beta2 = config.adam_betas
+    budget = _core.Pager.host_budget()
     optimizer = AdamW(
         parameters,
         lr=config.learning_rate,
@@ -262,6 +266,8 @@ def _optimizer(config: TrainConfig, model: Decoder, parameters: list[nn.Paramete
         weight_decay=config.weight_decay,
         state=config.optim,
         placement=config.placement,
+        # Ranks of one host share its memory.
+        host_limit=None if budget is None else budget // world.size,
     )
 
     def first_estimate(tokens: int) -> int:

@@ -1,6 +1,6 @@
 //! `halfbyte._core.Pager`; its methods are described in `_core.pyi`.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use halfbyte_core::ops::adamw::{AdamwScalars, Address, Moments, Slab, Target};
 use halfbyte_core::pager::{CpuPages, Frame, Moved, PageDevice, Pager as State, host_budget, schedule};
@@ -9,7 +9,7 @@ use halfbyte_cuda::CudaPages;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::call::{current_stream, to_py_err};
+use crate::call::{CudaError, current_stream, to_py_err};
 use crate::tensor::Tensor;
 
 type Object<'a, 'py> = &'a Bound<'py, PyAny>;
@@ -39,6 +39,8 @@ pub struct Pager {
     numels: Vec<usize>,
     moments: Moments,
     state: Mutex<AnyPager>,
+    /// The first failure of the driver: what is queued is unknown from then on.
+    broken: OnceLock<String>,
     /// tensors whose memory is lent, by frame
     lent: Mutex<Vec<Option<Py<PyAny>>>>,
     /// device memory of the table in use
@@ -66,7 +68,8 @@ impl Pager {
         let frames = with_pager!(&state, pager => pager.frames().len());
         let lent = Mutex::new((0..frames).map(|_| None).collect());
         let _table = table.map(|table| table.clone().unbind());
-        Ok(Self { device, numels, moments, state: Mutex::new(state), lent, _table })
+        let broken = OnceLock::new();
+        Ok(Self { device, numels, moments, state: Mutex::new(state), broken, lent, _table })
     }
 
     /// Bytes of device memory that the table of a CUDA pager takes.
@@ -242,6 +245,10 @@ impl Pager {
 
     /// Runs `work` on torch's current stream, without the GIL.
     fn run<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut AnyPager) -> Result<T> + Send) -> PyResult<T> {
+        if let Some(first) = self.broken.get() {
+            let hint = "hint: resume from the last checkpoint in a new process";
+            return Err(CudaError::new_err(format!("the pager stopped after an earlier failure ({first}). {hint}")));
+        }
         let stream = match self.device {
             Device::Cpu => 0,
             Device::Cuda(ordinal) => current_stream(py, ordinal)?,
@@ -253,6 +260,9 @@ impl Pager {
             }
             work(&mut state)
         });
+        if let Err(error @ Error::Cuda { .. }) = &done {
+            let _ = self.broken.set(error.to_string());
+        }
         done.map_err(to_py_err)
     }
 
