@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,20 +109,20 @@ class AdamW(torch.optim.Optimizer):
         scale = self._grad_scale()
         self.pager.settle()
         self._pending.clear()
-        begin = self._now()
         for slab in self.pager.slabs:
             grads = [param.grad for param in slab.params]
             rules, rule_of = self._rules(slab, grads)
             grads = [None if grad is None else grad.contiguous() for grad in grads]
             factor = scale.get(slab.device)
             overlapped = self._overlapping and slab.bytes_on_device < slab.nbytes
-            slab.core.step(slab.params, grads, rules, rule_of, factor, overlapped)
+            with ExitStack() as timing:
+                timing.enter_context(self.pager.timed("update_ms", slab, there=True))
+                if not overlapped:
+                    timing.enter_context(self.pager.timed("exposed_ms", slab))
+                slab.core.step(slab.params, grads, rules, rule_of, factor, overlapped)
             if overlapped:
                 self._pending[slab] = [*grads, factor]
                 self._wait_for({slab: self._apart[slab]})
-        end = self._now()
-        if begin is not None and end is not None:
-            self.pager.timed(begin, end)
         self.pager.stepped()
         return loss
 
@@ -151,24 +152,19 @@ class AdamW(torch.optim.Optimizer):
         """Let torch's stream wait for updates under way, and let go of their gradients."""
         for slab, numbers in places.items():
             held = self._pending.get(slab)
-            if held is None:
+            waiting = [number for number in numbers if held and held[number] is not None]
+            if not held or not waiting:
                 continue
-            for number in numbers:
-                slab.core.wait_for(number)
-                held[number] = None
+            with self.pager.timed("exposed_ms", slab):
+                for number in waiting:
+                    slab.core.wait_for(number)
+                    held[number] = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; gradients that are to be zeroed in place are waited for first."""
         if not set_to_none:
             self.pager.settle()
         super().zero_grad(set_to_none)
-
-    def _now(self) -> torch.cuda.Event | None:
-        if self.pager.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.pager.device))
-        return event
 
     def _rules(
         self, slab: Slab, grads: Sequence[Tensor | None]

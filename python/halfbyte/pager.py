@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class Slab:
             for frame in range(len(self.core.frames())):
                 self.core.lend(frame, self._memory(frame))
         self._clear()
+
+    @cached_property
+    def update_stream(self) -> torch.cuda.ExternalStream:
+        """The pager's own stream of updates."""
+        return torch.cuda.ExternalStream(self.core.update_stream(), self.device)
 
     @property
     def nbytes(self) -> int:
@@ -205,8 +211,11 @@ class Pager:
         self._quiet = 0
         self._longest = 0
         self._peak = 0
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._exposed_ms = 0.0
+        self._spans: dict[str, deque[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
+            "update_ms": deque(),
+            "exposed_ms": deque(),
+        }
+        self._ms: Counter[str] = Counter()
         self._events: deque[dict[str, Any]] = deque(maxlen=TRACE_EVENTS)
 
     @property
@@ -408,9 +417,10 @@ class Pager:
 
     def stepped(self) -> None:
         """After an optimizer step: bring state back once memory has long been easy."""
-        while self._waits and self._waits[0][1].query():
-            begin, end = self._waits.popleft()
-            self._exposed_ms += begin.elapsed_time(end)
+        for name, spans in self._spans.items():
+            while spans and spans[0][1].query():
+                begin, end = spans.popleft()
+                self._ms[name] += begin.elapsed_time(end)
         self._quiet += 1
         if self.placement != "auto" or self._quiet < QUIET_STEPS or self.device.type != "cuda":
             return
@@ -419,9 +429,20 @@ class Pager:
         self.restore("quiet", keep_free)
         self._quiet = self._longest = 0
 
-    def timed(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        """Count the time between two events of torch's stream as spent on an update."""
-        self._waits.append((begin, end))
+    @contextmanager
+    def timed(self, name: str, slab: Slab, there: bool = False) -> Iterator[None]:
+        """Count the time from here on torch's stream to the end, there or on the stream of updates:
+        "update_ms" is all of it, "exposed_ms" what torch's stream waits.
+        """
+        if slab.device.type != "cuda":
+            yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        current = torch.cuda.current_stream(slab.device)
+        begin.record(current)
+        yield
+        end.record(slab.update_stream if there else current)
+        self._spans[name].append((begin, end))
 
     def peak_bytes(self) -> int:
         """Most bytes that torch had allocated at once: micro-batches reset torch's own count."""
@@ -446,7 +467,8 @@ class Pager:
             "zero_copy_bytes": sum(of[2] for of in moved),
             "offloaded_bytes": sum(one.moved_bytes for one in self._offloads.values()),
             "updates": max((of[3] for of in moved), default=0),
-            "update_ms": round(self._exposed_ms, 3),
+            "update_ms": round(self._ms["update_ms"], 3),
+            "exposed_ms": round(self._ms["exposed_ms"], 3),
             "absorbed": dict(self._absorbed),
             "prediction_error": {
                 "p50": self.predictor.quantile(0.5),

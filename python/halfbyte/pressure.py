@@ -15,8 +15,10 @@ def total_memory(device: torch.device) -> int:
     """Bytes of the device that this process may use, its memory fraction counted; CPU: 2**62."""
     if device.type != "cuda":
         return 1 << 62
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
-    return int(torch.cuda.get_device_properties(device).total_memory * fraction)
+    total = torch.cuda.get_device_properties(device).total_memory
+    # Before torch 2.8 a limit cannot be read: retries find it.
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    return int(total * fraction(device))
 
 
 def free_memory(device: torch.device) -> int:

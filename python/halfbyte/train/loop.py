@@ -274,6 +274,7 @@ def _paging(run: Run) -> dict[str, Any]:
         "evicted_gb": round(sum(stats["evicted_bytes"].values()) / 1e9, 3),
         "offloaded_gb": round(stats["offloaded_bytes"] / 1e9, 3),
         "update_ms": stats["update_ms"],
+        "exposed_ms": stats["exposed_ms"],
         "ooms_absorbed": sum(stats["absorbed"].values()),
     }
 
