@@ -2,8 +2,6 @@
 
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::ops::adamw::Adamw;
-use crate::ops::adamw_8bit::Adamw8bit;
 use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
@@ -95,16 +93,6 @@ impl Backend for CpuBackend {
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
         args.run_on_cpu(self.simd);
-        Ok(())
-    }
-
-    fn adamw(&self, args: Adamw<'_>) -> Result<()> {
-        args.run_on_cpu();
-        Ok(())
-    }
-
-    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
-        args.run_on_cpu();
         Ok(())
     }
 

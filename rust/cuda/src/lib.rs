@@ -4,7 +4,6 @@
 //! operation can be captured in a CUDA graph.
 
 mod adamw;
-mod adamw_8bit;
 mod args;
 mod cross_entropy;
 mod dequantize_4bit;
@@ -16,6 +15,7 @@ mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
 mod paged_attention;
+mod pager;
 mod quantize_4bit;
 mod quantize_blockwise;
 mod rms_norm;
@@ -25,8 +25,6 @@ mod swiglu;
 #[cfg(test)]
 mod tests;
 
-use halfbyte_core::ops::adamw::Adamw;
-use halfbyte_core::ops::adamw_8bit::Adamw8bit;
 use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
@@ -43,6 +41,7 @@ use halfbyte_core::ops::swiglu::{Swiglu, SwigluBackward};
 use halfbyte_core::{Backend, Error, Result};
 
 use launch::Launcher;
+pub use pager::CudaPages;
 
 /// What the embedded kernels were built by and for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,14 +122,6 @@ impl Backend for CudaBackend {
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
         paged_attention::launch(&self.launcher, args)
-    }
-
-    fn adamw(&self, args: Adamw<'_>) -> Result<()> {
-        adamw::launch(&self.launcher, args)
-    }
-
-    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
-        adamw_8bit::launch(&self.launcher, args)
     }
 
     fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {

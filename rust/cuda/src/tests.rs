@@ -22,7 +22,6 @@ macro_rules! sources {
 
 static SOURCES: &[Sources] = sources!(
     adamw,
-    adamw_8bit,
     cross_entropy,
     dequantize_4bit,
     dequantize_blockwise,
@@ -85,9 +84,10 @@ fn constant(source: &str, name: &str) -> Option<usize> {
 fn launchers_and_kernels_agree_on_their_geometry() {
     let expected = [
         ("adamw", "THREADS", crate::adamw::THREADS as usize),
-        ("adamw", "PER_THREAD", crate::adamw::PER_THREAD),
-        ("adamw_8bit", "THREADS", crate::adamw_8bit::THREADS as usize),
-        ("adamw_8bit", "BLOCKSIZE", halfbyte_core::ops::adamw_8bit::STATE_BLOCKSIZE),
+        ("adamw", "BLOCK", halfbyte_core::ops::adamw::BLOCK),
+        ("adamw", "BLOCKS_PER_PAGE", halfbyte_core::ops::adamw::BLOCKS_PER_PAGE),
+        ("adamw", "SLICE", crate::adamw::SLICE),
+        ("adamw", "CTAS", crate::adamw::CTAS_PER_MULTIPROCESSOR),
         ("cross_entropy", "THREADS", crate::cross_entropy::THREADS as usize),
         ("dequantize_4bit", "THREADS", crate::dequantize_4bit::THREADS as usize),
         ("dequantize_4bit", "GROUPS", crate::dequantize_4bit::GROUPS),
