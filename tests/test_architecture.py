@@ -25,7 +25,7 @@ LEVELS = [
     {"sampling", "reply", "prefix_cache"},
     {"checkpoint", "data", "optim"},
     {"lora", "fingerprint", "models"},
-    {"linear", "kv_cache", "tokenizer"},
+    {"linear", "kv_cache", "recording", "tokenizer"},
     {"ops"},
     {"errors", "_core"},
 ]

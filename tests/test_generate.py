@@ -83,17 +83,17 @@ class Scripted(Decoder):
 
     def __init__(self, script: list[int], tokenizer=None, **changes):
         super().__init__(DecoderConfig.from_dict({**RAW, **changes}))
-        self.script = script
+        # Tensors, because a recorded step does not run this Python again.
+        self.script = torch.tensor([*script, EOS])
+        self.forwards = torch.zeros(1, dtype=torch.int64)
         self.tokenizer = tokenizer
-        self.forwards = 0
         self.eval()
 
     def forward(self, ids, labels=None, cache: CacheStep | None = None, num_items=None, **_):
-        token = self.script[self.forwards] if self.forwards < len(self.script) else EOS
-        self.forwards += 1
-        logits = torch.zeros(len(ids), 1, VOCAB)
-        logits[:, 0, token] = 1
-        return Output(None, logits)
+        token = self.script[self.forwards.clamp(max=len(self.script) - 1)]
+        self.forwards.add_(1)
+        logits = (torch.arange(VOCAB) == token).float()
+        return Output(None, logits.repeat(len(ids), 1, 1))
 
 
 def scripted_text(text: str, tokenizer, **changes) -> Scripted:

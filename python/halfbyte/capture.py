@@ -1,4 +1,4 @@
-"""A function of tensors that stay where they are, captured as a CUDA graph."""
+"""A function of tensors that stay where they are, run without Python from the third time on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from halfbyte.recording import Recording, record
+
 T = TypeVar("T")
 
 
@@ -14,19 +16,23 @@ class Captured(Generic[T]):
     """Calls `work` the first time, captures it the second time and replays it from then on.
 
     All ways give the same bits; after a capture the results lie in the same tensors every time.
-    pool: torch's handle of the memory that captures share which never run at the same time.
+    pool: torch's handle of the memory that captures share which never run at the same time; None
+    on the CPU, where work is recorded instead.
     """
 
     def __init__(self, work: Callable[[], T], pool: Any) -> None:
         self.work = work
         self.pool = pool
         self.called = False
-        self.captured: tuple[torch.cuda.CUDAGraph, T] | None = None
+        self.captured: tuple[torch.cuda.CUDAGraph | Recording, T] | None = None
 
     def __call__(self) -> T:
         if not self.called:
             self.called = True
             return self.work()
+        if self.captured is None and self.pool is None:
+            self.captured = record(self.work)
+            return self.captured[1]
         self.captured = self.captured or self._capture()
         graph, results = self.captured
         graph.replay()

@@ -58,8 +58,8 @@ class DecodeStep:
     """The state of up to `rows` sequences on the device, and the step that advances them.
 
     Row b feeds tokens[b] at positions[b]; the step samples its next token and moves it there. A
-    row that no sequence has stays at position 0 of the spare block. On CUDA each variant of the
-    step is captured.
+    row that no sequence has stays at position 0 of the spare block. Each variant of the step is
+    captured.
     """
 
     def __init__(
@@ -115,8 +115,6 @@ class DecodeStep:
     def launch(self, rows: int, kind: Kind, adapted: bool = False) -> Results:
         """Queue one step of the first `rows` rows; adapted: whether some row uses an adapter."""
         key = Variant(next(size for size in BUCKETS if size >= rows), kind, adapted)
-        if not self.tokens.is_cuda:
-            return self.to_host(self._run(*key))
         if key not in self.steps:
             self.steps[key] = Captured(partial(self._run, *key), self._pool)
         return self.to_host(self.steps[key]())

@@ -6,7 +6,9 @@ use crate::ops::adamw_8bit::Adamw8bit;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
-use crate::ops::gemv_4bit::Gemv4bit;
+use crate::ops::gemm_4bit::Gemm4bit;
+use crate::ops::gemv::Gemv;
+use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
@@ -22,8 +24,10 @@ pub trait Backend {
     fn double_quantize(&self, args: DoubleQuantize<'_>) -> Result<()>;
     fn quantize_blockwise(&self, args: QuantizeBlockwise<'_>) -> Result<()>;
     fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()>;
-    /// Several products of one x may go as one.
-    fn gemv_4bit(&self, products: Vec<Gemv4bit<'_>>) -> Result<()>;
+    fn gemv(&self, args: Gemv<'_>) -> Result<()>;
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()>;
+    fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
+    fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()>;
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()>;
     fn adamw(&self, args: Adamw<'_>) -> Result<()>;
     fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()>;

@@ -19,7 +19,7 @@ fn gemv<T: Float>(backend: &CpuBackend, x: &[T], weight: &Weight, m: usize) -> V
         TensorMut::from_slice(&mut out),
         GemvShape { m, n: weight.n, k: weight.k },
     );
-    backend.gemv_4bit(vec![args.unwrap()]).unwrap();
+    backend.gemv_4bit(args.unwrap()).unwrap();
     out
 }
 

@@ -1,5 +1,5 @@
 use halfbyte_core::Result;
-use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 
 use crate::args::{DeviceAbsmax, aligned, args, codebook_row, dtype_index, log2};
 use crate::gemv_4bit_bulk;
@@ -60,16 +60,19 @@ fn grid(tiles_x: usize, tiles_w: usize) -> Dim {
 }
 
 /// In one launch where a kernel takes them so, else one after the other.
-pub(crate) fn launch(launcher: &Launcher, mut products: Vec<Gemv4bit<'_>>) -> Result<()> {
-    products.retain(|product| product.shape.m * product.shape.n > 0);
+pub(crate) fn launch_group(launcher: &Launcher, args: Gemv4bitGroup<'_>) -> Result<()> {
+    let products: Vec<_> = args.into_products().filter(|product| product.shape.m * product.shape.n > 0).collect();
     if gemv_4bit_bulk::fits(launcher.limits(), &products) {
         return gemv_4bit_bulk::launch(launcher, &products);
     }
-    products.into_iter().try_for_each(|product| launch_one(launcher, product))
+    products.into_iter().try_for_each(|product| launch(launcher, product))
 }
 
-fn launch_one(launcher: &Launcher, args: Gemv4bit<'_>) -> Result<()> {
+pub(crate) fn launch(launcher: &Launcher, args: Gemv4bit<'_>) -> Result<()> {
     let (m, n, k) = (args.shape.m, args.shape.n, args.shape.k);
+    if m * n == 0 {
+        return Ok(());
+    }
     if gemv_4bit_bulk::fits(launcher.limits(), std::slice::from_ref(&args)) {
         return gemv_4bit_bulk::launch(launcher, std::slice::from_ref(&args));
     }

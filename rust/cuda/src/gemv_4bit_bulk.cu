@@ -19,7 +19,6 @@ constexpr int WARPS = 16; // that multiply
 constexpr int SCALERS = 2;
 constexpr int ALL_WARPS = WARPS + SCALERS + 2;
 constexpr int MAX_PARTS = 4;
-constexpr int SHARED_BYTES = 169536;
 
 struct Codebook {
     float values[16];
@@ -39,6 +38,7 @@ struct Parts {
 
 #if __CUDA_ARCH__ >= 900
 
+constexpr int SHARED_BYTES = 169536;
 constexpr int STAGES = 2;
 constexpr int SUM_BUFFERS = 2;
 constexpr int PANEL = 16; // rows of W of one mma
@@ -324,7 +324,7 @@ __device__ void gemv_bulk(const T* x, const Parts& parts, int rows_x, int panels
     }
     asm volatile("bar.sync 1, %0;" ::"n"(32 * ALL_WARPS) : "memory");
 
-    const Table table(dynamic);
+    const Table table = Table::first(dynamic);
     const int first_row = blockIdx.y * TILE;
     rows_x = min(rows_x - first_row, TILE);
     if (warp < WARPS) {

@@ -1,7 +1,7 @@
 use std::ptr;
 
 use halfbyte_core::codebook::{FP4, INT4, NF4};
-use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
 use halfbyte_core::{Absmax, DType, QuantType, Result};
 
 use crate::args::{DeviceAbsmax, KernelArg, aligned, args};
@@ -10,7 +10,7 @@ use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 const KERNELS: [&str; 2] = ["gemv_4bit_bulk_f16", "gemv_4bit_bulk_bf16"];
 pub(crate) static FAMILY: Family = family!("gemv_4bit_bulk", &KERNELS);
 
-pub(crate) const MAX_PARTS: usize = 4;
+pub(crate) const MAX_PARTS: usize = MAX_GROUP;
 pub(crate) const PANEL: usize = 16;
 pub(crate) const TILE: usize = 8;
 pub(crate) const SHARED_BYTES: usize = 169536;
@@ -40,7 +40,7 @@ struct Parts([Part; MAX_PARTS]);
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Codebook([f32; 16]);
+pub(crate) struct Codebook([f32; 16]);
 
 impl KernelArg for Parts {}
 impl KernelArg for Codebook {}
@@ -55,8 +55,8 @@ pub(crate) fn fits(limits: Limits, products: &[Gemv4bit<'_>]) -> bool {
             && map_of(other) == map_of(head)
     };
     limits.capability >= (9, 0)
+        && limits.has_machine_code
         && SHARED_BYTES <= limits.shared
-        && products.len() <= MAX_PARTS
         && products.iter().all(|product| fits_alone(product) && same(product))
 }
 
@@ -67,7 +67,8 @@ fn map_of(product: &Gemv4bit<'_>) -> *const std::ffi::c_void {
     }
 }
 
-fn fits_alone(args: &Gemv4bit<'_>) -> bool {
+/// What the kernels of sm_90 and later take of one product.
+pub(crate) fn fits_alone(args: &Gemv4bit<'_>) -> bool {
     let (m, n, k) = (args.shape.m, args.shape.n, args.shape.k);
     let scales = matches!(args.absmax, Absmax::Nested { codes, .. } if aligned(codes, 4));
     let known = args.x.dtype() != DType::F32 && args.blocksize == BLOCKSIZE && k > 0 && k % GRAIN == 0;
@@ -77,7 +78,7 @@ fn fits_alone(args: &Gemv4bit<'_>) -> bool {
 
 /// The codebook, and the factor that makes rounding it to 16 bits cost least: fp4's and int4's values are then whole
 /// numbers, and nf4's rms error falls from 1.4e-3 to 0.9e-3.
-fn codebook(quant_type: QuantType) -> (Codebook, f32) {
+pub(crate) fn codebook(quant_type: QuantType) -> (Codebook, f32) {
     match quant_type {
         QuantType::Nf4 => (Codebook(NF4), 1.43675),
         QuantType::Fp4 => (Codebook(FP4), 12.0),

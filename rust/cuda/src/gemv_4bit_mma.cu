@@ -152,7 +152,7 @@ __device__ void gemv_mma(const T* x, const uint8_t* packed, const Absmax& absmax
     fill_table(shared, 1, blockDim.x, [&](int b) { return __float_as_uint(__ldg(absmax.map + b)); });
     __syncthreads();
 
-    const Table table(shared);
+    const Table table = Table::first(shared);
     float* sums = reinterpret_cast<float*>(shared + TABLE / sizeof(uint4));
     // This lane's elements of a block of x, in the order of exchanged codes; zeros where x has no row.
     rows_x -= blockIdx.y * TILE, x += int64_t(blockIdx.y) * TILE * K, out += int64_t(blockIdx.y) * TILE * N;

@@ -13,17 +13,23 @@ __device__ inline float table_gain(int quant_type) {
 }
 
 // Row b of the table: 32 times the pair of values of byte b, then 32 times entry b of the nested scales' map. An
-// address is put together by one permutation of bytes, since a row has 256 of them; what is left is the place where
-// dynamic shared memory begins, a constant of this architecture that lookups take as an immediate offset.
+// address is put together by one permutation of bytes, since a row has 256 of them, and the place where the table
+// begins.
 struct Table {
     uint32_t lane4 = 4 * lane_id(), base;
 
-    __device__ explicit Table(const void* shared) : base(__cvta_generic_to_shared(shared)) {
+    __device__ explicit Table(const void* shared) : base(__cvta_generic_to_shared(shared)) {}
+
+    // At the beginning of dynamic shared memory, on sm_90 a constant that lookups take as an immediate offset; not in
+    // clusters.
+    __device__ static Table first(const void* shared) {
+        Table table(shared);
 #if __CUDA_ARCH__ == 900
-        if (base != 1024)
+        if (table.base != 1024)
             __trap();
-        base = 1024;
+        table.base = 1024;
 #endif
+        return table;
     }
 
     // Where this lane reads the row of byte `i` of a word.

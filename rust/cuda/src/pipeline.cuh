@@ -49,8 +49,12 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Bar
                  : "memory");
 }
 
-__device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+// A box of a matrix, whose map lies among the kernel's parameters.
+__device__ inline void copy_box(void* to, const void* map, int column, int row, Barrier& done) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(shared_address(to)),
+                 "l"(map), "r"(column), "r"(row), "r"(shared_address(&done))
+                 : "memory");
 }
 
 // The next kernel of the stream may start as soon as there is room. Only kernels that write nothing but activations
