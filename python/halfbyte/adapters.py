@@ -83,7 +83,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, in_features], or [B, in_features] of last tokens -> [..., out_features]."""
-        y = self.base_layer(x)
+        return self.adapt(x, self.base_layer(x))
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """y = base(x) with each row's own adapter added."""
         columns = self.selection.columns
         if columns is None or self.stacked is None:
             return y

@@ -1,4 +1,4 @@
-"""A function of tensors that stay where they are, run without Python from the third time on."""
+"""A function of tensors that stay where they are, captured as a CUDA graph or a recording."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ class Captured(Generic[T]):
     """Calls `work` the first time, captures it the second time and replays it from then on.
 
     All ways give the same bits; after a capture the results lie in the same tensors every time.
-    pool: torch's handle of the memory that captures share which never run at the same time; None
-    on the CPU, where work is recorded instead.
+    device: where `work` computes. pool: torch's handle of the memory that captures share which
+    never run at the same time (CUDA).
     """
 
-    def __init__(self, work: Callable[[], T], pool: Any) -> None:
+    def __init__(self, work: Callable[[], T], device: torch.device, pool: Any) -> None:
         self.work = work
+        self.device = device
         self.pool = pool
         self.called = False
         self.captured: tuple[torch.cuda.CUDAGraph | Recording, T] | None = None
@@ -30,7 +31,8 @@ class Captured(Generic[T]):
         if not self.called:
             self.called = True
             return self.work()
-        if self.captured is None and self.pool is None:
+        if self.captured is None and self.device.type != "cuda":
+            # Recording it has done the work.
             self.captured = record(self.work)
             return self.captured[1]
         self.captured = self.captured or self._capture()

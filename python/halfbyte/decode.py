@@ -116,7 +116,8 @@ class DecodeStep:
         """Queue one step of the first `rows` rows; adapted: whether some row uses an adapter."""
         key = Variant(next(size for size in BUCKETS if size >= rows), kind, adapted)
         if key not in self.steps:
-            self.steps[key] = Captured(partial(self._run, *key), self._pool)
+            work = partial(self._run, *key)
+            self.steps[key] = Captured(work, self.cache.device, self._pool)
         return self.to_host(self.steps[key]())
 
     def rearrange(self) -> None:
@@ -144,7 +145,8 @@ class DecodeStep:
     def to_host(self, sampled: Sampled) -> Results:
         """Send a step's results on their way."""
         if not self.tokens.is_cuda:
-            return Results(sampled, None)
+            # The next step may write its results over these before they are read.
+            return Results(Sampled(*(None if x is None else x.clone() for x in sampled)), None)
         host = Sampled(
             _pinned(sampled.tokens),
             None if sampled.logprobs is None else _pinned(sampled.logprobs),

@@ -30,7 +30,7 @@ class Prefill:
         self.tables = torch.full((1, width), SPARE_BLOCK, dtype=torch.int32, device=device)
         self.lengths = torch.ones(1, dtype=torch.int32, device=device)
         self.positions = torch.arange(CHUNK, device=device)[None]
-        self.forwards = {size: Captured(partial(self._first, size), pool) for size in SIZES}
+        self.forwards = {size: Captured(partial(self._first, size), device, pool) for size in SIZES}
 
     def read(self, ids: Sequence[int], table: Sequence[int], start: int, capture: bool) -> Tensor:
         """Cache a chunk at positions `start` on; logits [1, vocab_size] of its last token.
