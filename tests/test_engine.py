@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import random
 import threading
@@ -586,8 +587,10 @@ def gpu_model(byte_tokenizer):  # noqa: F811
 
 
 def gpu_work() -> list[tuple[list[int], Sampling]]:
+    """Also prompts of several chunks."""
     work = requests_of(random.Random(6), 24)
-    return [(prompt * 9 if i % 5 == 0 else prompt, s) for i, (prompt, s) in enumerate(work)]
+    long = [n % 256 for n in range(900)]
+    return [(long[i * 9 :] if i % 5 == 0 else prompt, s) for i, (prompt, s) in enumerate(work)]
 
 
 def all_at_once(engine: Engine, work) -> list[list[int]]:
@@ -607,6 +610,23 @@ def test_gpu_graph_equals_eager(gpu_model, monkeypatch):
 
     monkeypatch.setattr(Captured, "__call__", lambda captured: captured.work())
     assert all_at_once(Engine(gpu_model, max_batch=8), gpu_work()) == expected
+
+
+@pytest.mark.gpu
+def test_gpu_reads_a_known_prefix_and_the_rest_as_it_reads_all(gpu_model):
+    engine = Engine(copy.deepcopy(gpu_model).float(), max_batch=2)
+    prompt = [n * 7 % 251 for n in range(700)]
+    whole = engine.generate(prompt, max_new_tokens=20).token_ids
+    for known in (16, 300, 512, 690):
+        engine.refresh()
+        engine.generate(prompt[:known] + [9], max_new_tokens=1)
+        for _ in range(3):  # as it is, captured, replayed
+            request = engine.submit(prompt, Sampling(max_new_tokens=20))
+            engine.run([request])
+            assert request.cached_tokens >= known // 16 * 16
+            assert request.reply.tokens == whole
+            engine._scheduler.prefixes.clear()
+            engine.generate(prompt[:known] + [9], max_new_tokens=1)
 
 
 @pytest.mark.gpu
