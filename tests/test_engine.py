@@ -112,6 +112,24 @@ def test_long_prompts_are_read_in_chunks(byte_tokenizer):  # noqa: F811
     assert got == ids[len(prompt) :]
 
 
+def test_padded_chunks_equal_exact_ones():
+    """What a GPU captures, forward by forward, on the CPU."""
+    model = tiny(max_position_embeddings=1024)
+    prompt = [n * 7 % 251 for n in range(700)]
+    exact = model(torch.tensor([prompt])).logits[0]
+    prefill = Engine(model, max_batch=1)._scheduler.prefill
+    table = list(range(1, 46))
+    with torch.inference_mode():
+        start = 0
+        for count in (5, 300, 16, 379):
+            shape = prefill._fill(prompt[start : start + count], table, start)
+            assert shape.size >= count and shape.cached in (0, 64, 512, 1024)
+            start += count
+            got = prefill._padded(shape)[0]
+            assert (got - exact[start - 1]).abs().max() < 2e-4
+    assert start == 700
+
+
 def test_running_sequences_go_on_while_a_long_prompt_is_read():
     model = tiny(max_position_embeddings=4 * CHUNK)
     engine = Engine(model, max_batch=2)

@@ -49,6 +49,16 @@ class Prefill:
         if not self.ids.is_cuda:
             step = self.cache.step([table], [start], [len(ids)])
             return self._logits(torch.tensor([ids], device=self.cache.device), step)
+        shape = self._fill(ids, table, start)
+        if not capture:
+            return self._padded(shape)
+        if shape not in self.forwards:
+            work = partial(self._padded, shape)
+            self.forwards[shape] = Captured(work, self.cache.device, self.pool)
+        return self.forwards[shape]()
+
+    def _fill(self, ids: Sequence[int], table: Sequence[int], start: int) -> Shape:
+        """Write a chunk to where forwards read it; the shape of the one that it needs."""
         width = self.tables.shape[1]
         padded = [*table, *[SPARE_BLOCK] * (width - len(table))]
         self.ids[0, : len(ids)].copy_(torch.tensor(ids), non_blocking=True)
@@ -58,13 +68,7 @@ class Prefill:
         size = next(size for size in SIZES if size >= len(ids))
         # Powers of two, so that a long prompt needs few captures.
         cached = min(1 << (start + size - 1).bit_length(), width * BLOCK) if start else 0
-        shape = Shape(size, cached)
-        if not capture:
-            return self._padded(shape)
-        if shape not in self.forwards:
-            work = partial(self._padded, shape)
-            self.forwards[shape] = Captured(work, self.cache.device, self.pool)
-        return self.forwards[shape]()
+        return Shape(size, cached)
 
     def _padded(self, shape: Shape) -> Tensor:
         step = CacheStep(
