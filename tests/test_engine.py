@@ -563,6 +563,15 @@ def test_a_cancelled_task_cancels_its_request(model):
     assert fully_free(engine)
 
 
+def test_a_loop_that_ends_early_disturbs_no_one(model):
+    engine = Engine(model, max_batch=2)
+    loop = asyncio.new_event_loop()
+    pieces = engine.stream([1], max_new_tokens=200).__aiter__()
+    loop.run_until_complete(pieces.__anext__())
+    loop.close()
+    assert len(engine.generate([2], max_new_tokens=150).token_ids) == 150
+
+
 def test_an_engine_and_its_thread_end_with_their_last_user(model):
     engine = Engine(model, max_batch=1)
     asyncio.run(engine.agenerate([1], max_new_tokens=2))
