@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import random
 import threading
@@ -109,6 +110,24 @@ def test_long_prompts_are_read_in_chunks(byte_tokenizer):  # noqa: F811
         for _ in range(4):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert got == ids[len(prompt) :]
+
+
+def test_padded_chunks_equal_exact_ones():
+    """What a GPU captures, forward by forward, on the CPU."""
+    model = tiny(max_position_embeddings=1024)
+    prompt = [n * 7 % 251 for n in range(700)]
+    exact = model(torch.tensor([prompt])).logits[0]
+    prefill = Engine(model, max_batch=1)._scheduler.prefill
+    table = list(range(1, 46))
+    with torch.inference_mode():
+        start = 0
+        for count in (5, 300, 16, 379):
+            shape = prefill._fill(prompt[start : start + count], table, start)
+            assert shape.size >= count and shape.cached in (0, 64, 512, 1024)
+            start += count
+            got = prefill._padded(shape)[0]
+            assert (got - exact[start - 1]).abs().max() < 2e-4
+    assert start == 700
 
 
 def test_running_sequences_go_on_while_a_long_prompt_is_read():
@@ -544,6 +563,15 @@ def test_a_cancelled_task_cancels_its_request(model):
     assert fully_free(engine)
 
 
+def test_a_loop_that_ends_early_disturbs_no_one(model):
+    engine = Engine(model, max_batch=2)
+    loop = asyncio.new_event_loop()
+    pieces = engine.stream([1], max_new_tokens=200).__aiter__()
+    loop.run_until_complete(pieces.__anext__())
+    loop.close()
+    assert len(engine.generate([2], max_new_tokens=150).token_ids) == 150
+
+
 def test_an_engine_and_its_thread_end_with_their_last_user(model):
     engine = Engine(model, max_batch=1)
     asyncio.run(engine.agenerate([1], max_new_tokens=2))
@@ -586,8 +614,10 @@ def gpu_model(byte_tokenizer):  # noqa: F811
 
 
 def gpu_work() -> list[tuple[list[int], Sampling]]:
+    """Also prompts of several chunks."""
     work = requests_of(random.Random(6), 24)
-    return [(prompt * 9 if i % 5 == 0 else prompt, s) for i, (prompt, s) in enumerate(work)]
+    long = [n % 256 for n in range(900)]
+    return [(long[i * 9 :] if i % 5 == 0 else prompt, s) for i, (prompt, s) in enumerate(work)]
 
 
 def all_at_once(engine: Engine, work) -> list[list[int]]:
@@ -607,6 +637,23 @@ def test_gpu_graph_equals_eager(gpu_model, monkeypatch):
 
     monkeypatch.setattr(Captured, "__call__", lambda captured: captured.work())
     assert all_at_once(Engine(gpu_model, max_batch=8), gpu_work()) == expected
+
+
+@pytest.mark.gpu
+def test_gpu_reads_a_known_prefix_and_the_rest_as_it_reads_all(gpu_model):
+    engine = Engine(copy.deepcopy(gpu_model).float(), max_batch=2)
+    prompt = [n * 7 % 251 for n in range(700)]
+    whole = engine.generate(prompt, max_new_tokens=20).token_ids
+    for known in (16, 300, 512, 690):
+        engine.refresh()
+        engine.generate(prompt[:known] + [9], max_new_tokens=1)
+        for _ in range(3):  # as it is, captured, replayed
+            request = engine.submit(prompt, Sampling(max_new_tokens=20))
+            engine.run([request])
+            assert request.cached_tokens >= known // 16 * 16
+            assert request.reply.tokens == whole
+            engine._scheduler.prefixes.clear()
+            engine.generate(prompt[:known] + [9], max_new_tokens=1)
 
 
 @pytest.mark.gpu

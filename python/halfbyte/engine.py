@@ -7,8 +7,8 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -330,8 +330,11 @@ class Engine:
             self._step()
 
     def _step(self) -> None:
+        device = self._scheduler.cache.device
         try:
-            self._scheduler.step()
+            # The thread's own device, which graphs and events go by, may be another.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                self._scheduler.step()
         except BaseException as error:
             self._scheduler.abandon(error if isinstance(error, Exception) else None)
             raise
@@ -344,7 +347,13 @@ class Engine:
     async def arrivals(self, request: Request) -> AsyncIterator[str]:
         """The pieces of a request's text as they come, made by a thread of the engine's own."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        request.listener = partial(loop.call_soon_threadsafe, arrived.set)
+
+        def tell() -> None:
+            # A loop that was closed meanwhile has no one to tell.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(arrived.set)
+
+        request.listener = tell
         self._drive()
         while True:
             arrived.clear()

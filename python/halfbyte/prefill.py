@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,50 +13,74 @@ from halfbyte.capture import Captured
 from halfbyte.decode import evaluating
 from halfbyte.kv_cache import SPARE_BLOCK, CacheStep, KVCache
 from halfbyte.models import Decoder
+from halfbyte.ops.paged_attention import BLOCK
 
 # Tokens of a prompt that one forward reads; running sequences wait no longer than that takes.
 CHUNK = 512
-# On a GPU a first chunk is padded to one of these, so that a captured forward serves it.
+# On a GPU a chunk is padded to one of these, so that a captured forward serves it.
 SIZES = (32, 64, 128, 256, CHUNK)
 
 
+class Shape(NamedTuple):
+    """Of a forward: tokens that it reads, and cached tokens that they look at (0: none before)."""
+
+    size: int
+    cached: int
+
+
 class Prefill:
-    """The forwards that read prompts. On CUDA those of first chunks are captured, by size."""
+    """The forwards that read prompts; on CUDA each shape of them is captured."""
 
     def __init__(self, model: Decoder, cache: KVCache, width: int, pool: Any = None) -> None:
         device = cache.device
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.pool = model, cache, pool
         self.ids = torch.zeros(1, CHUNK, dtype=torch.int64, device=device)
         self.tables = torch.full((1, width), SPARE_BLOCK, dtype=torch.int32, device=device)
         self.lengths = torch.ones(1, dtype=torch.int32, device=device)
-        self.positions = torch.arange(CHUNK, device=device)[None]
-        self.forwards = {size: Captured(partial(self._first, size), device, pool) for size in SIZES}
+        self.places = torch.arange(CHUNK, device=device)[None]
+        self.positions = self.places.clone()
+        self.forwards: dict[Shape, Captured[Tensor]] = {}
 
     def read(self, ids: Sequence[int], table: Sequence[int], start: int, capture: bool) -> Tensor:
         """Cache a chunk at positions `start` on; logits [1, vocab_size] of its last token.
 
         capture: whether nothing but ids, table and start differs from other calls.
         """
-        if start > 0 or not self.ids.is_cuda:
+        if not self.ids.is_cuda:
             step = self.cache.step([table], [start], [len(ids)])
             return self._logits(torch.tensor([ids], device=self.cache.device), step)
-        padded = [*table, *[SPARE_BLOCK] * (self.tables.shape[1] - len(table))]
+        shape = self._fill(ids, table, start)
+        if not capture:
+            return self._padded(shape)
+        if shape not in self.forwards:
+            work = partial(self._padded, shape)
+            self.forwards[shape] = Captured(work, self.cache.device, self.pool)
+        return self.forwards[shape]()
+
+    def _fill(self, ids: Sequence[int], table: Sequence[int], start: int) -> Shape:
+        """Write a chunk to where forwards read it; the shape of the one that it needs."""
+        width = self.tables.shape[1]
+        padded = [*table, *[SPARE_BLOCK] * (width - len(table))]
         self.ids[0, : len(ids)].copy_(torch.tensor(ids), non_blocking=True)
         self.tables[0].copy_(torch.tensor(padded, dtype=torch.int32), non_blocking=True)
-        self.lengths.fill_(len(ids))
+        self.lengths.fill_(start + len(ids))
+        torch.add(self.places, start, out=self.positions)
         size = next(size for size in SIZES if size >= len(ids))
-        return self.forwards[size]() if capture else self._first(size)
+        # Powers of two, so that a long prompt needs few captures.
+        cached = min(1 << (start + size - 1).bit_length(), width * BLOCK) if start else 0
+        return Shape(size, cached)
 
-    def _first(self, size: int) -> Tensor:
+    def _padded(self, shape: Shape) -> Tensor:
         step = CacheStep(
             cache=self.cache,
             tables=self.tables,
             lengths=self.lengths,
-            positions=self.positions[:, :size],
+            positions=self.positions[:, : shape.size],
             arrived=None,
-            last=(self.lengths - 1).long(),
+            last=(self.lengths - self.positions[:, 0] - 1).long(),
+            cached=shape.cached,
         )
-        return self._logits(self.ids[:, :size], step)
+        return self._logits(self.ids[:, : shape.size], step)
 
     def _logits(self, ids: Tensor, step: CacheStep) -> Tensor:
         with evaluating(self.model):

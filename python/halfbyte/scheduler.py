@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Request:
         adapter: Adapter | None = None,
     ) -> None:
         self.prompt = list(prompt)
-        self.sampling = sampling
+        self.sampling, self.kind = sampling, sampling.kind
         self.seed = seed
         self.reply = reply
         self.root = root
@@ -182,7 +183,7 @@ class Scheduler:
         rows, ends = self.decode.sampling, sorted(request.reply.ends)
         rows.set(row, request.sampling, request.seed, request.prompt, (), ends)
         place = torch.full((1,), position, device=self.cache.device)
-        sampled = rows.sample(logits, place, row, request.sampling.kind)
+        sampled = rows.sample(logits, place, row, request.kind)
         self.decode.place(row, request.blocks, sampled.tokens, position, request.adapter)
         self.prefilling.popleft()
         self.running.append(request)
@@ -193,9 +194,8 @@ class Scheduler:
         """Launch a step if some sequence can take a token more than it has been given."""
         if all(request.sampled >= request.reply.most_tokens for request in self.running):
             return False
-        kind = Kind()
+        kind = reduce(Kind.__or__, {request.kind for request in self.running})
         for request in self.running:
-            kind = kind | request.sampling.kind
             request.sampled += 1
         adapted = any(request.adapter is not None for request in self.running)
         results = self.decode.launch(len(self.running), kind, adapted)
