@@ -20,11 +20,13 @@ from halfbyte.checkpoint import default_device
 from halfbyte.engine import Engine
 from halfbyte.kv_cache import block_bytes, blocks_for
 from halfbyte.models import Decoder
+from halfbyte.sampling import Sampling
 
 BANDWIDTH = 4.3e12
 FIRST = 32
 # Of which the first token is timed.
 PROMPT = 512
+SAMPLED = Sampling(temperature=0.8, top_p=0.95, seed=1)
 
 
 def floor_seconds(model: Decoder, batch: int, context: int) -> float:
@@ -44,8 +46,10 @@ def floor_seconds(model: Decoder, batch: int, context: int) -> float:
 class Run:
     """One engine and prompts that no run before has seen."""
 
-    def __init__(self, model: Decoder, batch: int, context: int, tokens: int) -> None:
-        self.model, self.batch, self.tokens = model, batch, tokens
+    def __init__(
+        self, model: Decoder, batch: int, context: int, tokens: int, sampling: Sampling
+    ) -> None:
+        self.model, self.batch, self.tokens, self.sampling = model, batch, tokens, sampling
         # Attention reads `context` tokens half-way through the reply.
         self.prompt = max(1, context - FIRST - tokens // 2)
         blocks = batch * blocks_for(max(PROMPT + 1, self.prompt + FIRST + tokens))
@@ -58,7 +62,7 @@ class Run:
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
         start = time.perf_counter()
-        self.engine.generate(prompts, max_new_tokens=tokens)
+        self.engine.generate(prompts, self.sampling, max_new_tokens=tokens)
         return time.perf_counter() - start
 
     def decode(self) -> float:
@@ -75,8 +79,10 @@ def timing(work, rounds: int, warmup: int = 1) -> Timing:
 
 
 def measure(model: Decoder, args: argparse.Namespace, batch: int, context: int, r: int) -> None:
-    run = Run(model, batch, context, args.tokens)
+    sampling = SAMPLED if args.sampled else Sampling()
+    run = Run(model, batch, context, args.tokens, sampling)
     fields = {"dtype": "bf16", "model": f"llama-{args.shape}", "r": r, "batch": batch}
+    fields |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     took = timing(run.decode, args.rounds)
     sizes = {"seq": context, "new_tokens": args.tokens}
     row = rate_row("decode", batch * args.tokens, {"halfbyte": took}, **fields, **sizes)
@@ -103,12 +109,13 @@ def start_up(model: Decoder, args: argparse.Namespace) -> None:
     print(f"from Engine(...) to token 1: {first * 1e3:.0f} ms, to token 32: {more * 1e3:.0f} ms")
 
 
+@torch.inference_mode()
 def profile(model: Decoder, batch: int, context: int) -> None:
-    """Kernel times of captured steps, and the time between steps without a profiler."""
-    run = Run(model, batch, context, 64)
-    run.decode()
+    """Where the time of a captured step and of reading a prompt goes."""
+    run = Run(model, batch, context, 64, Sampling())
+    wall = median(run.decode() for _ in range(3)) / run.tokens
     decode = run.engine._scheduler.decode
-    graph = next(graph for key, graph in decode.graphs.items() if key.rows == batch)
+    graph, _ = next(step.captured for key, step in decode.steps.items() if key.rows == batch)
     # Nobody runs any more: the rows get lengths and blocks of their own again.
     decode.lengths.fill_(context)
     blocks = torch.arange(batch * decode.tables.shape[1], device=decode.tables.device)
@@ -119,16 +126,26 @@ def profile(model: Decoder, batch: int, context: int) -> None:
         event.record()
     torch.cuda.synchronize()
     gaps = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
-    print(f"batch {batch}: a replay takes {median(gaps):.3f} ms")
+    print(f"batch {batch}: {wall * 1e3:.3f} ms a step, {median(gaps):.3f} ms of it the replay")
+    print_kernels(lambda: [graph.replay() for _ in range(10)], 10, 16)
+    for row in range(batch):
+        decode.remove(row)
+    if batch == 1:
+        run.seconds(run.prompts(PROMPT), 1)
+        print(f"prompt of {PROMPT}: {run.seconds(run.prompts(PROMPT), 1) * 1e3:.1f} ms")
+        print_kernels(lambda: run.seconds(run.prompts(PROMPT), 1), 1, 10)
+
+
+def print_kernels(work, count: int, most: int) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        for _ in range(10):
-            graph.replay()
+        work()
         torch.cuda.synchronize()
     rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
-    for row in rows[:24]:
+    print(f"{sum(row.device_time_total for row in rows) / count:9.1f} us of kernels, the longest:")
+    for row in rows[:most]:
         each = row.device_time_total / row.count
-        total, count = row.device_time_total / 10, row.count // 10
-        print(f"{total:9.1f} us {count:5d} x {each:7.2f}  {row.key[:90]}")
+        total, launches = row.device_time_total / count, row.count / count
+        print(f"{total:9.1f} us {launches:6.1f} x {each:7.2f}  {row.key[:80]}")
 
 
 def main() -> None:
@@ -140,6 +157,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=0, help="also with an adapter of this rank")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.95")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -83,17 +83,17 @@ class Scripted(Decoder):
 
     def __init__(self, script: list[int], tokenizer=None, **changes):
         super().__init__(DecoderConfig.from_dict({**RAW, **changes}))
-        self.script = script
+        # Tensors, because a recorded step does not run this Python again.
+        self.script = torch.tensor([*script, EOS])
+        self.forwards = torch.zeros(1, dtype=torch.int64)
         self.tokenizer = tokenizer
-        self.forwards = 0
         self.eval()
 
     def forward(self, ids, labels=None, cache: CacheStep | None = None, num_items=None, **_):
-        token = self.script[self.forwards] if self.forwards < len(self.script) else EOS
-        self.forwards += 1
-        logits = torch.zeros(len(ids), 1, VOCAB)
-        logits[:, 0, token] = 1
-        return Output(None, logits)
+        token = self.script[self.forwards.clamp(max=len(self.script) - 1)]
+        self.forwards.add_(1)
+        logits = (torch.arange(VOCAB) == token).float()
+        return Output(None, logits.repeat(len(ids), 1, 1))
 
 
 def scripted_text(text: str, tokenizer, **changes) -> Scripted:
@@ -299,7 +299,8 @@ def sample(logits: torch.Tensor, sampling: Sampling, positions=None, **lists) ->
 
 def edited(logits: torch.Tensor, sampling: Sampling, prompts, replies) -> torch.Tensor:
     rows = sampling_rows([sampling] * len(logits), logits.shape[-1], prompts, replies)
-    return rows._edit(logits, torch.ones(len(logits), dtype=torch.int64), slice(0, len(logits)))
+    assert rows.edits is not None
+    return rows.edits.apply(logits, rows.scalars[:, 3:], torch.zeros(len(logits), dtype=torch.bool))
 
 
 def draws(logits: torch.Tensor, n: int, **fields) -> Counter:
@@ -413,7 +414,7 @@ def test_every_row_has_its_own_settings():
     kind = Kind()
     for sampling in settings:
         kind = kind | sampling.kind
-    assert kind == Kind(True, True, True)
+    assert kind == Kind(True, True, True, True)
     together = rows.sample(logits, torch.full((6,), 5), 0, kind).tokens.tolist()
     for row, sampling in enumerate(settings):
         part = {"prompts": prompts[:1], "replies": replies[:1]}

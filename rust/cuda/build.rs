@@ -16,14 +16,16 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 14] = [
+const FAMILIES: &[&str] = &[
     "adamw",
     "adamw_8bit",
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",
+    "gemm_4bit",
     "gemv_4bit",
+    "gemv_4bit_bulk",
     "gemv_4bit_mma",
     "paged_attention",
     "quantize_4bit",
@@ -71,7 +73,7 @@ fn build() -> Result<(), String> {
 
 fn with_kernels(out: &Path, nvcc: &Nvcc) -> Result<(), String> {
     let archs = archs()?;
-    nvcc.compile_all(&FAMILIES, &archs, out)?;
+    nvcc.compile_all(FAMILIES, &archs, out)?;
     println!("cargo::rustc-env=HALFBYTE_BUILT_BY={}", nvcc.version);
     println!("cargo::rustc-env=HALFBYTE_BUILT_FOR={}", archs.join(","));
     Ok(())

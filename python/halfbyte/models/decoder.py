@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kv_cache import CacheStep
+from halfbyte.linear import project
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.models.rope import RotaryEmbedding
-from halfbyte.ops import cross_entropy, swiglu
+from halfbyte.ops import cross_entropy, gemv, swiglu
 
 IGNORE = -100
 HEAD_CHUNK = 256
@@ -38,7 +39,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -93,6 +95,14 @@ class Backbone(nn.Module):
         return Step(cos, sin, spans(self.windows, positions, cached), cache)
 
 
+class Head(nn.Linear):
+    """From the last hidden states to logits; a few rows wait for nothing but the matrix."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tracked = torch.is_grad_enabled() or x.dtype != self.weight.dtype
+        return super().forward(x) if tracked or x.dim() != 2 else gemv(x, self.weight)
+
+
 class Decoder(nn.Module):
     """A causal language model of the Llama, Mistral, Qwen2 or Qwen3 family.
 
@@ -106,7 +116,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.tokenizer: Any = None
         self.source = ""
@@ -174,7 +184,7 @@ class Decoder(nn.Module):
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         hidden = hidden.flatten(0, 1)
-        if type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
+        if type(self.lm_head) in (Head, nn.Linear) and self.lm_head.bias is None:
             return cross_entropy(hidden, self.lm_head.weight, labels, num_items)
         if num_items is None:
             num_items = (labels != IGNORE).sum().clamp(min=1)

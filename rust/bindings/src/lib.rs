@@ -2,6 +2,7 @@
 
 mod call;
 mod ops;
+mod recording;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -16,7 +17,9 @@ mod _core {
     #[pymodule_export]
     use super::ops::{
         adamw, adamw_8bit, codebook, cpu_features, cross_entropy, cuda_build, cuda_status, dequantize_4bit,
-        dequantize_blockwise, double_quantize, dynamic_map, gemv_4bit, paged_attention, quantize_4bit,
-        quantize_blockwise, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward,
+        dequantize_blockwise, double_quantize, dynamic_map, gemm_4bit, gemv, gemv_4bit, gemv_4bit_group,
+        paged_attention, quantize_4bit, quantize_blockwise, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward,
     };
+    #[pymodule_export]
+    use super::recording::{Recording, record};
 }

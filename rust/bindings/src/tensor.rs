@@ -8,6 +8,8 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
+use crate::recording;
+
 /// What was read from one torch tensor; the tensor itself is kept alive by the caller's arguments.
 #[derive(Debug)]
 pub struct Tensor {
@@ -59,14 +61,15 @@ impl Tensor {
         Ok((Self { name, ptr, numel, dtype, device }, Layout { shape, strides }))
     }
 
-    pub fn as_ref(&self) -> TensorRef<'_> {
+    /// For as long as the tensor lives: to the end of the call, or of the recording that keeps it.
+    pub fn as_ref(&self) -> TensorRef<'static> {
         // SAFETY: torch vouches for a contiguous tensor's memory while the caller's arguments keep it alive.
         unsafe { TensorRef::new(self.ptr as *const c_void, self.numel, self.dtype, self.device) }
     }
 
     /// # Safety
     /// [`check_overlap`] has passed for this tensor and all others of the call.
-    pub unsafe fn as_mut(&self) -> TensorMut<'_> {
+    pub unsafe fn as_mut(&self) -> TensorMut<'static> {
         // SAFETY: as `as_ref`, and the caller has excluded aliasing.
         unsafe { TensorMut::new(self.ptr as *mut c_void, self.numel, self.dtype, self.device) }
     }
@@ -117,6 +120,7 @@ fn read_ptr(op: &str, name: &str, object: &Bound<'_, PyAny>, numel: usize) -> Py
     if ptr == 0 && numel > 0 {
         return Err(PyValueError::new_err(format!("{op}: {name} must have memory, got a tensor without storage")));
     }
+    recording::keep(object);
     Ok(ptr)
 }
 

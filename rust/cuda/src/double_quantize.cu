@@ -20,7 +20,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ float terms[ROWS][32];
     const int lane = blockIdx.x % (LANES / 32) * 32 + lane_id(), warp = threadIdx.x / 32;
     const int64_t chunk = blockIdx.x / (LANES / 32), first = chunk * CHUNK + lane;
-    let_next_kernel_start();
     wait_for_previous_kernel();
 #pragma unroll
     for (int row = warp; row < ROWS; row += WARPS) {
@@ -122,7 +121,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float* map = DYNAMIC_MAP[1];
     for (int i = threadIdx.x; i < COPIED; i += THREADS)
         midpoints[i] = 0.5f * (map[i / 32] + map[i / 32 + 1]);
-    let_next_kernel_start();
     wait_for_previous_kernel();
     const float middle = mean(lanes, blocks); // all midpoints are there by its barriers
     if (blockIdx.x == 0 && threadIdx.x == 0)

@@ -10,7 +10,9 @@ mod cross_entropy;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
+mod gemm_4bit;
 mod gemv_4bit;
+mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
 mod paged_attention;
@@ -29,14 +31,16 @@ use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
-use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::gemm_4bit::Gemm4bit;
+use halfbyte_core::ops::gemv::Gemv;
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
 use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward};
 use halfbyte_core::ops::rope::Rope;
 use halfbyte_core::ops::swiglu::{Swiglu, SwigluBackward};
-use halfbyte_core::{Backend, Result};
+use halfbyte_core::{Backend, Error, Result};
 
 use launch::Launcher;
 
@@ -100,8 +104,21 @@ impl Backend for CudaBackend {
         dequantize_blockwise::launch(&self.launcher, args)
     }
 
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+        gemm_4bit::launch(&self.launcher, args)
+    }
+
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         gemv_4bit::launch(&self.launcher, args)
+    }
+
+    fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
+        gemv_4bit::launch_group(&self.launcher, args)
+    }
+
+    fn gemv(&self, args: Gemv<'_>) -> Result<()> {
+        let got = args.weight.device().to_string();
+        Err(Error::Argument { op: "gemv", name: "weight", expected: "on cpu; torch multiplies it on a GPU", got })
     }
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {

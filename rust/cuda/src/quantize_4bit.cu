@@ -79,7 +79,6 @@ __device__ void quantize_4bit(const T* x,         // [n]
                               int log2_blocksize, // 5..12
                               int quant_type,     // row of the codebook tables
                               bool vector) {      // x is 16-byte, packed 4-byte aligned
-    let_next_kernel_start();
     wait_for_previous_kernel();
     const bool whole = vector && (int64_t(blockIdx.x) + 1) * TILE <= n;
     if (whole && log2_blocksize == 6 && quant_type != FP4)

@@ -6,6 +6,8 @@ pub mod cross_entropy;
 pub mod dequantize_4bit;
 pub mod dequantize_blockwise;
 pub mod double_quantize;
+pub mod gemm_4bit;
+pub mod gemv;
 pub mod gemv_4bit;
 pub mod paged_attention;
 pub mod quantize_4bit;

@@ -18,6 +18,7 @@
 use crate::check::arg;
 use crate::error::{Error, Result};
 use crate::parallel;
+use crate::simd::Simd;
 use crate::tensor::{DType, Float, TensorMut, TensorRef, with_float};
 
 const OP: &str = "paged_attention";
@@ -132,10 +133,10 @@ impl<'a> PagedAttention<'a> {
 
 fn check_shape(shape: AttentionShape) -> Result<()> {
     let fail = |name, expected, got: usize| Err(Error::Argument { op: OP, name, expected, got: got.to_string() });
-    if shape.kv_heads == 0 || shape.heads == 0 || shape.heads % shape.kv_heads != 0 {
+    if shape.kv_heads == 0 || shape.heads == 0 || !shape.heads.is_multiple_of(shape.kv_heads) {
         return fail("heads", "a multiple of kv_heads, both >= 1", shape.heads);
     }
-    if shape.head_dim == 0 || shape.head_dim % 2 != 0 || shape.head_dim > MAX_HEAD_DIM {
+    if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(2) || shape.head_dim > MAX_HEAD_DIM {
         return fail("head_dim", "even and in 2..=256", shape.head_dim);
     }
     if shape.blocks == 0 || shape.table == 0 {
@@ -145,11 +146,11 @@ fn check_shape(shape: AttentionShape) -> Result<()> {
 }
 
 impl PagedAttention<'_> {
-    pub(crate) fn run_on_cpu(self) {
-        with_float!(self.inputs.q.dtype(), T => self.run::<T>())
+    pub(crate) fn run_on_cpu(self, simd: Simd) {
+        with_float!(self.inputs.q.dtype(), T => self.run::<T>(simd))
     }
 
-    fn run<T: Float>(self) {
+    fn run<T: Float>(self, simd: Simd) {
         let (shape, AttentionInputs { q, k, v, cos, sin, tables, lengths }) = (self.shape, self.inputs);
         let (q, k, v): (&[T], &[T], &[T]) = (q.as_slice(), k.as_slice(), v.as_slice());
         let (cos, sin): (&[T], &[T]) = (cos.as_slice(), sin.as_slice());
@@ -176,7 +177,16 @@ impl PagedAttention<'_> {
                 turn(row).rotate(q, rotated);
             }
             let at = |t: usize| (rows.slot(row, t) * kv_heads + head) * d;
-            attend(&rotated, rows.span(row), |t| &keys[at(t)..][..d], |t| &values[at(t)..][..d], out);
+            let (key, value) = (|t| &keys[at(t)..][..d], |t| &values[at(t)..][..d]);
+            match simd {
+                // SAFETY: the level was detected.
+                #[cfg(target_arch = "x86_64")]
+                Simd::Avx512 => unsafe { attend_avx512(&rotated, rows.span(row), key, value, out) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Simd::Avx2 => unsafe { attend_avx2(&rotated, rows.span(row), key, value, out) },
+                _ => attend(&rotated, rows.span(row), key, value, out),
+            }
         });
     }
 }
@@ -223,7 +233,34 @@ impl<T: Float> Rotation<'_, T> {
     }
 }
 
+/// [`attend`] in the compiler's vectors of 512 bits; the same operations in the same order, hence the same bits.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn attend_avx512<'a, T: Float>(
+    q: &[T],
+    span: std::ops::Range<usize>,
+    key: impl Fn(usize) -> &'a [T],
+    value: impl Fn(usize) -> &'a [T],
+    out: &mut [T],
+) {
+    attend(q, span, key, value, out);
+}
+
+/// [`attend`] in the compiler's vectors of 256 bits.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn attend_avx2<'a, T: Float>(
+    q: &[T],
+    span: std::ops::Range<usize>,
+    key: impl Fn(usize) -> &'a [T],
+    value: impl Fn(usize) -> &'a [T],
+    out: &mut [T],
+) {
+    attend(q, span, key, value, out);
+}
+
 /// out `[group, D]` of the rotated queries `[group, D]` over the tokens of `span`; zeros where there are none.
+#[inline(always)]
 fn attend<'a, T: Float>(
     q: &[T],
     span: std::ops::Range<usize>,
@@ -260,11 +297,13 @@ fn attend<'a, T: Float>(
     }
 }
 
+#[inline(always)]
 fn widen<T: Float>(from: &[T], to: &mut [f32]) {
     from.iter().zip(to).for_each(|(from, to)| *to = from.to_f32());
 }
 
 /// Sixteen partial sums, so that the compiler can use vector registers of any width.
+#[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0; 16];
     let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
