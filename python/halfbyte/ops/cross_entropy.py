@@ -36,14 +36,13 @@ def _softmax(logits: Tensor, labels: Tensor, vocab: int, divisor: Tensor | None)
 
 
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
-    """total [V, d] fp32 += grad^T hidden, summed in fp32."""
+    """total [V, d] fp32 += grad^T hidden."""
     if grad.dtype == torch.float32:
         total.addmm_(grad.t(), hidden, beta=float(not first))
-    elif grad.is_cuda:
-        beta = float(not first)
-        torch.ops.aten.addmm.dtype_out(total, grad.t(), hidden, torch.float32, beta=beta, out=total)
+    elif first:
+        total.copy_(grad.t() @ hidden)
     else:
-        total.copy_(grad.t() @ hidden) if first else total.add_(grad.t() @ hidden)
+        total.add_(grad.t() @ hidden)
 
 
 def _loss(
