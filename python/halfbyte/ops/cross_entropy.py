@@ -36,14 +36,13 @@ def _softmax(logits: Tensor, labels: Tensor, vocab: int, divisor: Tensor | None)
 
 
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
-    """total [V, d] fp32 += grad^T hidden, summed in fp32."""
+    """total [V, d] fp32 += grad^T hidden."""
     if grad.dtype == torch.float32:
         total.addmm_(grad.t(), hidden, beta=float(not first))
-    elif grad.is_cuda:
-        beta = float(not first)
-        torch.ops.aten.addmm.dtype_out(total, grad.t(), hidden, torch.float32, beta=beta, out=total)
+    elif first:
+        total.copy_(grad.t() @ hidden)
     else:
-        total.copy_(grad.t() @ hidden) if first else total.add_(grad.t() @ hidden)
+        total.add_(grad.t() @ hidden)
 
 
 def _loss(
@@ -169,12 +168,14 @@ def cross_entropy(
         num_items = (labels != IGNORE).sum().clamp(min=1)
     vocab = head_weight.shape[0]
     divisor = _checked_divisor(labels, num_items, vocab)
-    if not isinstance(divisor, Tensor):
-        divisor = torch.full((1,), divisor, dtype=torch.float32, device=hidden.device)
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(hidden.device, torch.float32).view(1)
+    else:
+        divisor = hidden.new_full((1,), divisor, dtype=torch.float32)
     # What is out of range is masked, or has made the divisor NaN.
     rows = torch.where(labels == IGNORE, -1, labels.clamp(0, vocab - 1)).int()
     chunk = chunk or _chunk_rows(hidden, vocab)
-    return _CrossEntropy.apply(hidden, head_weight, rows, divisor.float().view(1), chunk)
+    return _CrossEntropy.apply(hidden, head_weight, rows, divisor, chunk)
 
 
 def _checked_divisor(labels: Tensor, num_items: Tensor | float, vocab: int) -> Tensor | float:

@@ -122,8 +122,8 @@ fn check_rows(op: &'static str, name: &'static str, x: TensorRef<'_>, weight: Te
     }
     let (columns, most) = (weight.numel(), i32::MAX as usize);
     let rows = x.numel().checked_div(columns).unwrap_or(usize::MAX);
-    if rows > most || columns > most || rows * columns != x.numel() {
-        let expected = "as long as a row of x, and both they and the rows at most 2^31 - 1";
+    if rows > most / 2 || columns > most || rows * columns != x.numel() {
+        let expected = "as long as a row of x, of which there are at most 2^30";
         return Err(Error::Argument {
             op,
             name: "weight",
