@@ -103,10 +103,11 @@ def start_up(model: Decoder, args: argparse.Namespace) -> None:
     print(f"from Engine(...) to token 1: {first * 1e3:.0f} ms, to token 32: {more * 1e3:.0f} ms")
 
 
+@torch.inference_mode()
 def profile(model: Decoder, batch: int, context: int) -> None:
-    """Kernel times of captured steps, and the time between steps without a profiler."""
+    """Where the time of a captured step and of reading a prompt goes."""
     run = Run(model, batch, context, 64)
-    run.decode()
+    wall = median(run.decode() for _ in range(3)) / run.tokens
     decode = run.engine._scheduler.decode
     graph = next(graph for key, graph in decode.graphs.items() if key.rows == batch)
     # Nobody runs any more: the rows get lengths and blocks of their own again.
@@ -119,16 +120,26 @@ def profile(model: Decoder, batch: int, context: int) -> None:
         event.record()
     torch.cuda.synchronize()
     gaps = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
-    print(f"batch {batch}: a replay takes {median(gaps):.3f} ms")
+    print(f"batch {batch}: {wall * 1e3:.3f} ms a step, {median(gaps):.3f} ms of it the replay")
+    print_kernels(lambda: [graph.replay() for _ in range(10)], 10, 16)
+    for row in range(batch):
+        decode.remove(row)
+    if batch == 1:
+        run.seconds(run.prompts(PROMPT), 1)
+        print(f"prompt of {PROMPT}: {run.seconds(run.prompts(PROMPT), 1) * 1e3:.1f} ms")
+        print_kernels(lambda: run.seconds(run.prompts(PROMPT), 1), 1, 10)
+
+
+def print_kernels(work, count: int, most: int) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        for _ in range(10):
-            graph.replay()
+        work()
         torch.cuda.synchronize()
     rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
-    for row in rows[:24]:
+    print(f"{sum(row.device_time_total for row in rows) / count:9.1f} us of kernels, the longest:")
+    for row in rows[:most]:
         each = row.device_time_total / row.count
-        total, count = row.device_time_total / 10, row.count // 10
-        print(f"{total:9.1f} us {count:5d} x {each:7.2f}  {row.key[:90]}")
+        total, launches = row.device_time_total / count, row.count / count
+        print(f"{total:9.1f} us {launches:6.1f} x {each:7.2f}  {row.key[:80]}")
 
 
 def main() -> None:

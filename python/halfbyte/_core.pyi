@@ -13,6 +13,8 @@ Letters: n elements, M rows of x, N out_features, K in_features. "float" is floa
 bfloat16. A block is ``blocksize`` consecutive elements of the flat tensor; the last may be short.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 __version__: str
@@ -108,6 +110,34 @@ def gemv_4bit(
 
     x: float [M, K]. packed: uint8 [ceil(N K / 2)]. out: x's dtype [M, N]. Scales as in
     ``dequantize_4bit``. Sums are fp32; a row of ``out`` depends on its row of ``x`` only.
+    """
+
+def gemm_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: float,
+    quant_type: str,
+    blocksize: int,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    """``gemv_4bit`` for tens to hundreds of rows of x.
+
+    workspace: x's dtype [M, K], scratch. Sums are fp32; their order may depend on M.
+    """
+
+def gemv_4bit_group(
+    x: Tensor,
+    products: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, Tensor]],
+    quant_type: str,
+    blocksize: int,
+) -> None:
+    """``gemv_4bit`` of one x with several W, in one launch where a kernel takes them so.
+
+    products: (packed, absmax, nested_absmax, nested_map, offset, out) of each W, at most four.
     """
 
 def paged_attention(

@@ -76,7 +76,7 @@ class AdaptedLinear(nn.Module):
         self.stacked = (a, b, *(torch.tensor(x, device=a.device) for x in (places, scalings)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, in_features], or [B, in_features] of last tokens; returns [..., out_features]."""
+        """x: [B, T, in_features], or [B, in_features] of last tokens -> [..., out_features]."""
         y = self.base_layer(x)
         columns = self.selection.columns
         if columns is None or self.stacked is None:

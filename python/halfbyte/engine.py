@@ -41,6 +41,16 @@ class Completion(NamedTuple):
     logprobs: list[TokenLogprobs]
 
 
+class Stats(NamedTuple):
+    """What an engine is at: requests, blocks of 16 tokens, and blocks found by their prefix."""
+
+    running_requests: int
+    waiting_requests: int
+    used_blocks: int
+    total_blocks: int
+    prefix_hit_blocks: int
+
+
 class Stream:
     """Iterator over the text of one reply, always valid UTF-8, never part of a stop string.
 
@@ -64,7 +74,7 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         try:
-            async for piece in self._engine._arrivals(self._request):
+            async for piece in self._engine.arrivals(self._request):
                 yield piece
         finally:
             self._request.cancelled = True
@@ -225,7 +235,7 @@ class Engine:
         """The Completion of one prompt, awaited; cancelling the task cancels the request."""
         request = self.submit(prompt, replace(sampling or Sampling(), **overrides), adapter)
         try:
-            async for _ in self._arrivals(request):
+            async for _ in self.arrivals(request):
                 pass
         finally:
             request.cancelled = True
@@ -243,6 +253,11 @@ class Engine:
         prompt longer than the model's context or the cache, AdapterNotFoundError, QueueFullError.
         """
         ids = checked_prompt(self.model, prompt)
+        for name in ("stop_ids", "logit_bias"):
+            for token in getattr(sampling, name):
+                if token >= self.model.config.vocab_size:
+                    expected = f"ids below {self.model.config.vocab_size}"
+                    raise ValueError(f"{name}: expected {expected}, got {token}")
         context = self.model.config.max_position_embeddings
         ends = eos_ids(self.model) | set(sampling.stop_ids)
         text = None
@@ -288,6 +303,14 @@ class Engine:
         """Sequences that run at once, and tokens that the cache holds."""
         return self._scheduler.max_batch, self._scheduler.prefixes.blocks * BLOCK
 
+    @property
+    def stats(self) -> Stats:
+        scheduler = self._scheduler
+        prefixes = scheduler.prefixes
+        running = len(scheduler.running) + len(scheduler.prefilling)
+        waiting = len(scheduler.waiting)
+        return Stats(running, waiting, prefixes.held, prefixes.blocks, prefixes.hits)
+
     def _advance(self, request: Request) -> bool:
         """Step until the request has text to fetch; False when it is done and all is fetched."""
         while not request.pieces:
@@ -317,8 +340,8 @@ class Engine:
         with self._lock:
             self._scheduler.reap()
 
-    async def _arrivals(self, request: Request) -> AsyncIterator[str]:
-        """The pieces of a request as the driver thread makes them."""
+    async def arrivals(self, request: Request) -> AsyncIterator[str]:
+        """The pieces of a request's text as they come, made by a thread of the engine's own."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         request.listener = lambda: loop.call_soon_threadsafe(arrived.set)
         self._drive()

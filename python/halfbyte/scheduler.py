@@ -174,7 +174,6 @@ class Scheduler:
         request.prefilled += len(ids)
         if request.prefilled < len(request.prompt):
             return
-        self.prefilling.popleft()
         self._start(request, logits)
 
     def _start(self, request: Request, logits: torch.Tensor) -> None:
@@ -185,6 +184,7 @@ class Scheduler:
         place = torch.full((1,), position, device=self.cache.device)
         sampled = rows.sample(logits, place, row, request.sampling.kind)
         self.decode.place(row, request.blocks, sampled.tokens, position, request.adapter)
+        self.prefilling.popleft()
         self.running.append(request)
         request.sampled = 1
         self.pending.append(Pending(self.decode.to_host(sampled), [(0, request)]))

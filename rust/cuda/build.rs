@@ -16,13 +16,15 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 13] = [
+const FAMILIES: &[&str] = &[
     "adamw",
     "adamw_8bit",
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",
+    "gemm_4bit",
     "gemv_4bit",
+    "gemv_4bit_bulk",
     "gemv_4bit_mma",
     "paged_attention",
     "quantize_4bit",
@@ -70,7 +72,7 @@ fn build() -> Result<(), String> {
 
 fn with_kernels(out: &Path, nvcc: &Nvcc) -> Result<(), String> {
     let archs = archs()?;
-    nvcc.compile_all(&FAMILIES, &archs, out)?;
+    nvcc.compile_all(FAMILIES, &archs, out)?;
     println!("cargo::rustc-env=HALFBYTE_BUILT_BY={}", nvcc.version);
     println!("cargo::rustc-env=HALFBYTE_BUILT_FOR={}", archs.join(","));
     Ok(())

@@ -17,8 +17,8 @@ mod _core {
     #[pymodule_export]
     use super::ops::{
         adamw, adamw_8bit, codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
-        double_quantize, dynamic_map, gemv, gemv_4bit, paged_attention, quantize_4bit, quantize_blockwise, rms_norm,
-        rms_norm_backward, rope, swiglu, swiglu_backward,
+        double_quantize, dynamic_map, gemm_4bit, gemv, gemv_4bit, gemv_4bit_group, paged_attention, quantize_4bit,
+        quantize_blockwise, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward,
     };
     #[pymodule_export]
     use super::recording::{Recording, record};

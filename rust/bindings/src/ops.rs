@@ -6,8 +6,9 @@ use halfbyte_core::ops::adamw_8bit::Adamw8bit;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
+use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
-use halfbyte_core::ops::gemv_4bit::{Gemv4bit, GemvShape};
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
 use halfbyte_core::ops::paged_attention::{AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, PagedAttention};
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
@@ -183,6 +184,83 @@ pub fn gemv_4bit(
     let args = Gemv4bit::new(x.as_ref(), packed.as_ref(), absmax, quant_type, blocksize, target, shape);
     let args = args.map_err(to_py_err)?;
     call(py, packed.device, |backend| backend.gemv_4bit(args))
+}
+
+#[pyfunction]
+pub fn gemm_4bit(
+    py: Python<'_>,
+    x: Object<'_, '_>,
+    packed: Object<'_, '_>,
+    absmax: Object<'_, '_>,
+    nested_absmax: Option<Object<'_, '_>>,
+    nested_map: Option<Object<'_, '_>>,
+    offset: f32,
+    quant_type: &str,
+    blocksize: i64,
+    out: Object<'_, '_>,
+    workspace: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "gemm_4bit";
+    let (m, k) = read_matrix(OP, "x", x)?;
+    let (_, n) = read_matrix(OP, "out", out)?;
+    let x = Tensor::read(OP, "x", x)?;
+    let packed = Tensor::read(OP, "packed", packed)?;
+    let scales = BlockScales::read(OP, absmax, nested_absmax, nested_map, offset)?;
+    let out = Tensor::read(OP, "out", out)?;
+    let workspace = Tensor::read(OP, "workspace", workspace)?;
+    check_overlap(OP, &scales.and(&[&x, &packed]), &[&out, &workspace])?;
+    let quant_type = QuantType::parse(OP, quant_type).map_err(to_py_err)?;
+    let blocksize = not_negative(OP, "blocksize", blocksize)?;
+    let shape = GemvShape { m, n, k };
+    // SAFETY: the outputs were checked for overlap.
+    let (target, scratch) = unsafe { (out.as_mut(), workspace.as_mut()) };
+    let product = Gemv4bit::new(x.as_ref(), packed.as_ref(), scales.as_absmax(), quant_type, blocksize, target, shape);
+    let args = product.and_then(|product| Gemm4bit::new(product, scratch)).map_err(to_py_err)?;
+    call(py, packed.device, |backend| backend.gemm_4bit(args))
+}
+
+/// What one weight brings to a product: codes, scales, and where the result goes.
+type Product<'py> = (
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Option<Bound<'py, PyAny>>,
+    Option<Bound<'py, PyAny>>,
+    f32,
+    Bound<'py, PyAny>,
+);
+
+#[pyfunction]
+pub fn gemv_4bit_group(
+    py: Python<'_>,
+    x: Object<'_, '_>,
+    products: Vec<Product<'_>>,
+    quant_type: &str,
+    blocksize: i64,
+) -> PyResult<()> {
+    const OP: &str = "gemv_4bit_group";
+    let (m, k) = read_matrix(OP, "x", x)?;
+    let x = Tensor::read(OP, "x", x)?;
+    let quant_type = QuantType::parse(OP, quant_type).map_err(to_py_err)?;
+    let blocksize = not_negative(OP, "blocksize", blocksize)?;
+    let read = |(packed, absmax, nested_absmax, nested_map, offset, out): &Product<'_>| {
+        let scales = BlockScales::read(OP, absmax, nested_absmax.as_ref(), nested_map.as_ref(), *offset)?;
+        let (_, n) = read_matrix(OP, "out", out)?;
+        PyResult::Ok((Tensor::read(OP, "packed", packed)?, scales, Tensor::read(OP, "out", out)?, n))
+    };
+    let weights = products.iter().map(read).collect::<PyResult<Vec<_>>>()?;
+    let inputs: Vec<_> = weights.iter().flat_map(|(packed, scales, ..)| scales.and(&[&x, packed])).collect();
+    check_overlap(OP, &inputs, &weights.iter().map(|(_, _, out, _)| out).collect::<Vec<_>>())?;
+    let mut products = Vec::with_capacity(weights.len());
+    for (packed, scales, out, n) in &weights {
+        let shape = GemvShape { m, n: *n, k };
+        // SAFETY: the outputs were checked for overlap.
+        let target = unsafe { out.as_mut() };
+        let product =
+            Gemv4bit::new(x.as_ref(), packed.as_ref(), scales.as_absmax(), quant_type, blocksize, target, shape);
+        products.push(product.map_err(to_py_err)?);
+    }
+    let group = Gemv4bitGroup::new(products).map_err(to_py_err)?;
+    call(py, x.device, |backend| backend.gemv_4bit_group(group))
 }
 
 #[pyfunction]

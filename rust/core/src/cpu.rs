@@ -7,8 +7,9 @@ use crate::ops::adamw_8bit::Adamw8bit;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
+use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv::Gemv;
-use crate::ops::gemv_4bit::Gemv4bit;
+use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
@@ -76,8 +77,18 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+        args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
+        args.into_products().for_each(|product| product.run_on_cpu(self.simd));
         Ok(())
     }
 

@@ -9,7 +9,9 @@ mod args;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
+mod gemm_4bit;
 mod gemv_4bit;
+mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
 mod paged_attention;
@@ -27,8 +29,9 @@ use halfbyte_core::ops::adamw_8bit::Adamw8bit;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
+use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
-use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
@@ -99,13 +102,21 @@ impl Backend for CudaBackend {
         dequantize_blockwise::launch(&self.launcher, args)
     }
 
-    fn gemv(&self, args: Gemv<'_>) -> Result<()> {
-        let got = args.weight.device().to_string();
-        Err(Error::Argument { op: "gemv", name: "weight", expected: "on cpu; torch multiplies it on a GPU", got })
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+        gemm_4bit::launch(&self.launcher, args)
     }
 
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         gemv_4bit::launch(&self.launcher, args)
+    }
+
+    fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
+        gemv_4bit::launch_group(&self.launcher, args)
+    }
+
+    fn gemv(&self, args: Gemv<'_>) -> Result<()> {
+        let got = args.weight.device().to_string();
+        Err(Error::Argument { op: "gemv", name: "weight", expected: "on cpu; torch multiplies it on a GPU", got })
     }
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {

@@ -1,6 +1,8 @@
 // Bound by the bytes of the cache: flash decoding (Dao et al. 2023) over a paged cache. A row's context is cut into
-// parts; a CTA takes a part of a tile of heads that share a key head, and the last CTA to arrive adds the parts in order.
+// parts; a CTA takes a part of a tile of heads that share a key head, and the last CTA to arrive adds the parts in
+// order.
 #include "memory.cuh"
+#include "pipeline.cuh"
 #include "reduce.cuh"
 
 constexpr int WARPS = 8;
@@ -11,25 +13,6 @@ constexpr int MIN_PART = 256;
 constexpr int PER_LANE = 8;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -3.4028235e38f; // below every score, and its difference from one is a number
-
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-template <typename T>
-__device__ float rounded(float value) {
-    return widen(narrow<T>(value));
-}
 
 // Element i of x [D] rotated, in x's dtype.
 template <typename T>
@@ -42,7 +25,7 @@ __device__ T rotate(const T* x, const T* cos, const T* sin, int i, int D) {
 // Eight elements as they lie in memory.
 template <typename T>
 struct alignas(16) Raw {
-    T elements[PER_LANE];
+    uint32_t words[PER_LANE * sizeof(T) / 4];
 };
 
 template <bool VECTOR, typename T>
@@ -53,16 +36,24 @@ __device__ Raw<T> load_raw(const T* p, int element, int D) {
         Raw<T> raw;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i)
-            raw.elements[i] = element + i < D ? p[element + i] : narrow<T>(0.0f);
+            reinterpret_cast<T*>(raw.words)[i] = element + i < D ? p[element + i] : narrow<T>(0.0f);
         return raw;
     }
+}
+
+__device__ inline void widen8(const Raw<float>& raw, float (&v)[PER_LANE]) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i)
+        v[i] = __uint_as_float(raw.words[i]);
 }
 
 template <typename T>
 __device__ void widen8(const Raw<T>& raw, float (&v)[PER_LANE]) {
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i)
-        v[i] = widen(raw.elements[i]);
+    for (int i = 0; i < PER_LANE / 2; ++i) {
+        v[2 * i] = widen(T{uint16_t(raw.words[i])});
+        v[2 * i + 1] = widen(T{uint16_t(raw.words[i] >> 16)});
+    }
 }
 
 // A row's context, cut by its own length, so that its result depends on nothing else.
@@ -99,8 +90,9 @@ __device__ void paged_attention(const T* q,         // [B, heads, D]
                                 T* out,             // [B, heads, D]
                                 const Shape& shape) {
     constexpr int MAX_D = L * PER_LANE;
-    constexpr int STREAMS = THREADS / L;                     // groups of lanes, each with its own tokens
-    constexpr int UNROLL = G == 8 || sizeof(T) == 4 ? 2 : 4; // tokens in flight of a group
+    constexpr int STREAMS = THREADS / L;  // groups of lanes, each with its own tokens
+    constexpr int UNROLL = 4 / sizeof(T); // tokens that a group computes while it loads as many
+    constexpr int STRIDE = UNROLL * STREAMS;
     __shared__ __align__(16) float query[G][MAX_D];
     __shared__ float sums[WARPS][G][MAX_D];
     __shared__ float largest[WARPS][G], weights[WARPS][G], factors[G][MAX_PARTS];
@@ -168,25 +160,30 @@ __device__ void paged_attention(const T* q,         // [B, heads, D]
     for (int part = blockIdx.x; part < cut.parts; part += gridDim.x) {
         const int begin = cut.begin(part), end = cut.end(part);
         float sum[G][PER_LANE] = {}, weight[G] = {}, most[G];
-        int block[UNROLL];
 #pragma unroll
         for (int g = 0; g < G; ++g)
             most[g] = LOWEST;
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-            block[u] = tables[min(begin + stream + u * STREAMS, end - 1) / BLOCK];
-        for (int t = begin + stream; t - stream < end; t += UNROLL * STREAMS) {
-            Raw<T> key[UNROLL], value[UNROLL];
+        Raw<T> next_key[UNROLL], next_value[UNROLL];
+        const auto load = [&](int t) {
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
-                const int64_t at = offset(block[u], min(t + u * STREAMS, end - 1));
-                key[u] = load_raw<VECTOR>(keys + at, loaded, D);
-                value[u] = load_raw<VECTOR>(values + at, loaded, D);
+                const int token = min(t + u * STREAMS, end - 1);
+                const int64_t at = offset(tables[token / BLOCK], token);
+                next_key[u] = load_raw<VECTOR>(keys + at, loaded, D);
+                next_value[u] = load_raw<VECTOR>(values + at, loaded, D);
             }
+        };
+        load(begin + stream);
+        for (int t = begin + stream; t - stream < end; t += STRIDE) {
+            Raw<T> key[UNROLL], value[UNROLL];
+#pragma unroll
+            for (int u = 0; u < UNROLL; ++u)
+                key[u] = next_key[u], value[u] = next_value[u];
+            if (t - stream + STRIDE < end)
+                load(t + STRIDE);
             float score[UNROLL][G];
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
-                block[u] = tables[min(t + (UNROLL + u) * STREAMS, end - 1) / BLOCK];
                 float wide[PER_LANE];
                 widen8(key[u], wide);
 #pragma unroll
@@ -321,7 +318,7 @@ __device__ void paged_attention(const T* q,         // [B, heads, D]
 }
 
 #define PAGED_ATTENTION(name, L, G, VECTOR, T, dtype)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) paged_attention_##name##_##dtype(                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, G == 1 ? 2 : 1) paged_attention_##name##_##dtype(            \
         const T* q, const T* k, const T* v, const T* cos, const T* sin, const int* tables, const int* lengths,         \
         T* keys, T* values, float* partials, int* arrived, T* out, Shape shape) {                                      \
         paged_attention<T, L, G, VECTOR>(q, k, v, cos, sin, tables, lengths, keys, values, partials, arrived, out,     \

@@ -12,7 +12,7 @@ struct Sources {
 
 macro_rules! sources {
     ($($name:ident),+) => {
-        [$(Sources {
+        &[$(Sources {
             family: &crate::$name::FAMILY,
             cuda: include_str!(concat!(stringify!($name), ".cu")),
             ptxas: include_str!(concat!(env!("OUT_DIR"), "/", stringify!($name), ".ptxas")),
@@ -20,13 +20,15 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 13] = sources!(
+static SOURCES: &[Sources] = sources!(
     adamw,
     adamw_8bit,
     dequantize_4bit,
     dequantize_blockwise,
     double_quantize,
+    gemm_4bit,
     gemv_4bit,
+    gemv_4bit_bulk,
     gemv_4bit_mma,
     paged_attention,
     quantize_4bit,
@@ -51,7 +53,7 @@ fn every_kernel_is_in_its_image() {
 
 #[test]
 fn images_are_empty_only_without_kernels() {
-    for Sources { family, .. } in &SOURCES {
+    for Sources { family, .. } in SOURCES {
         assert_eq!(family.image.0.is_empty(), crate::build_info().is_none(), "{}", family.name);
         assert_eq!(family.image.0.as_ptr().addr() % 16, 0, "{}", family.name);
     }
@@ -62,7 +64,7 @@ fn images_are_empty_only_without_kernels() {
 fn no_kernel_spills_or_uses_local_memory() {
     let archs = crate::build_info().map_or(Vec::new(), |info| info.archs);
     let machine_code = archs.iter().filter(|arch| !arch.starts_with("compute_")).count();
-    for Sources { family, ptxas, .. } in &SOURCES {
+    for Sources { family, ptxas, .. } in SOURCES {
         let frames: Vec<&str> = ptxas.lines().filter(|line| line.contains("bytes stack frame")).collect();
         assert_eq!(frames.len(), family.kernels.len() * machine_code, "{}", family.name);
         for frame in frames {
@@ -92,14 +94,19 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("double_quantize", "THREADS", crate::double_quantize::THREADS as usize),
         ("double_quantize", "CHUNK", halfbyte_core::ops::double_quantize::MEAN_CHUNK),
         ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
+        ("gemm_4bit", "LINE", crate::gemm_4bit::LINE),
+        ("gemm_4bit", "MAX_SPLITS", crate::gemm_4bit::MAX_SPLITS),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
+        ("gemv_4bit_bulk", "MAX_PARTS", crate::gemv_4bit_bulk::MAX_PARTS),
+        ("gemv_4bit_bulk", "PANEL", crate::gemv_4bit_bulk::PANEL),
+        ("gemv_4bit_bulk", "TILE", crate::gemv_4bit_bulk::TILE),
+        ("gemv_4bit_bulk", "SHARED_BYTES", crate::gemv_4bit_bulk::SHARED_BYTES),
         ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
         ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
         ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),
         ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
-        ("gemv_4bit_mma", "TABLE", crate::gemv_4bit_mma::TABLE),
         ("paged_attention", "WARPS", crate::paged_attention::WARPS),
         ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
         ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
@@ -115,6 +122,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("swiglu", "THREADS", crate::swiglu::THREADS as usize),
         ("swiglu", "WIDTH", crate::swiglu::WIDTH),
     ];
+    assert_eq!(constant(include_str!("pair_table.cuh"), "TABLE"), Some(crate::gemv_4bit_mma::TABLE));
     for (family, name, value) in expected {
         let source = SOURCES.iter().find(|sources| sources.family.name == family);
         assert_eq!(source.and_then(|source| constant(source.cuda, name)), Some(value), "{family}: {name}");

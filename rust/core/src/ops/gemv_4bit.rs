@@ -8,7 +8,7 @@
 //! row of out depends on its row of x only, never on M, on the other rows or on the number of threads.
 
 use crate::check::{arg, blocksize_4bit};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::dequantize_4bit::dequantize_block;
 use crate::parallel;
 use crate::quant_state::{Absmax, QuantType, Scales};
@@ -64,6 +64,28 @@ impl<'a> Gemv4bit<'a> {
         absmax.check(OP, (n * k).div_ceil(blocksize), device)?;
         arg(OP, "out", out.as_ref()).dtype(x.dtype())?.numel(m * n, "M x N")?.on(device, "packed")?;
         Ok(Self { x, packed, absmax, quant_type, blocksize, out, shape })
+    }
+}
+
+/// Most products that go as one.
+pub const MAX_GROUP: usize = 4;
+
+/// Products of one x with several W, which a backend may make in one pass.
+#[derive(Debug)]
+pub struct Gemv4bitGroup<'a>([Option<Gemv4bit<'a>>; MAX_GROUP]);
+
+impl<'a> Gemv4bitGroup<'a> {
+    pub fn new(products: Vec<Gemv4bit<'a>>) -> Result<Self> {
+        let (op, name) = ("gemv_4bit_group", "products");
+        if products.len() > MAX_GROUP {
+            return Err(Error::Argument { op, name, expected: "at most 4", got: products.len().to_string() });
+        }
+        let mut products = products.into_iter();
+        Ok(Self(std::array::from_fn(|_| products.next())))
+    }
+
+    pub fn into_products(self) -> impl Iterator<Item = Gemv4bit<'a>> {
+        self.0.into_iter().flatten()
     }
 }
 

@@ -5,6 +5,7 @@ pub mod adamw_8bit;
 pub mod dequantize_4bit;
 pub mod dequantize_blockwise;
 pub mod double_quantize;
+pub mod gemm_4bit;
 pub mod gemv;
 pub mod gemv_4bit;
 pub mod paged_attention;

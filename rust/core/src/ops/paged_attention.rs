@@ -133,10 +133,10 @@ impl<'a> PagedAttention<'a> {
 
 fn check_shape(shape: AttentionShape) -> Result<()> {
     let fail = |name, expected, got: usize| Err(Error::Argument { op: OP, name, expected, got: got.to_string() });
-    if shape.kv_heads == 0 || shape.heads == 0 || shape.heads % shape.kv_heads != 0 {
+    if shape.kv_heads == 0 || shape.heads == 0 || !shape.heads.is_multiple_of(shape.kv_heads) {
         return fail("heads", "a multiple of kv_heads, both >= 1", shape.heads);
     }
-    if shape.head_dim == 0 || shape.head_dim % 2 != 0 || shape.head_dim > MAX_HEAD_DIM {
+    if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(2) || shape.head_dim > MAX_HEAD_DIM {
         return fail("head_dim", "even and in 2..=256", shape.head_dim);
     }
     if shape.blocks == 0 || shape.table == 0 {
