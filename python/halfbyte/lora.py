@@ -108,7 +108,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features] in the base layer's output dtype."""
-        y = self.base_layer(x)
+        return self.adapt(x, self.base_layer(x))
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """y = base(x) with the adapter's share added."""
         hidden = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
         delta = F.linear(hidden, self.lora_B.weight.to(hidden.dtype))
         return y + (delta * self.scaling).to(y.dtype)

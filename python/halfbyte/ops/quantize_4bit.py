@@ -88,7 +88,7 @@ def quantize_4bit(
     offset = mean.item()
     if not math.isfinite(offset):
         _refuse_non_finite(absmax, name, blocksize)
-    nested = Nested(nested_absmax, dynamic_map(signed=True, device=x.device))
+    nested = Nested(nested_absmax, dynamic_map(signed=True)).to(x.device)
     return packed, QuantState(codes, nested, offset, blocksize, quant_type, shape, dtype)
 
 
