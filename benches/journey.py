@@ -22,21 +22,22 @@ from halfbyte import Linear4bit
 from halfbyte.checkpoint import default_device
 from halfbyte.models import Decoder, DecoderConfig
 
-# hidden, intermediate, layers, heads, vocabulary
+# hidden, intermediate, layers, heads, key heads, vocabulary
 SHAPES = {
-    "1b": (2048, 5632, 22, 32, 32000),
-    "7b": (4096, 11008, 32, 32, 32000),
-    "13b": (5120, 13824, 40, 40, 32000),
-    "33b": (6656, 17920, 60, 52, 32000),
-    "65b": (8192, 22016, 80, 64, 32000),
-    "tiny": (256, 688, 4, 4, 2048),
+    "1b": (2048, 5632, 22, 32, 4, 32000),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+    "33b": (6656, 17920, 60, 52, 52, 32000),
+    "65b": (8192, 22016, 80, 64, 64, 32000),
+    "tiny": (256, 688, 4, 4, 2, 2048),
 }
 PROMPT_TOKENS = 16
 PEER = "transformers + bitsandbytes"
 
 
 def config(shape: str) -> DecoderConfig:
-    hidden, intermediate, layers, heads, vocab = SHAPES[shape]
+    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
     return DecoderConfig.from_dict(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -45,8 +46,9 @@ def config(shape: str) -> DecoderConfig:
             "intermediate_size": intermediate,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
             "vocab_size": vocab,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": 8192,
         }
     )
 

@@ -136,8 +136,7 @@ def dequantize_contenders(packed: list[Packed]) -> dict[str, Contender]:
     outs = [
         torch.empty(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k))
     ]
-    noise = torch.randint(256, (moved,), device="cuda", dtype=torch.uint8)
-    bytes_ = [noise.clone() for _ in range(copies(moved))]
+    bytes_ = [random_weight(1, moved // 2) for _ in range(copies(moved))]
 
     def ours(pair: tuple[Packed, Tensor]) -> None:
         w, out = pair
@@ -153,28 +152,33 @@ def dequantize_contenders(packed: list[Packed]) -> dict[str, Contender]:
     return contenders
 
 
-def quantize_contenders(dense: list[Tensor]) -> dict[str, Contender]:
+def quantize_contenders(dense: list[Tensor], double: bool) -> dict[str, Contender]:
+    """With the scales quantized by kernels that follow at once, or left in fp32."""
     n = dense[0].numel()
+    nblocks = -(-n // 64)
 
-    def outputs() -> tuple[Tensor, Tensor]:
-        packed = torch.empty((n + 1) // 2, device="cuda", dtype=torch.uint8)
-        return packed, torch.empty(-(-n // 64), device="cuda")
+    def empty(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(count, device="cuda", dtype=dtype)
 
-    items = [(w, *outputs()) for w in dense]
-    contenders = {"halfbyte": graphed(items, lambda item: _core.quantize_4bit(*item, "nf4", 64))}
+    def outputs() -> tuple[Tensor, ...]:
+        scales = empty(nblocks, torch.uint8), empty(-(-nblocks // 256)), empty(1)
+        return empty((n + 1) // 2, torch.uint8), empty(nblocks), *scales
+
+    sums = empty(8 * -(-nblocks // 65536), torch.uint8)
+
+    def ours(item: tuple[Tensor, ...]) -> None:
+        w, packed, absmax, *scales = item
+        _core.quantize_4bit(w, packed, absmax, "nf4", 64)
+        if double:
+            _core.double_quantize(absmax, *scales, sums)
+
+    contenders = {"halfbyte": graphed([(w, *outputs()) for w in dense], ours)}
     try:
         from bitsandbytes.functional import quantize_4bit as peer
     except ImportError:
         return contenders
-    work = partial(peer, blocksize=64, quant_type="nf4")
+    work = partial(peer, blocksize=64, quant_type="nf4", compress_statistics=double)
     return {**contenders, "bitsandbytes": eager(dense, work)}
-
-
-def double_quantize_contenders(nblocks: int) -> dict[str, Contender]:
-    scales = [torch.rand(nblocks, device="cuda") for _ in range(min(64, copies(4 * nblocks)))]
-    codes = torch.empty(nblocks, device="cuda", dtype=torch.uint8)
-    nested, offset = torch.empty(-(-nblocks // 256), device="cuda"), torch.empty(1, device="cuda")
-    return {"halfbyte": graphed(scales, lambda s: _core.double_quantize(s, codes, nested, offset))}
 
 
 def floor_us(nbytes: float) -> float | None:
@@ -209,10 +213,11 @@ def bench_shape(n: int, k: int, ops: list[str], rounds: int) -> None:
         contenders = dequantize_contenders(packed)
         report("dequantize_4bit", contenders, stored + 2 * weights, rounds, **sizes)
     if "quantize" in ops:
-        nblocks = weights // 64
-        report("quantize_4bit", quantize_contenders(dense), 2.5625 * weights, rounds, **sizes)
-        nbytes = nblocks * (9 + 4 / 256)
-        report("double_quantize", double_quantize_contenders(nblocks), nbytes, rounds, **sizes)
+        report(
+            "quantize_4bit", quantize_contenders(dense, False), 2.5625 * weights, rounds, **sizes
+        )
+        contenders = quantize_contenders(dense, True)
+        report("quantize_4bit double", contenders, stored + 2 * weights, rounds, **sizes)
 
 
 def main() -> None:

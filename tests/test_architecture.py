@@ -16,11 +16,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "python" / "halfbyte"
 LEVELS = [
     {"__init__"},
     {"cli", "demo", "doctor"},
-    {"chat"},
-    {"train", "generate", "sampling"},
+    {"chat", "serve"},
+    {"train", "generate"},
+    {"engine"},
+    {"scheduler"},
+    {"decode"},
+    {"adapters"},
+    {"sampling", "reply", "prefix_cache"},
     {"checkpoint", "data", "optim", "pager", "plan", "pressure"},
     {"lora", "fingerprint", "models"},
-    {"linear", "kv_cache", "offload", "tokenizer"},
+    {"linear", "kv_cache", "offload", "recording", "tokenizer"},
     {"ops"},
     {"errors", "_core"},
 ]
@@ -29,7 +34,14 @@ LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}
 # `import halfbyte` stays quick because only these are imported when a module is.
 IMPORTED_EAGERLY = {"halfbyte", "numpy", "torch"}
 # These build on a library's classes; they are themselves imported inside functions.
-BUILT_ON = {"halfbyte.cli": {"typer"}, "halfbyte.tokenizer.sandbox": {"jinja2"}}
+BUILT_ON = {
+    "halfbyte.cli": {"typer"},
+    "halfbyte.tokenizer.sandbox": {"jinja2"},
+    "halfbyte.serve.app": {"fastapi", "pydantic", "starlette"},
+    "halfbyte.serve.metrics": {"prometheus_client"},
+    "halfbyte.serve.schema": {"pydantic"},
+    "halfbyte.serve.server": {"uvicorn"},
+}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 

@@ -32,7 +32,7 @@ def model(tmp_path):
 
 
 class Scripted:
-    """Stands for `stream`: notes each prompt's text, then gives the next answer of the script."""
+    """Stands for the engine: notes each prompt's text, then gives the next answer of the script."""
 
     def __init__(self, *answers) -> None:
         self.answers = list(answers)
@@ -40,8 +40,8 @@ class Scripted:
         self.samplings: list[Sampling] = []
         self.closed = 0
 
-    def __call__(self, model, ids, sampling=None, **overrides):
-        self.prompts.append(model.tokenizer.decode(ids))
+    def stream(self, ids, sampling=None):
+        self.prompts.append(self.model.tokenizer.decode(ids))
         self.samplings.append(sampling)
         return ScriptedStream(self, self.answers.pop(0))
 
@@ -80,8 +80,12 @@ def script(monkeypatch):
 
     def use(*answers) -> Scripted:
         scripted = Scripted(*answers)
-        # halfbyte.chat is the function; the module of that name is reached by its entry.
-        monkeypatch.setattr(sys.modules["halfbyte.chat"], "stream", scripted)
+
+        def engine(conversation: Conversation) -> Scripted:
+            scripted.model = conversation.model
+            return scripted
+
+        monkeypatch.setattr(Conversation, "_engine_now", engine)
         return scripted
 
     yield use

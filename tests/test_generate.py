@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfbyte.engine import Engine
 from halfbyte.errors import ContextLengthError
 from halfbyte.generate import StopStrings, generate, stream
-from halfbyte.kv_cache import KVCache
+from halfbyte.kv_cache import CacheStep
 from halfbyte.models import Decoder, DecoderConfig, Output
-from halfbyte.sampling import Sampling, TokenCounts, candidates, sample, uniform
+from halfbyte.sampling import NOT_FINITE, Kind, Sampling, SamplingRows, filtered, seed_key, uniform
 from halfbyte.tokenizer import Tokenizer
 
 VOCAB = 260  # 256 bytes and four special tokens
@@ -82,18 +83,17 @@ class Scripted(Decoder):
 
     def __init__(self, script: list[int], tokenizer=None, **changes):
         super().__init__(DecoderConfig.from_dict({**RAW, **changes}))
-        self.script = script
+        # Tensors, because a recorded step does not run this Python again.
+        self.script = torch.tensor([*script, EOS])
+        self.forwards = torch.zeros(1, dtype=torch.int64)
         self.tokenizer = tokenizer
-        self.forwards = 0
         self.eval()
 
-    def forward(self, ids, labels=None, cache: KVCache | None = None, num_items=None, **_):
-        token = self.script[self.forwards] if self.forwards < len(self.script) else EOS
-        self.forwards += 1
-        cache.advance(ids.shape[1])
-        logits = torch.zeros(len(ids), 1, VOCAB)
-        logits[:, 0, token] = 1
-        return Output(None, logits)
+    def forward(self, ids, labels=None, cache: CacheStep | None = None, num_items=None, **_):
+        token = self.script[self.forwards.clamp(max=len(self.script) - 1)]
+        self.forwards.add_(1)
+        logits = (torch.arange(VOCAB) == token).float()
+        return Output(None, logits.repeat(len(ids), 1, 1))
 
 
 def scripted_text(text: str, tokenizer, **changes) -> Scripted:
@@ -279,10 +279,32 @@ def test_sampling_twice_the_same_as_streaming(model, byte_tokenizer):
     assert pieces.token_ids == tokens and text == byte_tokenizer.decode(tokens)
 
 
+def sampling_rows(
+    samplings: list[Sampling], vocab: int, prompts=None, replies=None, ends=()
+) -> SamplingRows:
+    rows = SamplingRows(len(samplings), vocab, "cpu")
+    for row, sampling in enumerate(samplings):
+        prompt = prompts[row] if prompts else [0]
+        reply = replies[row] if replies else []
+        rows.set(row, sampling, sampling.seed or 0, prompt, reply, ends)
+    return rows
+
+
+def sample(logits: torch.Tensor, sampling: Sampling, positions=None, **lists) -> list[int]:
+    """The next token of each row of logits, all with one setting."""
+    rows = sampling_rows([sampling] * len(logits), logits.shape[-1], **lists)
+    positions = torch.tensor(positions or [1] * len(logits))
+    return rows.sample(logits, positions, 0, sampling.kind).tokens.tolist()
+
+
+def edited(logits: torch.Tensor, sampling: Sampling, prompts, replies) -> torch.Tensor:
+    rows = sampling_rows([sampling] * len(logits), logits.shape[-1], prompts, replies)
+    return rows._edit(logits, torch.ones(len(logits), dtype=torch.int64), slice(0, len(logits)))
+
+
 def draws(logits: torch.Tensor, n: int, **fields) -> Counter:
-    sampling = Sampling(temperature=fields.pop("temperature", 1.0), **fields)
-    rows = logits.expand(n, -1)
-    return Counter(sample(rows, sampling, None, [7] * n, range(n)))
+    sampling = Sampling(temperature=fields.pop("temperature", 1.0), seed=7, **fields)
+    return Counter(sample(logits.expand(n, -1), sampling, list(range(n))))
 
 
 def test_draws_follow_the_probabilities():
@@ -306,21 +328,43 @@ def test_temperature_sharpens():
 
 
 def test_uniform_is_uniform_in_seed_and_position():
-    values = torch.tensor([uniform(seed, pos) for seed in range(100) for pos in range(100)])
+    keys = torch.tensor([seed_key(seed) for seed in range(100)])
+    values = uniform(keys[:, None], torch.arange(100)).flatten()
     assert 0 <= values.min() and values.max() < 1
     assert torch.histc(values, 20, 0, 1).sub(500).abs().max() < 5 * math.sqrt(500)
     grid = values.reshape(100, 100) - 0.5
     for other in (grid.roll(1, 0), grid.roll(1, 1)):  # neighbours in seed and in position
         assert abs((grid * other).mean() * 12) < 0.05
-    assert uniform(3, 5) == uniform(3, 5) != uniform(5, 3)
+    assert uniform(keys[3], torch.tensor(5)) != uniform(keys[5], torch.tensor(3))
+
+
+def test_uniform_is_splitmix():
+    """The definition in unbounded integers, also for seeds that no int64 holds."""
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    for seed in (0, 1, 2**63 + 5, 2**70 + 3):
+        key = mix((seed + 1) * golden % 2**64)
+        for position in (0, 1, 77, 10**6):
+            expected = (mix((key + position * golden) % 2**64) >> 16) / 2**48
+            assert uniform(torch.tensor(seed_key(seed)), torch.tensor(position)) == expected
 
 
 def kept_tokens(scores: torch.Tensor, sampling: Sampling) -> list[set[int]]:
-    left, tokens = candidates(scores, sampling)
-    if tokens is None:
-        tokens = torch.arange(scores.shape[-1]).expand_as(scores)
+    n, vocab = scores.shape
+    left = filtered(
+        scores,
+        torch.full((n,), min(sampling.top_k or vocab, vocab)),
+        torch.full((n,), sampling.top_p),
+        torch.full((n,), sampling.min_p),
+    )
     alive = left.isfinite()
-    return [set(tokens[row][alive[row]].tolist()) for row in range(len(scores))]
+    assert torch.equal(left[alive], scores[alive])
+    return [set(row.nonzero()[:, 0].tolist()) for row in alive]
 
 
 FILTERS = [
@@ -353,31 +397,72 @@ def test_filters_keep_what_transformers_keeps(fields):
     assert kept_tokens(scores, Sampling(temperature=1.0, **fields)) == wanted
 
 
-def test_top_k_keeps_the_scores_of_its_tokens():
-    scores = torch.tensor([[0.5, 3.0, -1.0, 2.0]])
-    left, tokens = candidates(scores, Sampling(temperature=1.0, top_k=2))
-    assert tokens.tolist() == [[1, 3]] and left.tolist() == [[3.0, 2.0]]
+def test_every_row_has_its_own_settings():
+    """Rows of one batch get what each gets alone, whatever the others ask for."""
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(8)) * 3
+    settings = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=1),
+        Sampling(temperature=0.7, top_k=5, seed=2),
+        Sampling(temperature=1.3, top_p=0.5, min_p=0.01, seed=3, repetition_penalty=1.5),
+        Sampling(logit_bias={7: 100.0}),
+        Sampling(frequency_penalty=5.0, logprobs=3),
+    ]
+    prompts, replies = [[1, 2]] * 6, [[3, 3, 9]] * 6
+    rows = sampling_rows(settings, 50, prompts, replies)
+    kind = Kind()
+    for sampling in settings:
+        kind = kind | sampling.kind
+    assert kind == Kind(True, True, True)
+    together = rows.sample(logits, torch.full((6,), 5), 0, kind).tokens.tolist()
+    for row, sampling in enumerate(settings):
+        part = {"prompts": prompts[:1], "replies": replies[:1]}
+        assert together[row] == sample(logits[row : row + 1], sampling, [5], **part)[0]
+    assert together[4] == 7
+
+
+def test_logit_bias_decides(model):
+    assert set(generate(model, [1, 2], logit_bias={77: 1e4}, max_new_tokens=5)) == {77}
+    free = generate(model, [1, 2], max_new_tokens=5)
+    assert generate(model, [1, 2], logit_bias={free[0]: -1e4}, max_new_tokens=5)[0] != free[0]
+
+
+def test_ends_wait_for_the_least_length(model):
+    free = generate(model, [1, 2, 3], max_new_tokens=12)
+    end = free[3]
+    options = dict(stop_ids=[end], max_new_tokens=12)
+    assert generate(model, [1, 2, 3], **options) == free[: free.index(end)]
+    longer = generate(model, [1, 2, 3], min_new_tokens=8, **options)
+    assert len(longer) >= 8 and end not in longer
+
+
+def test_logprobs_are_the_models(model):
+    engine = Engine(model, max_batch=2)
+    got = engine.generate([5, 6, 7], logprobs=4, temperature=1.0, seed=3, max_new_tokens=6)
+    ids = torch.tensor([[5, 6, 7, *got.token_ids]])
+    with torch.no_grad():
+        expected = model(ids).logits[0, 2:-1].log_softmax(-1)
+    for row, entry in zip(expected, got.logprobs, strict=True):
+        assert abs(row[entry.token] - entry.logprob) < 1e-4
+        top = row.topk(4)
+        assert [token for token, _ in entry.top] == top.indices.tolist()
+        assert torch.allclose(torch.tensor([p for _, p in entry.top]), top.values, atol=1e-4)
 
 
 def test_repetition_penalty_equals_transformers():
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(6))
-    prompts, reply = [[1, 2, 2, 29], [7, 8, 9, 9]], [2, 5]
-    counts = TokenCounts(prompts, 30, "cpu")
-    counts.add(reply)
-    ids = torch.tensor([[*prompt, token] for prompt, token in zip(prompts, reply, strict=True)])
+    prompts, replies = [[1, 2, 2, 29], [7, 8, 9, 9]], [[2], [5]]
+    ids = torch.tensor([[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)])
     for penalty in (1.3, 0.8):
         processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
-        got = counts.penalize(logits, Sampling(repetition_penalty=penalty))
+        got = edited(logits, Sampling(repetition_penalty=penalty), prompts, replies)
         assert torch.equal(got, processor(ids, logits.clone()))
 
 
 def test_frequency_and_presence_count_the_reply_only():
-    counts = TokenCounts([[0, 1]], 4, "cpu")
-    for token in (1, 2, 2):
-        counts.add([token])
     sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
-    got = counts.penalize(torch.zeros(1, 4), sampling)
+    got = edited(torch.zeros(1, 4), sampling, [[0, 1]], [[1, 2, 2]])
     assert got.tolist() == [[0.0, -0.75, -1.25, 0.0]]
 
 
@@ -404,11 +489,10 @@ def test_bad_logits_are_an_error(bad):
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     for temperature in (0.0, 1.0):
-        with pytest.raises(FloatingPointError, match="row 1 at position 9"):
-            sample(logits, Sampling(temperature=temperature), None, [0, 0], [4, 9])
+        assert sample(logits, Sampling(temperature=temperature))[1] == NOT_FINITE
     model = tiny()
     model.lm_head.weight.data[3] = bad
-    with pytest.raises(FloatingPointError, match="logits of row 0 at position 2"):
+    with pytest.raises(FloatingPointError, match="logits at position 2: expected finite"):
         generate(model, [1, 2])
 
 
@@ -429,6 +513,10 @@ def test_bad_logits_are_an_error(bad):
         ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1, got 0"),
         ({"stop": ["a", ""]}, "stop: expected non-empty strings"),
         ({"stop": [3]}, "stop"),
+        ({"stop_ids": [-1]}, "stop_ids"),
+        ({"logit_bias": {3: math.nan}}, "logit_bias: expected finite"),
+        ({"logprobs": 21}, "logprobs: expected <= 20, got 21"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -551,4 +639,4 @@ def test_the_head_reads_rows(prompts):
     model, shapes = tiny(), []
     model.lm_head.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     generate(model, prompts, max_new_tokens=2)
-    assert shapes == [(len(prompts), 32)] * 2
+    assert shapes == [(1, 32)] * len(prompts) + [(len(prompts), 32)]

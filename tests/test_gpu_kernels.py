@@ -146,7 +146,9 @@ def double_quantize(absmax: Tensor, shift: int = 0) -> list[Tensor]:
     codes = guarded(nblocks, torch.uint8, device, shift)
     nested = guarded(-(-nblocks // 256), torch.float32, device, shift)
     offset = guarded(1, torch.float32, device, shift)
-    _core.double_quantize(absmax, codes.view, nested.view, offset.view)
+    sums = guarded(8 * -(-nblocks // 65536), torch.uint8, device)
+    _core.double_quantize(absmax, codes.view, nested.view, offset.view, sums.view)
+    sums.intact()
     return [codes.intact(), nested.intact(), offset.intact()]
 
 
@@ -335,6 +337,33 @@ def test_gemv_4bit_is_no_less_accurate_than_bitsandbytes(M):
     peer = functional.dequantize_4bit(linear.packed.view(-1, 1), state).float()
     theirs = (x.float() @ peer.T).bfloat16()
     assert error(linear(x), exact) <= error(theirs, exact)
+
+
+def test_gemv_4bit_of_more_panels_than_go_together():
+    """Each multiprocessor gets more than sixteen panels, and K has more than one slice."""
+    linear, x = Linear(36_000, 4352), rows(3, 4352, torch.bfloat16)
+    close(linear(x), x, linear.table_weight(torch.bfloat16))
+
+
+@pytest.mark.parametrize("M", [1, 3, 8, 9])
+@pytest.mark.parametrize("K", [256, 1000, 5120])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemv_4bit_group_is_its_parts(dtype, K, M):
+    x = rows(M, K, dtype)
+    linears = [Linear(N, K) for N in (5, 1000, 16, 2049)]
+    for count in range(1, 5):
+        for shared in (True, False):
+            if shared:
+                for linear in linears:
+                    linear.scale = (*linear.scale[:2], linears[0].scale[2], linear.scale[3])
+            outs = [guarded(M * linear.N, dtype, CUDA) for linear in linears[:count]]
+            products = [
+                (linear.packed, *linear.scale, out.view.view(M, linear.N))
+                for linear, out in zip(linears, outs, strict=False)
+            ]
+            _core.gemv_4bit_group(x, products, "nf4", 64)
+            for linear, out in zip(linears, outs, strict=False):
+                same(out.intact().view(M, linear.N), linear(x))
 
 
 def error(y: Tensor, exact: Tensor) -> float:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from paged import Rows
 
 from halfbyte.errors import ContextLengthError, UnsupportedModelError
 from halfbyte.kv_cache import KVCache
@@ -219,21 +220,17 @@ def test_stories260k_logits_equal_transformers(shared):
 # --- cache -----------------------------------------------------------------------------------
 
 
-def empty_cache(model: Decoder, batch: int, max_len: int = 40, dtype=torch.float32) -> KVCache:
-    return KVCache(model.config, batch, max_len, dtype, "cpu")
-
-
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral-window", "qwen2-window", "qwen3"])
 @torch.no_grad()
 def test_prefill_then_decode_equals_one_forward(name):
-    model, ids = decoder(name), token_ids(2, 19)
+    model, ids = decoder(name), token_ids(2, 40)
     full = model(ids).logits
-    cache = empty_cache(model, 2)
-    pieces = [model(ids[:, :7], cache=cache).logits]
-    pieces.append(model(ids[:, 7:11], cache=cache).logits)  # more tokens onto a filled cache
-    pieces += [model(ids[:, i : i + 1], cache=cache).logits for i in range(11, 19)]
+    rows = Rows(model, 2)
+    pieces = [rows(ids[:, :7]).logits]
+    pieces.append(rows(ids[:, 7:29]).logits)  # more tokens onto a filled cache
+    pieces.append(rows.decode(ids[:, 29:]))
     assert (torch.cat(pieces, 1) - full).abs().max() <= 1e-5
-    assert cache.lengths == [19, 19]
+    assert rows.lengths == [40, 40]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3"])
@@ -242,27 +239,44 @@ def test_rows_of_different_lengths_decode_together(name):
     model = decoder(name)
     lengths, steps = [3, 12, 7], 6
     ids = token_ids(3, 12 + steps)
-    cache = empty_cache(model, 3)
-    cache.expect(lengths)
-    logits = [model(ids[:, :12], cache=cache, last_only=True).logits]
+    rows = Rows(model, 3)
+    logits = [rows(ids[:, :12], lengths, last_only=True).logits]
     for step in range(steps):
         new = torch.stack([ids[row, n + step] for row, n in enumerate(lengths)])[:, None]
-        logits.append(model(new, cache=cache, last_only=True).logits)
+        logits.append(rows(new, last_only=True).logits)
+    exact_model = copy.deepcopy(model).double()
     for row, n in enumerate(lengths):
-        alone = model(ids[row : row + 1, : n + steps]).logits[0, n - 1 :]
-        together = torch.cat([step[row] for step in logits])
-        assert (together - alone).abs().max() <= 1e-5
-    assert cache.lengths == [n + steps for n in lengths]
+        whole = ids[row : row + 1, : n + steps]
+        exact = exact_model(whole).logits[0, n - 1 :]
+        alone = (model(whole).logits[0, n - 1 :] - exact).abs().max()
+        together = (torch.cat([step[row] for step in logits]) - exact).abs().max()
+        assert together <= 2 * alone <= 4e-5, "no worse than rounding makes one forward"
+    assert rows.lengths == [n + steps for n in lengths]
+
+
+@torch.no_grad()
+def test_chunks_of_different_rows_are_prefilled_together():
+    """Rows with different pasts and different numbers of new tokens in one forward."""
+    model, ids = decoder("mistral-window"), token_ids(2, 40)
+    rows = Rows(model, 2)
+    rows(ids[:, :20], [20, 5])
+    new = torch.stack((ids[0, 20:33], ids[1, 5:18]))
+    got = rows(new, [3, 13]).logits
+    full = model(ids).logits
+    assert (got[0, :3] - full[0, 20:23]).abs().max() <= 1e-5
+    assert (got[1] - full[1, 5:18]).abs().max() <= 1e-5
+    again = rows(torch.stack((ids[0, 23:25], ids[1, 18:20]))).logits
+    assert (again[0] - full[0, 23:25]).abs().max() <= 1e-5
+    assert (again[1] - full[1, 18:20]).abs().max() <= 1e-5
 
 
 @torch.no_grad()
 def test_selected_rows_go_on_alone():
     model, ids = decoder("mistral-window"), token_ids(3, 14)
-    cache = empty_cache(model, 3)
-    cache.expect([4, 9, 13])
-    model(ids[:, :13], cache=cache)
-    cache.select([2, 0])
-    got = model(torch.stack((ids[2, 13:14], ids[0, 4:5])), cache=cache).logits
+    rows = Rows(model, 3)
+    rows(ids[:, :13], [4, 9, 13])
+    rows.select([2, 0])
+    got = rows(torch.stack((ids[2, 13:14], ids[0, 4:5]))).logits
     assert (got[0, 0] - model(ids[2:3, :14]).logits[0, -1]).abs().max() <= 1e-5
     assert (got[1, 0] - model(ids[0:1, :5]).logits[0, -1]).abs().max() <= 1e-5
 
@@ -270,27 +284,29 @@ def test_selected_rows_go_on_alone():
 @torch.no_grad()
 def test_full_cache_says_its_numbers():
     model = decoder()
-    cache = empty_cache(model, 1, max_len=8)
-    model(token_ids(1, 6), cache=cache)
-    with pytest.raises(ContextLengthError, match="6 cached .* 3 new tokens .* 8"):
-        model(token_ids(1, 3), cache=cache)
-    model(token_ids(1, 2), cache=cache)
-    assert cache.lengths == [8]
+    rows = Rows(model, 1, max_len=16)
+    rows(token_ids(1, 14))
+    with pytest.raises(ContextLengthError, match="14 cached .* 3 new tokens .* 16"):
+        rows(token_ids(1, 3))
+    rows(token_ids(1, 2))
+    assert rows.lengths == [16]
 
 
 @torch.no_grad()
-def test_cache_of_another_batch_is_refused():
+def test_steps_that_do_not_fit_are_refused():
     model = decoder()
-    cache = empty_cache(model, 2)
-    with pytest.raises(ValueError, match="ids of 2 rows, got 1"):
-        model(token_ids(1, 3), cache=cache)
-    with pytest.raises(ValueError, match="expected 2 counts >= 1"):
-        cache.expect([3, 0])
-    cache.expect([3, 5])
-    with pytest.raises(ValueError, match="at least 5 tokens a row, got 4"):
-        model(token_ids(2, 4), cache=cache)
-    with pytest.raises(ValueError, match="batch and max_len >= 1"):
-        empty_cache(model, 0)
+    rows = Rows(model, 2)
+    step = rows.cache.step(rows.tables, [0, 0], [3, 5])
+    with pytest.raises(ValueError, match=r"expected ids \[2, 5\], got \[2, 4\]"):
+        model(token_ids(2, 4), cache=step)
+    with pytest.raises(ValueError, match=r"expected ids \[2, 5\], got \[1, 5\]"):
+        model(token_ids(1, 5), cache=step)
+    with pytest.raises(ValueError, match="a count >= 1 for each row"):
+        rows.cache.step(rows.tables, [0, 0], [3, 0])
+    with pytest.raises(ValueError, match="a count >= 1 for each row"):
+        rows.cache.step(rows.tables, [0], [3])
+    with pytest.raises(ValueError, match="at least 2 blocks, got 1"):
+        KVCache(model.config, 1, torch.float32, "cpu")
 
 
 def test_wrong_arguments_are_named():
@@ -412,9 +428,10 @@ def test_compiled_decode_is_traced_once_for_all_lengths(fresh_dynamo):
     compiled = torch.compile(
         model, backend=lambda graph, _: traces.append(1) or graph.forward, fullgraph=True
     )
-    cache = empty_cache(model, 1)
-    model(ids[:, :4], cache=cache)
-    logits = [compiled(ids[:, i : i + 1], cache=cache).logits for i in range(4, 20)]
+    rows = Rows(model, 1)
+    rows(ids[:, :4])
+    rows.model = compiled
+    logits = [rows(ids[:, i : i + 1]).logits for i in range(4, 20)]
     assert (torch.cat(logits, 1) - model(ids).logits[:, 4:]).abs().max() <= 1e-5
     assert len(traces) <= 2, "the first length, then any length"
 
@@ -442,9 +459,8 @@ def test_4bit_linears_equal_their_dequantized_weights(name):
     narrow, plain = quantized(decoder(name))
     ids = token_ids(2, 15)
     assert (narrow(ids).logits - plain(ids).logits).abs().max() <= 1e-4
-    cache = empty_cache(narrow, 2)
-    pieces = [narrow(ids[:, :9], cache=cache).logits]
-    pieces += [narrow(ids[:, i : i + 1], cache=cache).logits for i in range(9, 15)]
+    rows = Rows(narrow, 2)
+    pieces = [rows(ids[:, :9]).logits, rows.decode(ids[:, 9:])]
     assert (torch.cat(pieces, 1) - plain(ids).logits).abs().max() <= 1e-4
 
 
@@ -485,9 +501,8 @@ def test_gpu_equals_cpu(name):
     model, ids = decoder(name), token_ids(3, 19)
     expected = model(ids).logits
     model = copy.deepcopy(model).cuda()
-    cache = KVCache(model.config, 3, 40, torch.float32, "cuda")
-    logits = [model(ids[:, :9].cuda(), cache=cache).logits]
-    logits += [model(ids[:, i : i + 1].cuda(), cache=cache).logits for i in range(9, 19)]
+    rows = Rows(model, 3)
+    logits = [rows(ids[:, :9]).logits, rows.decode(ids[:, 9:])]
     assert (torch.cat(logits, 1).cpu() - expected).abs().max() <= 1e-4
 
 

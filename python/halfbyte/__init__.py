@@ -4,6 +4,7 @@ from halfbyte import optim
 from halfbyte._core import __version__
 from halfbyte.chat import chat
 from halfbyte.checkpoint import load, save
+from halfbyte.engine import Completion, Engine
 from halfbyte.generate import generate, stream
 from halfbyte.linear import Linear4bit
 from halfbyte.lora import LoraConfig, LoRALinear, load_adapter, merge, save_adapter
@@ -16,7 +17,9 @@ from halfbyte.train import TrainConfig, TrainResult, finetune
 Decoder.generate = generate
 
 __all__ = [
+    "Completion",
     "Decoder",
+    "Engine",
     "LoRALinear",
     "Linear4bit",
     "LoraConfig",

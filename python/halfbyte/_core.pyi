@@ -13,6 +13,8 @@ Letters: n elements, M rows of x, N out_features, K in_features. "float" is floa
 bfloat16. A block is ``blocksize`` consecutive elements of the flat tensor; the last may be short.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 __version__: str
@@ -122,6 +124,17 @@ class Pager:
     def update_stream(self) -> int:
         """The handle of the stream on which updates run; 0 on a CPU."""
 
+class Recording:
+    """Calls of these functions on CPU tensors, which it keeps alive."""
+
+    def replay(self) -> None:
+        """Make the calls again, on the same memory and in the same order."""
+
+    def __len__(self) -> int: ...
+
+def record(on: bool) -> Recording:
+    """What this thread called on CPU tensors since it records; whether it records from now on."""
+
 def quantize_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int
 ) -> None:
@@ -150,11 +163,14 @@ def dequantize_4bit(
     nested_absmax float32 [ceil(blocks / 256)] and nested_map float32 [256].
     """
 
-def double_quantize(absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:
+def double_quantize(
+    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, sums: Tensor
+) -> None:
     """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around the mean.
 
     absmax: float32 [blocks]. codes: uint8 [blocks], out. nested_absmax: float32
-    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean.
+    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. sums: uint8
+    [8 * ceil(blocks / 65536)], scratch.
     """
 
 def quantize_blockwise(
@@ -174,6 +190,13 @@ def dequantize_blockwise(
     codes: uint8 [n]. absmax: float32 [ceil(n / blocksize)]. out: float [n].
     """
 
+def gemv(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = x weight^T``, accumulated in float32; CPU tensors only.
+
+    x: float [M, K]. weight: x's dtype [N, K]. out: x's dtype [M, N]. A row of out does not depend
+    on the other rows.
+    """
+
 def gemv_4bit(
     x: Tensor,
     packed: Tensor,
@@ -189,6 +212,120 @@ def gemv_4bit(
 
     x: float [M, K]. packed: uint8 [ceil(N K / 2)]. out: x's dtype [M, N]. Scales as in
     ``dequantize_4bit``. Sums are fp32; a row of ``out`` depends on its row of ``x`` only.
+    """
+
+def gemm_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: float,
+    quant_type: str,
+    blocksize: int,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    """``gemv_4bit`` for tens to hundreds of rows of x.
+
+    workspace: x's dtype [M, K], scratch. Sums are fp32; their order may depend on M.
+    """
+
+def gemv_4bit_group(
+    x: Tensor,
+    products: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, Tensor]],
+    quant_type: str,
+    blocksize: int,
+) -> None:
+    """``gemv_4bit`` of one x with several W, in one launch where a kernel takes them so.
+
+    products: (packed, absmax, nested_absmax, nested_map, offset, out) of each W, at most four.
+    """
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    window: int,
+    partials: Tensor,
+    arrived: Tensor,
+    out: Tensor,
+) -> None:
+    """One new token a row: rotate q and k, append k and v to the paged cache, attend.
+
+    q, out: float [B, heads, D], D even and at most 256. k, v: [B, kv_heads, D]. cos, sin: [B, D],
+    the first half of sin negated. keys, values: [blocks, 16, kv_heads, D], in and out; all of
+    q's dtype. tables: int32 [B, blocks of a row]. lengths: int32 [B], the new token included.
+    window: attend to so many tokens at most; 0: to all. partials: float32
+    [B * heads * 32 * (D + 2)], scratch. arrived: int32 [B, heads], zeros before and after.
+    """
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    residual: Tensor | None = None,
+    sum: Tensor | None = None,
+) -> None:
+    """``sum = x + residual`` and ``out = rounded(sum / sqrt(mean(sum^2) + eps)) * weight`` by rows.
+
+    x: float, rows of as many elements as weight has. weight: x's dtype or float32. out, residual,
+    sum: x's dtype and size; without residual and sum, x is normed. fp32 between the roundings to
+    x's dtype.
+    """
+
+def rms_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_x: Tensor,
+    grad_sum: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+    roots: Tensor | None = None,
+    partials: Tensor | None = None,
+) -> None:
+    """The gradient of what was normed, and of the weight where ``grad_weight`` is given.
+
+    grad: float, of out. x: what was normed (the sum), grad's dtype and size, like grad_sum (the
+    gradient that reaches the sum otherwise) and grad_x, out. grad_weight: like weight, out. roots:
+    float32 [rows] and partials: float32 [64, columns], scratch.
+    """
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+    q_out: Tensor,
+    k_out: Tensor,
+) -> None:
+    """Rotate the two halves of every head by the angles of its token, or back by ``inverse``.
+
+    q: float [B, T, heads, D], k: q's dtype [B, T, kv_heads, D], each of any strides but 1 in the
+    last dimension. cos, sin: q's dtype [B or 1, T, D], the first half of sin negated. q_out, k_out:
+    like q and k, contiguous. Rounded after every product and sum, as torch does.
+    """
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """``out = rounded(silu(gate)) * up``, fp32 between the roundings to the dtype.
+
+    gate, up: one float dtype, [rows, columns], rows any distance apart. out: the same, contiguous.
+    """
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, grads: Tensor, halves: bool) -> None:
+    """The gradients of gate and up, together in ``grads``.
+
+    grad: gate's dtype [rows, columns]. grads: [2, rows, columns], or [rows, 2, columns] if
+    ``halves``.
     """
 
 def codebook(quant_type: str) -> list[float]:

@@ -10,8 +10,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.engine import Engine, Stream
 from halfbyte.errors import CheckpointError, ContextLengthError
-from halfbyte.generate import Sampling, Stream, stream
+from halfbyte.generate import stream
+from halfbyte.sampling import Sampling
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,6 +85,8 @@ def _prompt(model: Decoder, messages: Messages) -> list[int]:
 class Conversation:
     """A chat with a memory: every question is asked with all turns before it.
 
+    An engine of its own keeps what the model has read, so a turn costs its own length only.
+
     messages: the turns so far, the system prompt not among them. system: the system prompt, None
     for the template's own. sampling: how answers are chosen. finish_reason: how the last answer
     ended: "stop", "length", "context" or "cancelled".
@@ -96,6 +100,7 @@ class Conversation:
         self.sampling = sampling or Sampling()
         self.messages: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
+        self._engine: Engine | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -112,8 +117,21 @@ class Conversation:
         is as if the question was not asked. Raises like `chat`, before the first piece.
         """
         turns = [*self.messages, _message("user", text)]
-        pieces = stream_chat(self.model, self._opening() + turns, self.sampling)
-        return self._answer(turns, pieces)
+        prompt = _prompt(self.model, self._opening() + turns)
+        return self._answer(turns, self._engine_now().stream(prompt, self.sampling))
+
+    def complete(self, text: str) -> Stream:
+        """Plain text that goes on after `text`: no template, no memory."""
+        prompt = _tokenizer(self.model).encode(text, add_special_tokens=True)
+        return self._engine_now().stream(prompt, self.sampling)
+
+    def _engine_now(self) -> Engine:
+        """The engine; a new one if layers were exchanged, without memory if weights may change."""
+        if self._engine is None or self._engine.stale:
+            self._engine = Engine(self.model, max_batch=1)
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            self._engine.refresh()
+        return self._engine
 
     def _answer(self, turns: list[dict[str, Any]], pieces: Stream) -> Generator[str, None, None]:
         said = ""
@@ -122,7 +140,7 @@ class Conversation:
                 said += piece
                 yield piece
         finally:
-            whole = pieces.finish_reason is not None
+            whole = pieces.finish_reason not in (None, "cancelled", "error")
             pieces.close()
             self.finish_reason = pieces.finish_reason
             if said or whole:
@@ -156,7 +174,10 @@ def _parse(saved: Any) -> tuple[list[dict[str, Any]], Sampling]:
     for message in messages:
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
             raise TypeError(f"a message whose role and content are text expected, got {message}")
-    return messages, Sampling(**saved.get("sampling", {}))
+    sampling = saved.get("sampling", {})
+    # JSON has names for keys where ids are meant.
+    bias = {int(token): value for token, value in sampling.get("logit_bias", {}).items()}
+    return messages, Sampling(**{**sampling, "logit_bias": bias})
 
 
 def _starts_with_system(messages: list[dict[str, Any]]) -> bool:
@@ -238,9 +259,7 @@ class _Terminal:
         return self.conversation.finish_reason
 
     def _complete(self, line: str) -> str | None:
-        conversation = self.conversation
-        ids = _tokenizer(conversation.model).encode(line, add_special_tokens=True)
-        with closing(stream(conversation.model, ids, conversation.sampling)) as pieces:
+        with closing(self.conversation.complete(line)) as pieces:
             self._say(pieces)
             return pieces.finish_reason
 
@@ -294,7 +313,7 @@ def _file(name: str) -> Path:
 def _with_setting(sampling: Sampling, text: str) -> Sampling:
     """`sampling` with one field set from "NAME VALUE"; ValueError names what is wrong."""
     name, _, value = text.partition(" ")
-    names = [field.name for field in fields(Sampling)]
+    names = [field.name for field in fields(Sampling) if "python_only" not in field.metadata]
     if name not in names:
         raise ValueError(f"/set: expected one of {', '.join(names)}, got {name!r}")
     return replace(sampling, **{name: _parsed(name, value.strip())})

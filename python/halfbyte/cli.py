@@ -152,8 +152,9 @@ def _field_help(settings: type) -> dict[str, str]:
 
 def _parameters(settings: type) -> list[inspect.Parameter]:
     """A dataclass's fields as parameters: those without a default are arguments."""
-    texts = _field_help(settings)
-    return [_parameter(field, texts.get(field.name)) for field in dataclasses.fields(settings)]
+    texts, fields = _field_help(settings), dataclasses.fields(settings)
+    shown = [field for field in fields if "python_only" not in field.metadata]
+    return [_parameter(field, texts.get(field.name)) for field in shown]
 
 
 def _parameter(field: dataclasses.Field[Any], text: str | None) -> inspect.Parameter:
@@ -248,6 +249,69 @@ def chat(
     if adapter is not None:
         lora.load_adapter(decoder, adapter)
     repl(Conversation(decoder, system, Sampling(**sampling)), raw)
+
+
+@app.command()
+def serve(
+    model: Model,
+    adapter: Annotated[
+        list[str], typer.Option(help="NAME=DIR: a LoRA adapter and what clients call it.")
+    ] = [],  # noqa: B006  typer reads it, nobody writes it
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: its last word.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file that holds the key which clients must send.")
+    ] = None,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="Let clients load adapters from folders under this one.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Sequences that run at once, at most 32.")] = 32,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; 429 beyond.")] = 64,
+    kv_gb: Annotated[
+        float | None, typer.Option(help="10^9 bytes for keys and values; default: what is free.")
+    ] = None,
+    request_timeout: Annotated[float, typer.Option(help="Seconds that a reply may take.")] = 600.0,
+    quant_type: QuantType = "nf4",
+    double_quant: DoubleQuant = True,
+    dtype: DType = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Serve MODEL and adapters over HTTP, as OpenAI's API does, with a chat page at /."""
+    from halfbyte import checkpoint
+    from halfbyte.serve import ServeConfig
+    from halfbyte.serve import serve as run
+
+    config = ServeConfig(
+        name=name or Path(model).name,
+        host=host,
+        port=port,
+        api_key=None if api_key_file is None else api_key_file.read_text().strip(),
+        adapter_root=adapter_root,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        kv_budget=None if kv_gb is None else int(kv_gb * 1e9),
+        request_timeout=request_timeout,
+    )
+    where = {"dtype": _torch_dtype(dtype), "device": device}
+    run(
+        lambda: checkpoint.load(model, _none(quant_type), double_quant, **where),
+        config,
+        _named_folders(adapter, config.name),
+    )
+
+
+def _named_folders(words: list[str], base: str) -> dict[str, str]:
+    """NAME=DIR, each name once and none the base's."""
+    folders: dict[str, str] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder) or name in (base, *folders):
+            raise ValueError(f"--adapter: expected NAME=DIR with a name of its own, got {word!r}")
+        folders[name] = folder
+    return folders
 
 
 @app.command()

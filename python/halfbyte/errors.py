@@ -19,3 +19,11 @@ class DataError(HalfbyteError, ValueError):
 
 class ContextLengthError(HalfbyteError, ValueError):
     """A sequence longer than the model or its cache can hold."""
+
+
+class QueueFullError(HalfbyteError):
+    """More requests than an engine lets wait."""
+
+
+class AdapterNotFoundError(HalfbyteError, ValueError):
+    """A request for an adapter that is not loaded."""

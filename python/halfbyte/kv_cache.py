@@ -1,12 +1,20 @@
-"""Keys and values of the tokens a batch of sequences has seen so far."""
+"""Keys and values of the tokens that sequences have seen so far, in blocks of 16."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import ContextLengthError
+from halfbyte.ops import paged_attention
+from halfbyte.ops.paged_attention import BLOCK
+
+# What padding writes to, and what tables name past their end; it belongs to no sequence.
+SPARE_BLOCK = 0
 
 
 class CacheShape(Protocol):
@@ -15,117 +23,179 @@ class CacheShape(Protocol):
     @property
     def num_hidden_layers(self) -> int: ...
     @property
+    def num_attention_heads(self) -> int: ...
+    @property
     def num_key_value_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
 
 
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // BLOCK)
+
+
+def block_bytes(config: CacheShape, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers, keys and values."""
+    elements = config.num_hidden_layers * BLOCK * config.num_key_value_heads * config.head_dim
+    return 2 * elements * torch.empty((), dtype=dtype).element_size()
+
+
 class KVCache:
-    """One [batch, max_len, num_key_value_heads, head_dim] tensor of keys and of values per layer.
+    """keys and values: for each layer [blocks, 16, num_key_value_heads, head_dim].
 
-    Every row has a length of its own, so sequences of different lengths decode together: a new
-    token's key is written at its row's length and attends to the keys at or before it. Rows are
-    never padded on the left. `lengths` lists the tokens of each row, on the host, so that no
-    forward has to wait for the device to know them.
-
-    Raises ContextLengthError when a forward would pass `max_len`.
+    Which blocks belong to a sequence is the caller's to say, by a table for each row of a forward:
+    token t lies in block table[t // 16]. Block 0 belongs to no one.
     """
 
     def __init__(
         self,
         config: CacheShape,
-        batch: int,
-        max_len: int,
+        blocks: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        if batch < 1 or max_len < 1:
-            raise ValueError(f"KVCache: expected batch and max_len >= 1, got {batch} and {max_len}")
-        shape = (batch, max_len, config.num_key_value_heads, config.head_dim)
+        if blocks < 2:
+            raise ValueError(f"KVCache: expected at least 2 blocks, got {blocks}")
+        shape = (
+            config.num_hidden_layers,
+            blocks,
+            BLOCK,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         # Zeros, because a masked key still multiplies its value by zero, and 0 * NaN is NaN.
-        self.keys = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.max_len = max_len
-        self.lengths = [0] * batch
-        self._starts = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._rows = torch.arange(batch, device=device)[:, None]
-        self._counts: list[int] | None = None
+        self.keys = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        self.values = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        self.heads = config.num_attention_heads
+        self.blocks = blocks
+        self.device = self.keys[0].device
 
-    @property
-    def batch(self) -> int:
-        return len(self.lengths)
+    def step(
+        self,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+    ) -> CacheStep:
+        """The next forward: row b has `starts[b]` tokens cached and appends `counts[b]`.
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all rows hold the same number of tokens."""
-        return min(self.lengths) == max(self.lengths)
-
-    @property
-    def counts(self) -> list[int] | None:
-        """Real tokens per row of the next forward; None when no row of it is padded."""
-        return self._counts
-
-    def expect(self, counts: Sequence[int]) -> None:
-        """Say how many tokens of each row of the next forward are real; the rest is right padding.
-
-        The keys of padding are written past the row's length, where the next token replaces them
-        before anything attends to them.
+        Its ids are [B, max(counts)]; what is shorter is padded on the right.
+        Raises ContextLengthError when a table has no room, ValueError for lists that do not fit.
         """
-        if len(counts) != self.batch or min(counts) < 1:
+        if not len(tables) == len(starts) == len(counts) >= 1 or min(counts) < 1:
             raise ValueError(
-                f"KVCache.expect: expected {self.batch} counts >= 1, got {list(counts)}"
+                f"KVCache.step: expected a table, a start and a count >= 1 for each row, got "
+                f"{len(tables)} tables, starts {list(starts)}, counts {list(counts)}"
             )
-        self._counts = list(counts)
+        for table, start, count in zip(tables, starts, counts, strict=True):
+            if start + count > len(table) * BLOCK:
+                raise ContextLengthError(
+                    f"KVCache: {start} cached + {count} new tokens exceed the {len(table) * BLOCK} "
+                    "that the sequence has blocks for; shorten the prompt or ask for fewer new "
+                    "tokens"
+                )
+        tokens, width = max(counts), max(map(len, tables))
+        padded = [[*table, *[SPARE_BLOCK] * (width - len(table))] for table in tables]
+        lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+        return CacheStep(
+            cache=self,
+            tables=torch.tensor(padded, dtype=torch.int32, device=self.device),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=self.device),
+            positions=_positions(starts, tokens, self.device),
+            arrived=self.arrivals(len(tables)) if tokens == 1 else None,
+            last=None if min(counts) == tokens else torch.tensor(counts, device=self.device) - 1,
+            cached=min(max(starts) + tokens, width * BLOCK) if max(starts) else 0,
+        )
 
-    def check(self, batch: int, tokens: int) -> None:
-        """Raise ValueError or ContextLengthError if ids [batch, tokens] cannot be appended."""
-        if batch != self.batch:
-            raise ValueError(f"KVCache: expected ids of {self.batch} rows, got {batch}")
-        if self._counts is not None and max(self._counts) > tokens:
-            raise ValueError(
-                f"KVCache: expected at least {max(self._counts)} tokens a row, got {tokens}"
-            )
-        if max(self.lengths) + tokens > self.max_len:
-            raise ContextLengthError(
-                f"KVCache: {max(self.lengths)} cached + {tokens} new tokens exceed its length of "
-                f"{self.max_len}; shorten the prompt or ask for fewer new tokens"
-            )
+    def arrivals(self, batch: int) -> Tensor:
+        """The zeros that decode attention needs for `batch` rows."""
+        return torch.zeros(batch, self.heads, dtype=torch.int32, device=self.device)
 
-    def positions(self, tokens: int) -> Tensor:
-        """int64 [batch, tokens] (or [1, tokens] when uniform): positions of the next tokens."""
-        if self.uniform:
-            start = self.lengths[0]
-            return torch.arange(start, start + tokens, device=self._starts.device)[None]
-        return self._starts[:, None] + torch.arange(tokens, device=self._starts.device)
 
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys, values [batch, tokens, num_key_value_heads, head_dim] at `positions`."""
-        if self.uniform:
-            span = slice(self.lengths[0], self.lengths[0] + keys.shape[1])
-            self.keys[layer][:, span] = keys
-            self.values[layer][:, span] = values
-            return
-        self.keys[layer][self._rows, positions] = keys.to(self.keys[layer].dtype)
-        self.values[layer][self._rows, positions] = values.to(self.values[layer].dtype)
+def _positions(starts: Sequence[int], tokens: int, device: torch.device) -> Tensor:
+    """int64 [B, tokens], or [1, tokens] where all rows start alike."""
+    if min(starts) == max(starts):
+        return torch.arange(starts[0], starts[0] + tokens, device=device)[None]
+    return torch.tensor(starts, device=device)[:, None] + torch.arange(tokens, device=device)
 
-    def read(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Keys and values at positions first to last (exclusive), as views."""
-        return self.keys[layer][:, first:last], self.values[layer][:, first:last]
 
-    def advance(self, tokens: int) -> None:
-        """Count the tokens of a finished forward."""
-        counts = self._counts or [tokens] * self.batch
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self._starts += tokens if self._counts is None else self._starts.new_tensor(counts)
-        self._counts = None
+@dataclass(frozen=True)
+class CacheStep:
+    """Where one forward's tokens go in the cache and which tokens its rows see.
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self._starts.device)
-        self.keys = [keys.index_select(0, index) for keys in self.keys]
-        self.values = [values.index_select(0, index) for values in self.values]
-        self._starts = self._starts.index_select(0, index)
-        self._rows = self._rows[: len(rows)]
-        self.lengths = [self.lengths[row] for row in rows]
+    tables: int32 [B, W]. lengths: int32 [B], tokens with the new ones. positions: int64 [B or 1,
+    T] of the new tokens. arrived: as `paged_attention` takes it; decode only. last: int64 [B], the
+    place of each row's last real token; None: all rows have T. cached: the most tokens that a row
+    reads from the cache; 0 where no row has earlier tokens.
+
+    With one new token a row nothing here is read on the host, so a captured forward serves every
+    later step whose numbers are written into the same tensors.
+    """
+
+    cache: KVCache
+    tables: Tensor
+    lengths: Tensor
+    positions: Tensor
+    arrived: Tensor | None
+    last: Tensor | None = None
+    cached: int = 0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each row has one new token, which `attend` takes."""
+        return self.arrived is not None
+
+    def check(self, ids: Tensor) -> None:
+        """Raise ValueError unless ids are [B, T] as announced."""
+        expected = (self.tables.shape[0], self.positions.shape[1])
+        if tuple(ids.shape) != expected:
+            raise ValueError(f"CacheStep: expected ids {list(expected)}, got {list(ids.shape)}")
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        """Append one token a row and attend: q [B, 1, heads, D], k and v, not rotated -> q's shape.
+
+        cos, sin: [B or 1, 1, 1, D].
+        """
+        batch, head_dim = q.shape[0], q.shape[-1]
+        cos, sin = (x.reshape(-1, head_dim).expand(batch, -1).contiguous() for x in (cos, sin))
+        out = paged_attention(
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            cos,
+            sin,
+            self.cache.keys[layer],
+            self.cache.values[layer],
+            self.tables,
+            self.lengths,
+            window,
+            self.arrived,
+        )
+        return out[:, None]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store keys, values [B, T, num_key_value_heads, head_dim]; padding goes to the spare."""
+        blocks = self.tables.gather(1, self._places.clamp(max=self.tables.shape[1] - 1)).long()
+        blocks = torch.where(self.positions < self.lengths[:, None], blocks, SPARE_BLOCK)
+        offsets = (self.positions % BLOCK).expand_as(blocks)
+        self.cache.keys[layer][blocks, offsets] = keys.to(self.cache.keys[layer].dtype)
+        self.cache.values[layer][blocks, offsets] = values.to(self.cache.values[layer].dtype)
+
+    @property
+    def _places(self) -> Tensor:
+        return (self.positions // BLOCK).expand(self.tables.shape[0], -1)
+
+    def read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, tokens, num_key_value_heads, head_dim] from the first on."""
+        blocks = self.tables[:, : blocks_for(tokens)].long()
+        keys, values = self.cache.keys[layer][blocks], self.cache.values[layer][blocks]
+        return keys.flatten(1, 2)[:, :tokens], values.flatten(1, 2)[:, :tokens]

@@ -1,22 +1,30 @@
 """From logits to the next token: penalties, filters and a draw that only its row decides."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MASK64 = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+# Most alternatives whose log-probabilities are kept for a token, as in OpenAI's API.
+MAX_LOGPROBS = 20
+# Stands for a token where logits were not finite.
+NOT_FINITE = -1
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen and when to stop.
 
-    Order: repetition_penalty, frequency_penalty, presence_penalty, temperature, top_k, top_p,
-    min_p, then a draw from the fp32 probabilities that are left. temperature 0 takes the largest
-    penalized logit and skips the rest.
+    Order: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, temperature, top_k,
+    top_p, min_p, then a draw from the fp32 probabilities that are left. temperature 0 takes the
+    largest penalized logit and skips the rest.
 
     temperature: divides the logits; 0 is greedy.
     top_k: keeps the k most likely tokens; 0 is off.
@@ -29,7 +37,12 @@ class Sampling:
     seed: the same text from the same prompt, whatever else is in the batch; None draws one from
         torch's generator.
     max_new_tokens: at most so many.
+    min_new_tokens: no eos or stop id before so many.
     stop: strings that end the text and are not part of it.
+    stop_ids: token ids that end the reply beside the model's own, and are not part of it.
+    logit_bias: added to the logits of these token ids.
+    logprobs: how many alternatives to report with each token's log-probability, at most 20; None
+        reports nothing.
 
     Raises ValueError naming the field that is out of range.
     """
@@ -43,7 +56,13 @@ class Sampling:
     presence_penalty: float = 0.0
     seed: int | None = None
     max_new_tokens: int = 256
+    min_new_tokens: int = 0
     stop: str | Sequence[str] = ()
+    stop_ids: Sequence[int] = field(default=(), metadata={"python_only": True})
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata={"python_only": True}, hash=False
+    )
+    logprobs: int | None = field(default=None, metadata={"python_only": True})
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < math.inf, "temperature", ">= 0", self.temperature)
@@ -57,14 +76,30 @@ class Sampling:
         if self.seed is not None:
             _require_int(self.seed, "seed", 0)
         _require_int(self.max_new_tokens, "max_new_tokens", 1)
+        _require_int(self.min_new_tokens, "min_new_tokens", 0)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for string in stop:
             _require(isinstance(string, str) and string != "", "stop", "non-empty strings", string)
         object.__setattr__(self, "stop", stop)
+        for token in self.stop_ids:
+            _require_int(token, "stop_ids", 0)
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        for token, bias in self.logit_bias.items():
+            _require_int(token, "logit_bias", 0)
+            _require(math.isfinite(bias), "logit_bias", "finite", bias)
+        if self.logprobs is not None:
+            _require_int(self.logprobs, "logprobs", 0)
+            _require(self.logprobs <= MAX_LOGPROBS, "logprobs", "<= 20", self.logprobs)
 
     @property
     def penalizes(self) -> bool:
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+    @property
+    def kind(self) -> Kind:
+        """Which parts of sampling it needs."""
+        edits = self.penalizes or bool(self.logit_bias) or self.min_new_tokens > 0
+        return Kind(self.temperature > 0, edits, self.logprobs is not None)
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -77,56 +112,24 @@ def _require_int(value: object, name: str, least: int) -> None:
     _require(whole, name, f"an integer >= {least}", value)
 
 
-class TokenCounts:
-    """Which tokens each row has seen, and how often its reply holds them; on the logits' device."""
+class Kind(NamedTuple):
+    """The parts of sampling that a batch needs; a row gets the same token with any others on."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device) -> None:
-        shape = (len(prompts), vocab_size)
-        self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.replied = torch.zeros(shape, dtype=torch.float32, device=device)
-        for row, prompt in enumerate(prompts):
-            self.seen[row, torch.tensor(prompt, device=device)] = True
+    draws: bool = False
+    edits: bool = False
+    logprobs: bool = False
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Count one new token of each row."""
-        index = torch.tensor(tokens, device=self.seen.device)[:, None]
-        self.seen.scatter_(1, index, True)
-        self.replied.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
-        self.seen, self.replied = self.seen[list(rows)], self.replied[list(rows)]
-
-    def penalize(self, logits: Tensor, sampling: Sampling) -> Tensor:
-        """fp32 logits [B, V] after the three penalties."""
-        penalty = sampling.repetition_penalty
-        if penalty != 1:
-            repeated = torch.where(logits < 0, logits * penalty, logits / penalty)
-            logits = torch.where(self.seen, repeated, logits)
-        if sampling.frequency_penalty or sampling.presence_penalty:
-            logits = logits - sampling.frequency_penalty * self.replied
-            logits = logits - sampling.presence_penalty * (self.replied > 0)
-        return logits
+    def __or__(self, other: Kind) -> Kind:  # type: ignore[override]
+        return Kind(*(a or b for a, b in zip(self, other, strict=True)))
 
 
-def candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Apply top_k, top_p and min_p to scores [B, V], log-probabilities up to a constant.
+class Sampled(NamedTuple):
+    """tokens: int64 [B], -1 where logits were not finite. logprobs: fp32 [B, 1 + MAX_LOGPROBS] of
+    the token and the likeliest tokens, alternatives: int64 [B, MAX_LOGPROBS] which those are."""
 
-    Returns scores [B, C], -inf where a token is dropped, and the tokens they belong to [B, C]; None
-    for the tokens means that C is V and each score is still at its token's place.
-    """
-    tokens = None
-    if sampling.top_k or sampling.top_p < 1:
-        kept = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
-        scores, tokens = scores.topk(kept)
-    if sampling.top_p < 1:
-        probabilities = scores.softmax(-1)
-        likelier = probabilities.cumsum(-1) - probabilities
-        scores = scores.masked_fill(likelier >= sampling.top_p, -math.inf)
-    if sampling.min_p > 0:
-        floor = scores.amax(-1, keepdim=True) + math.log(sampling.min_p)
-        scores = scores.masked_fill(scores < floor, -math.inf)
-    return scores, tokens
+    tokens: Tensor
+    logprobs: Tensor | None
+    alternatives: Tensor | None
 
 
 def _mix(x: int) -> int:
@@ -136,49 +139,172 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but the seed and the token's position."""
-    key = _mix(seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15 & MASK64)
+def _signed(x: int) -> int:
+    """The int64 of the same bits."""
+    return x - (1 << 64) if x >> 63 else x
+
+
+def seed_key(seed: int) -> int:
+    """What a row keeps of its seed, an int64."""
+    return _signed(_mix(seed * GOLDEN + GOLDEN & MASK64))
+
+
+def uniform(keys: Tensor, positions: Tensor) -> Tensor:
+    """fp64 numbers in [0, 1) that depend on nothing but the seeds' keys and the positions."""
+
+    def shift(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = keys + positions * _signed(GOLDEN)
+    x = (x ^ shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shift(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x ^ shift(x, 31)
     # 48 bits, so that the product with a sum of probabilities stays below that sum.
-    return (_mix(key + position * 0x9E3779B97F4A7C15 & MASK64) >> 16) / (1 << 48)
+    return shift(x, 16).double() / (1 << 48)
 
 
-def _draw(scores: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """Index [B] where each row's cumulative probability passes its uniform number."""
-    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    target = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
-    target = target[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+class SamplingRows:
+    """The settings of `rows` rows and the tokens they have seen, on one device.
 
-
-def sample(
-    logits: Tensor,
-    sampling: Sampling,
-    counts: TokenCounts | None,
-    seeds: Sequence[int],
-    positions: Sequence[int],
-) -> list[int]:
-    """The next token of each row of logits [B, V]; positions are those of the new tokens.
-
-    Raises FloatingPointError naming the row where logits are NaN or infinite.
+    A captured step reads them there, so a row's settings may change between two launches.
     """
-    logits = logits.float()
-    best = logits.amax(-1).tolist()
-    for row, value in enumerate(best):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"logits of row {row} at position {positions[row]}: expected finite numbers, got "
-                f"{value}; do the weights or the adapter hold NaN, or did float16 overflow?"
-            )
-    if counts is not None:
-        logits = counts.penalize(logits, sampling)
-    if sampling.temperature == 0:
-        return logits.argmax(-1).tolist()
-    # Less the maximum first: a tiny temperature must not turn large logits into Inf - Inf.
-    scores = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
-    scores, tokens = candidates(scores, sampling)
-    uniforms = [uniform(seed, position) for seed, position in zip(seeds, positions, strict=True)]
-    index = _draw(scores, uniforms)
-    if tokens is not None:
-        index = tokens.gather(1, index[:, None])[:, 0]
-    return index.tolist()
+
+    SCALARS = (
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+    )
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device | str) -> None:
+        self.vocab_size = vocab_size
+        self.scalars = torch.zeros(rows, len(self.SCALARS), device=device)
+        # top_k, the seed's key and the position of the first token that may be an end.
+        self.integers = torch.zeros(rows, 3, dtype=torch.int64, device=device)
+        self.seen: Tensor | None = None
+        self.replied: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.ends: Tensor | None = None
+
+    def _allocate_edits(self) -> None:
+        shape, device = (len(self.scalars), self.vocab_size), self.scalars.device
+        self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.replied = torch.zeros(shape, device=device)
+        self.bias = torch.zeros(shape, device=device)
+        self.ends = torch.zeros(shape, dtype=torch.bool, device=device)
+
+    def set(
+        self,
+        row: int,
+        sampling: Sampling,
+        seed: int,
+        prompt: Sequence[int],
+        reply: Sequence[int],
+        ends: Sequence[int],
+    ) -> None:
+        """Give a row the settings of a sequence that holds `prompt` and has replied `reply`."""
+        top_k = min(sampling.top_k or self.vocab_size, self.vocab_size)
+        first_end = len(prompt) + sampling.min_new_tokens
+        scalars = [getattr(sampling, name) for name in self.SCALARS]
+        self.scalars[row].copy_(torch.tensor(scalars, dtype=torch.float32), non_blocking=True)
+        integers = torch.tensor([top_k, seed_key(seed), first_end])
+        self.integers[row].copy_(integers, non_blocking=True)
+        if self.seen is None and sampling.kind.edits:
+            self._allocate_edits()
+        if self.seen is not None:
+            self._set_edits(row, sampling, prompt, reply, ends)
+
+    def _set_edits(self, row: int, sampling: Sampling, prompt, reply, ends) -> None:
+        def on_device(values, dtype) -> Tensor:
+            return torch.tensor(list(values), dtype=dtype).to(self.scalars.device)
+
+        for table in (self.seen, self.replied, self.bias, self.ends):
+            table[row].zero_()
+        self.seen[row, on_device([*prompt, *reply], torch.int64)] = True
+        replied = on_device(reply, torch.int64)
+        self.replied[row].index_add_(0, replied, torch.ones_like(replied, dtype=torch.float32))
+        bias = sampling.logit_bias
+        self.bias[row, on_device(bias, torch.int64)] = on_device(bias.values(), torch.float32)
+        self.ends[row, on_device(ends, torch.int64)] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row's settings and tokens to another row."""
+        for table in (*self._numbers(), self.seen, self.replied, self.bias, self.ends):
+            if table is not None:
+                table[target].copy_(table[source])
+
+    def _numbers(self) -> tuple[Tensor, Tensor]:
+        return self.scalars, self.integers
+
+    def count(self, tokens: Tensor, first: int, rows: int) -> None:
+        """Count one new token of each of `rows` rows from `first` on, where edits are in use."""
+        part, index = slice(first, first + rows), tokens.clamp(min=0)[:, None]
+        self.seen[part].scatter_(1, index, True)
+        self.replied[part].scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
+
+    def sample(self, logits: Tensor, positions: Tensor, first: int, kind: Kind) -> Sampled:
+        """The next token of rows `first` on, from their logits [B, V].
+
+        positions: int64 [B] of the new tokens. kind: the parts that at least one row needs.
+        """
+        part = slice(first, first + len(logits))
+        logits = logits.float()
+        finite = logits.amax(-1).isfinite()
+        scores = self._edit(logits, positions, part) if kind.edits else logits
+        tokens = scores.argmax(-1)
+        if kind.draws:
+            tokens = self._draw(scores, tokens, positions, part)
+        if kind.edits:
+            self.count(tokens, first, len(logits))
+        logprobs = alternatives = None
+        if kind.logprobs:
+            every = logits.log_softmax(-1)
+            top, alternatives = every.topk(min(MAX_LOGPROBS, every.shape[-1]))
+            logprobs = torch.cat((every.gather(1, tokens[:, None]), top), 1)
+        return Sampled(tokens.where(finite, NOT_FINITE), logprobs, alternatives)
+
+    def _edit(self, logits: Tensor, positions: Tensor, part: slice) -> Tensor:
+        """fp32 logits [B, V] after bias, the three penalties and the least length."""
+        repetition, frequency, presence = self.scalars[part, 3:].unbind(1)
+        seen, replied = self.seen[part], self.replied[part]
+        logits = logits + self.bias[part]
+        penalty = repetition[:, None]
+        repeated = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, repeated, logits)
+        logits = logits - frequency[:, None] * replied
+        logits = logits - presence[:, None] * (replied > 0)
+        early = positions < self.integers[part, 2]
+        return logits.masked_fill(early[:, None] & self.ends[part], -math.inf)
+
+    def _draw(self, scores: Tensor, best: Tensor, positions: Tensor, part: slice) -> Tensor:
+        """`best` for rows of temperature 0, a drawn token for the others."""
+        temperature, top_p, min_p = self.scalars[part, :3].unbind(1)
+        top_k, keys, _ = self.integers[part].unbind(1)
+        greedy = temperature == 0
+        # Less the maximum first: a tiny temperature must not turn large scores into Inf - Inf.
+        scores = scores - scores.gather(1, best[:, None])
+        scores = scores / temperature.where(~greedy, 1.0)[:, None]
+        scores = filtered(scores, top_k, top_p, min_p)
+        cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        target = uniform(keys, positions)[:, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        return best.where(greedy, drawn.clamp(max=scores.shape[-1] - 1))
+
+
+def filtered(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Scores [B, V], log-probabilities up to a constant, with -inf where a filter drops a token.
+
+    top_k: int64 [B], at least 1; top_p and min_p: fp32 [B]. Tokens as likely as the last one that
+    is kept are kept.
+    """
+    order = scores.sort(-1, descending=True).values
+    kth = order.gather(1, top_k.clamp(min=1)[:, None] - 1)
+    order = order.masked_fill(order < kth, -math.inf)
+    probabilities = order.softmax(-1)
+    likelier = probabilities.cumsum(-1) - probabilities
+    kept = (likelier < top_p[:, None]) | (top_p[:, None] >= 1)
+    least = order.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
+    floor = order[:, :1] + min_p.log()[:, None]
+    return scores.masked_fill((scores < kth) | (scores < least) | (scores < floor), -math.inf)

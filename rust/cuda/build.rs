@@ -16,15 +16,21 @@ use std::path::{Path, PathBuf};
 
 use nvcc::Nvcc;
 
-const FAMILIES: [&str; 8] = [
+const FAMILIES: &[&str] = &[
     "adamw",
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",
+    "gemm_4bit",
     "gemv_4bit",
+    "gemv_4bit_bulk",
     "gemv_4bit_mma",
+    "paged_attention",
     "quantize_4bit",
     "quantize_blockwise",
+    "rms_norm",
+    "rope",
+    "swiglu",
 ];
 
 /// One image a generation, and PTX for what comes after them.
@@ -65,7 +71,7 @@ fn build() -> Result<(), String> {
 
 fn with_kernels(out: &Path, nvcc: &Nvcc) -> Result<(), String> {
     let archs = archs()?;
-    nvcc.compile_all(&FAMILIES, &archs, out)?;
+    nvcc.compile_all(FAMILIES, &archs, out)?;
     println!("cargo::rustc-env=HALFBYTE_BUILT_BY={}", nvcc.version);
     println!("cargo::rustc-env=HALFBYTE_BUILT_FOR={}", archs.join(","));
     Ok(())

@@ -7,22 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfbyte.kv_cache import KVCache
+from halfbyte.kv_cache import CacheStep
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
-from halfbyte.models.rope import rotate
+from halfbyte.ops import rope
 
 
 class Span(NamedTuple):
     """Which keys the queries of a forward see, the same for all layers of one window.
 
-    cached: first and last (exclusive) cache position to attend over; None for the forward's own
-    keys.
+    cached: cached tokens to attend over; None for the forward's own keys.
     mask: bool [B or 1, 1, T, S], True where a query sees a key; None for all keys, or for those at
     or before the query if is_causal.
     """
 
-    cached: tuple[int, int] | None
+    cached: int | None
     mask: Tensor | None
     is_causal: bool
 
@@ -32,19 +31,23 @@ class Step(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    positions: Tensor
     spans: dict[int | None, Span]
-    cache: KVCache | None
+    cache: CacheStep | None
 
 
-def spans(
-    windows: Iterable[int | None], positions: Tensor, cache: KVCache | None
-) -> dict[int | None, Span]:
-    """The Span of each distinct window for queries at `positions` [B or 1, T]."""
-    past = cache.lengths if cache is not None else [0]
-    if max(past) == 0:
+def spans(windows: Iterable[int | None], positions: Tensor, cached: int) -> dict[int | None, Span]:
+    """The Span of each distinct window for queries at `positions` [B or 1, T].
+
+    cached: the most tokens of a row that are in a cache, the new ones included; 0 without a cache
+    and where it holds the new ones only.
+    """
+    if cached == 0:
         return {window: _own_span(window, positions) for window in set(windows)}
-    return {window: _cached_span(window, positions, past) for window in set(windows)}
+    keys = torch.arange(cached, device=positions.device)
+    return {
+        window: Span(cached, _mask(window, positions, keys), is_causal=False)
+        for window in set(windows)
+    }
 
 
 def _own_span(window: int | None, positions: Tensor) -> Span:
@@ -52,16 +55,6 @@ def _own_span(window: int | None, positions: Tensor) -> Span:
     if window is None or tokens <= window:
         return Span(None, None, is_causal=True)
     return Span(None, _mask(window, positions[:1], positions[0]), is_causal=False)
-
-
-def _cached_span(window: int | None, positions: Tensor, past: list[int]) -> Span:
-    tokens = positions.shape[1]
-    last = max(past) + tokens
-    if tokens == 1 and min(past) == max(past):
-        first = 0 if window is None else max(0, last - window)
-        return Span((first, last), None, is_causal=False)
-    keys = torch.arange(last, device=positions.device)
-    return Span((0, last), _mask(window, positions, keys), is_causal=False)
 
 
 def _mask(window: int | None, positions: Tensor, keys: Tensor) -> Tensor:
@@ -72,19 +65,13 @@ def _mask(window: int | None, positions: Tensor, keys: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, span: Span, dropout_p: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v for q [B, T, heads, D], k and v [B, S, kv_heads, D]."""
-    batch, tokens, heads, head_dim = q.shape
-    groups = heads // k.shape[2]
+    groups = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if groups > 1 and tokens == 1:
-        # One token's query heads of a group are queries of one key head: keys are not repeated.
-        q = q.reshape(batch, -1, groups, head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, span.mask, dropout_p)
-        return out.reshape(batch, 1, heads, head_dim)
     if groups > 1 and span.mask is not None:
         # CUDA's memory-efficient kernel takes a mask, but no grouped heads.
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, span.mask, dropout_p, span.is_causal, enable_gqa=k.shape[1] != heads
+        q, k, v, span.mask, dropout_p, span.is_causal, enable_gqa=k.shape[1] != q.shape[1]
     )
     return out.transpose(1, 2)
 
@@ -117,11 +104,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).reshape(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-        span = step.spans[self.window]
-        if step.cache is not None:
-            step.cache.write(self.layer, step.positions, k, v)
-            if span.cached is not None:
-                k, v = step.cache.read(self.layer, *span.cached)
-        out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
+        if step.cache is not None and step.cache.decodes:
+            out = step.cache.attend(self.layer, q, k, v, step.cos, step.sin, self.window)
+        else:
+            q, k = rope(q, k, step.cos, step.sin)
+            span = step.spans[self.window]
+            if step.cache is not None:
+                step.cache.write(self.layer, k, v)
+                if span.cached is not None:
+                    k, v = step.cache.read(self.layer, span.cached)
+            out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
         return self.o_proj(out.reshape(*x.shape[:2], -1))

@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from halfbyte.kv_cache import KVCache
+from halfbyte.kv_cache import CacheStep
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.models.rope import RotaryEmbedding
 from halfbyte.offload import ActivationOffload
-from halfbyte.ops import cross_entropy
+from halfbyte.ops import cross_entropy, gemv, swiglu
 
 IGNORE = -100
 HEAD_CHUNK = 256
+HEAD_ROWS = 32
 
 
 class Output(NamedTuple):
@@ -38,7 +39,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -52,8 +53,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), step)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), step)
+        normed, x = self.post_attention_layernorm.add(attended, x)
+        return x + self.mlp(normed)
 
 
 class Backbone(nn.Module):
@@ -73,7 +75,7 @@ class Backbone(nn.Module):
         self.windows = config.sliding_windows
         self.offload: ActivationOffload | None = None
 
-    def forward(self, ids: Tensor, cache: KVCache | None, checkpointed: bool) -> Tensor:
+    def forward(self, ids: Tensor, cache: CacheStep | None, checkpointed: bool) -> Tensor:
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
         if checkpointed and self.offload is not None:
@@ -83,19 +85,27 @@ class Backbone(nn.Module):
                 x = checkpoint(layer, x, step, use_reentrant=False)
             else:
                 x = layer(x, step)
-        if cache is not None:
-            cache.advance(ids.shape[1])
         return self.norm(x)
 
-    def _step(self, ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> Step:
-        tokens = ids.shape[1]
+    def _step(self, ids: Tensor, cache: CacheStep | None, dtype: torch.dtype) -> Step:
         if cache is None:
-            positions = torch.arange(tokens, device=ids.device)[None]
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         else:
-            cache.check(ids.shape[0], tokens)
-            positions = cache.positions(tokens)
+            cache.check(ids)
+            positions = cache.positions
         cos, sin = self.rotary_emb(positions, dtype)
-        return Step(cos, sin, positions, spans(self.windows, positions, cache), cache)
+        if cache is not None and cache.decodes:
+            return Step(cos, sin, {}, cache)
+        cached = 0 if cache is None else cache.cached
+        return Step(cos, sin, spans(self.windows, positions, cached), cache)
+
+
+class Head(nn.Linear):
+    """From the last hidden states to logits; a few rows wait for nothing but the matrix."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tracked = torch.is_grad_enabled() or x.dtype != self.weight.dtype
+        return super().forward(x) if tracked or x.dim() != 2 else gemv(x, self.weight)
 
 
 class Decoder(nn.Module):
@@ -111,7 +121,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.tokenizer: Any = None
         self.source = ""
@@ -127,7 +137,7 @@ class Decoder(nn.Module):
         self,
         ids: Tensor,
         labels: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: CacheStep | None = None,
         num_items: Tensor | int | None = None,
         last_only: bool = False,
     ) -> Output:
@@ -136,24 +146,34 @@ class Decoder(nn.Module):
         ids: int64 [B, T]. labels: int64 [B, T], the ids themselves (they are shifted here), -100
         where a token is not to be learned; rows padded on the right need no mask, as no token sees
         a later one. num_items: divisor of the summed loss (default: labels that count). cache:
-        holds the earlier tokens, and these afterwards. last_only: logits of each row's last token,
-        [B, 1, vocab_size].
+        where a KVCache holds the earlier tokens of each row, and these afterwards. last_only:
+        logits of each row's last token, [B, 1, vocab_size].
 
-        Raises ValueError for shapes or arguments that do not fit, ContextLengthError when the cache
-        would overflow.
+        Raises ValueError for shapes or arguments that do not fit.
         """
         self._check(ids, labels, cache, last_only)
-        counts = cache.counts if cache is not None else None
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         hidden = self.model(ids, cache, checkpointed)
         if labels is not None:
             return Output(self._loss(hidden, labels, num_items), None)
         if last_only:
-            return Output(None, self.lm_head(_last(hidden, counts))[:, None])
+            last = cache.last if cache is not None else None
+            return Output(None, self._head_of_rows(_last(hidden, last))[:, None])
         return Output(None, self.lm_head(hidden))
 
+    def _head_of_rows(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden [B, d], whose bits depend on nothing but their own row.
+
+        On a GPU the order of a sum is that of the kernel which torch chooses for a shape, so all
+        batches of a decode step are given the same shape; the head's bytes decide the time.
+        """
+        rows = len(hidden)
+        if hidden.is_cuda and rows < HEAD_ROWS:
+            hidden = F.pad(hidden, (0, 0, 0, HEAD_ROWS - rows))
+        return self.lm_head(hidden)[:rows]
+
     def _check(
-        self, ids: Tensor, labels: Tensor | None, cache: KVCache | None, last_only: bool
+        self, ids: Tensor, labels: Tensor | None, cache: CacheStep | None, last_only: bool
     ) -> None:
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids: expected [B, T] with T >= 1, got {list(ids.shape)}")
@@ -169,7 +189,7 @@ class Decoder(nn.Module):
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         hidden = hidden.flatten(0, 1)
-        if type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
+        if type(self.lm_head) in (Head, nn.Linear) and self.lm_head.bias is None:
             return cross_entropy(hidden, self.lm_head.weight, labels, num_items)
         if num_items is None:
             num_items = (labels != IGNORE).sum().clamp(min=1)
@@ -189,13 +209,11 @@ class Decoder(nn.Module):
         return loss
 
 
-def _last(hidden: Tensor, counts: list[int] | None) -> Tensor:
+def _last(hidden: Tensor, last: Tensor | None) -> Tensor:
     """hidden [B, T, d] -> [B, d], each row's last token that is not padding.
 
     Two dimensions, because torch would copy the head's matrix for a strided third.
     """
-    if counts is None:
+    if last is None:
         return hidden[:, -1]
-    last = torch.tensor(counts, device=hidden.device) - 1
-    rows = torch.arange(len(counts), device=hidden.device)
-    return hidden[rows, last]
+    return hidden[torch.arange(len(last), device=hidden.device), last]

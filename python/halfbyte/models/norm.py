@@ -1,8 +1,9 @@
 """RMSNorm, computed in fp32 whatever the dtype of the stream."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from halfbyte.ops import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -18,5 +19,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x, self.weight.shape, None, self.eps)
-        return (normed * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

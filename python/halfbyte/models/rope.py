@@ -178,15 +178,10 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions int64 [B or 1, T] -> cos, sin [B or 1, T, 1, head_dim] in `dtype`.
 
-        The first half of sin is negated, so that `rotate` needs no negation of its own.
+        The first half of sin is negated, so that a rotation is x cos + x.roll(head_dim / 2) sin.
         """
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
         angles = positions[:, :, None, None].float() * self.inv_freq
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, T, heads, head_dim] by RotaryEmbedding's cos and sin (halves, as in NeoX)."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+# The kernel of each operation, for CPU and CUDA.
+KERNELS: dict[object, Callable] = {}
 _library = torch.library.Library("halfbyte", "DEF")
 
 
@@ -18,4 +20,5 @@ def define(schema: str, kernel: Callable, fake: Callable) -> None:
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     for backend in ("CPU", "CUDA"):
         _library.impl(name, kernel, backend)
+    KERNELS[getattr(torch.ops.halfbyte, name).default] = kernel
     torch.library.register_fake(f"halfbyte::{name}", fake, lib=_library)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from halfbyte import _core
 from halfbyte.ops.library import define
 from halfbyte.ops.quant_state import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES, Nested, QuantState
 
+MEAN_CHUNK = 65536  # scales whose sum is one fp64 term of the offset
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -26,7 +29,8 @@ def _codes_fake(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Ten
 
 def _double(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = _double_fake(absmax)
-    _core.double_quantize(absmax, *out)
+    chunks = (absmax.numel() + MEAN_CHUNK - 1) // MEAN_CHUNK
+    _core.double_quantize(absmax, *out, absmax.new_empty(8 * chunks, dtype=torch.uint8))
     return out
 
 
@@ -76,13 +80,16 @@ def quantize_4bit(
     packed, absmax = torch.ops.halfbyte.quantize_4bit(
         x.detach().contiguous(), quant_type, blocksize
     )
-    _refuse_non_finite(absmax, name, blocksize)
     shape, dtype = tuple(x.shape), x.dtype
     if not double_quant or absmax.numel() == 0:
+        _refuse_non_finite(absmax, name, blocksize)
         return packed, QuantState(absmax, None, 0.0, blocksize, quant_type, shape, dtype)
-    codes, nested_absmax, offset = torch.ops.halfbyte.double_quantize(absmax)
+    codes, nested_absmax, mean = torch.ops.halfbyte.double_quantize(absmax)
+    offset = mean.item()
+    if not math.isfinite(offset):
+        _refuse_non_finite(absmax, name, blocksize)
     nested = Nested(nested_absmax, dynamic_map(signed=True, device=x.device))
-    return packed, QuantState(codes, nested, offset.item(), blocksize, quant_type, shape, dtype)
+    return packed, QuantState(codes, nested, offset, blocksize, quant_type, shape, dtype)
 
 
 def _refuse_non_finite(absmax: Tensor, name: str, blocksize: int) -> None:

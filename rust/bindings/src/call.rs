@@ -6,6 +6,8 @@ use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
+use crate::recording;
+
 pyo3::create_exception!(
     halfbyte._core,
     CudaError,
@@ -20,10 +22,16 @@ pyo3::create_exception!(
     "Host memory for optimizer state could not be reserved or pinned."
 );
 
-/// Runs `work` on the backend of `device`, without the GIL.
-pub fn call(py: Python<'_>, device: Device, work: impl FnOnce(&dyn Backend) -> Result<()> + Send) -> PyResult<()> {
+/// Runs `work` on the backend of `device`, without the GIL; records it where this thread records.
+pub fn call<W>(py: Python<'_>, device: Device, work: W) -> PyResult<()>
+where
+    W: FnOnce(&dyn Backend) -> Result<()> + Send + 'static,
+{
     let done = match device {
-        Device::Cpu => py.detach(|| work(&CpuBackend::new())),
+        Device::Cpu => {
+            recording::add(&work);
+            py.detach(|| work(&CpuBackend::new()))
+        }
         Device::Cuda(ordinal) => {
             let stream = current_stream(py, ordinal)?;
             py.detach(|| work(&CudaBackend::new(ordinal, stream)?))

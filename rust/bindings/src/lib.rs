@@ -3,6 +3,7 @@
 mod call;
 mod ops;
 mod pager;
+mod recording;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -17,8 +18,11 @@ mod _core {
     #[pymodule_export]
     use super::ops::{
         codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise, double_quantize,
-        dynamic_map, gemv_4bit, quantize_4bit, quantize_blockwise,
+        dynamic_map, gemm_4bit, gemv, gemv_4bit, gemv_4bit_group, paged_attention, quantize_4bit, quantize_blockwise,
+        rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward,
     };
     #[pymodule_export]
     use super::pager::Pager;
+    #[pymodule_export]
+    use super::recording::{Recording, record};
 }

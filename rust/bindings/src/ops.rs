@@ -4,16 +4,22 @@ use halfbyte_core::codebook as maps;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
-use halfbyte_core::ops::gemv_4bit::{Gemv4bit, GemvShape};
+use halfbyte_core::ops::gemm_4bit::Gemm4bit;
+use halfbyte_core::ops::gemv::Gemv;
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
+use halfbyte_core::ops::paged_attention::{AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, PagedAttention};
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
+use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward, WeightGradient};
+use halfbyte_core::ops::rope::{Angles, Heads, Rope, RopeShape};
+use halfbyte_core::ops::swiglu::{Rows, Swiglu, SwigluBackward};
 use halfbyte_core::{Absmax, QuantType, simd};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::call::{call, to_py_err};
-use crate::tensor::{Tensor, check_overlap, read_matrix};
+use crate::tensor::{Layout, Tensor, check_overlap, read_matrix, read_shape};
 
 type Object<'a, 'py> = &'a Bound<'py, PyAny>;
 
@@ -72,16 +78,20 @@ pub fn double_quantize(
     codes: Object<'_, '_>,
     nested_absmax: Object<'_, '_>,
     offset: Object<'_, '_>,
+    sums: Object<'_, '_>,
 ) -> PyResult<()> {
     const OP: &str = "double_quantize";
     let absmax = Tensor::read(OP, "absmax", absmax)?;
     let codes = Tensor::read(OP, "codes", codes)?;
     let nested_absmax = Tensor::read(OP, "nested_absmax", nested_absmax)?;
     let offset = Tensor::read(OP, "offset", offset)?;
-    check_overlap(OP, &[&absmax], &[&codes, &nested_absmax, &offset])?;
+    let sums = Tensor::read(OP, "sums", sums)?;
+    check_overlap(OP, &[&absmax], &[&codes, &nested_absmax, &offset, &sums])?;
     // SAFETY: the outputs were checked for overlap.
     let (codes, nested_absmax, offset) = unsafe { (codes.as_mut(), nested_absmax.as_mut(), offset.as_mut()) };
-    let args = DoubleQuantize::new(absmax.as_ref(), codes, nested_absmax, offset).map_err(to_py_err)?;
+    // SAFETY: as above.
+    let sums = unsafe { sums.as_mut() };
+    let args = DoubleQuantize::new(absmax.as_ref(), codes, nested_absmax, offset, sums).map_err(to_py_err)?;
     call(py, absmax.device, |backend| backend.double_quantize(args))
 }
 
@@ -129,6 +139,21 @@ pub fn dequantize_blockwise(
 }
 
 #[pyfunction]
+pub fn gemv(py: Python<'_>, x: Object<'_, '_>, weight: Object<'_, '_>, out: Object<'_, '_>) -> PyResult<()> {
+    const OP: &str = "gemv";
+    let (m, k) = read_matrix(OP, "x", x)?;
+    let (n, _) = read_matrix(OP, "weight", weight)?;
+    let x = Tensor::read(OP, "x", x)?;
+    let weight = Tensor::read(OP, "weight", weight)?;
+    let out = Tensor::read(OP, "out", out)?;
+    check_overlap(OP, &[&x, &weight], &[&out])?;
+    // SAFETY: the output was checked for overlap.
+    let target = unsafe { out.as_mut() };
+    let args = Gemv::new(x.as_ref(), weight.as_ref(), target, GemvShape { m, n, k }).map_err(to_py_err)?;
+    call(py, weight.device, |backend| backend.gemv(args))
+}
+
+#[pyfunction]
 pub fn gemv_4bit(
     py: Python<'_>,
     x: Object<'_, '_>,
@@ -157,6 +182,312 @@ pub fn gemv_4bit(
     let args = Gemv4bit::new(x.as_ref(), packed.as_ref(), absmax, quant_type, blocksize, target, shape);
     let args = args.map_err(to_py_err)?;
     call(py, packed.device, |backend| backend.gemv_4bit(args))
+}
+
+#[pyfunction]
+pub fn gemm_4bit(
+    py: Python<'_>,
+    x: Object<'_, '_>,
+    packed: Object<'_, '_>,
+    absmax: Object<'_, '_>,
+    nested_absmax: Option<Object<'_, '_>>,
+    nested_map: Option<Object<'_, '_>>,
+    offset: f32,
+    quant_type: &str,
+    blocksize: i64,
+    out: Object<'_, '_>,
+    workspace: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "gemm_4bit";
+    let (m, k) = read_matrix(OP, "x", x)?;
+    let (_, n) = read_matrix(OP, "out", out)?;
+    let x = Tensor::read(OP, "x", x)?;
+    let packed = Tensor::read(OP, "packed", packed)?;
+    let scales = BlockScales::read(OP, absmax, nested_absmax, nested_map, offset)?;
+    let out = Tensor::read(OP, "out", out)?;
+    let workspace = Tensor::read(OP, "workspace", workspace)?;
+    check_overlap(OP, &scales.and(&[&x, &packed]), &[&out, &workspace])?;
+    let quant_type = QuantType::parse(OP, quant_type).map_err(to_py_err)?;
+    let blocksize = not_negative(OP, "blocksize", blocksize)?;
+    let shape = GemvShape { m, n, k };
+    // SAFETY: the outputs were checked for overlap.
+    let (target, scratch) = unsafe { (out.as_mut(), workspace.as_mut()) };
+    let product = Gemv4bit::new(x.as_ref(), packed.as_ref(), scales.as_absmax(), quant_type, blocksize, target, shape);
+    let args = product.and_then(|product| Gemm4bit::new(product, scratch)).map_err(to_py_err)?;
+    call(py, packed.device, |backend| backend.gemm_4bit(args))
+}
+
+/// What one weight brings to a product: codes, scales, and where the result goes.
+type Product<'py> = (
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Option<Bound<'py, PyAny>>,
+    Option<Bound<'py, PyAny>>,
+    f32,
+    Bound<'py, PyAny>,
+);
+
+#[pyfunction]
+pub fn gemv_4bit_group(
+    py: Python<'_>,
+    x: Object<'_, '_>,
+    products: Vec<Product<'_>>,
+    quant_type: &str,
+    blocksize: i64,
+) -> PyResult<()> {
+    const OP: &str = "gemv_4bit_group";
+    let (m, k) = read_matrix(OP, "x", x)?;
+    let x = Tensor::read(OP, "x", x)?;
+    let quant_type = QuantType::parse(OP, quant_type).map_err(to_py_err)?;
+    let blocksize = not_negative(OP, "blocksize", blocksize)?;
+    let read = |(packed, absmax, nested_absmax, nested_map, offset, out): &Product<'_>| {
+        let scales = BlockScales::read(OP, absmax, nested_absmax.as_ref(), nested_map.as_ref(), *offset)?;
+        let (_, n) = read_matrix(OP, "out", out)?;
+        PyResult::Ok((Tensor::read(OP, "packed", packed)?, scales, Tensor::read(OP, "out", out)?, n))
+    };
+    let weights = products.iter().map(read).collect::<PyResult<Vec<_>>>()?;
+    let inputs: Vec<_> = weights.iter().flat_map(|(packed, scales, ..)| scales.and(&[&x, packed])).collect();
+    check_overlap(OP, &inputs, &weights.iter().map(|(_, _, out, _)| out).collect::<Vec<_>>())?;
+    let mut products = Vec::with_capacity(weights.len());
+    for (packed, scales, out, n) in &weights {
+        let shape = GemvShape { m, n: *n, k };
+        // SAFETY: the outputs were checked for overlap.
+        let target = unsafe { out.as_mut() };
+        let product =
+            Gemv4bit::new(x.as_ref(), packed.as_ref(), scales.as_absmax(), quant_type, blocksize, target, shape);
+        products.push(product.map_err(to_py_err)?);
+    }
+    let group = Gemv4bitGroup::new(products).map_err(to_py_err)?;
+    call(py, x.device, |backend| backend.gemv_4bit_group(group))
+}
+
+#[pyfunction]
+pub fn paged_attention(
+    py: Python<'_>,
+    q: Object<'_, '_>,
+    k: Object<'_, '_>,
+    v: Object<'_, '_>,
+    cos: Object<'_, '_>,
+    sin: Object<'_, '_>,
+    keys: Object<'_, '_>,
+    values: Object<'_, '_>,
+    tables: Object<'_, '_>,
+    lengths: Object<'_, '_>,
+    window: i64,
+    partials: Object<'_, '_>,
+    arrived: Object<'_, '_>,
+    out: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "paged_attention";
+    let [batch, heads, head_dim] = read_shape(OP, "q", q)?;
+    let [blocks, block, kv_heads, _] = read_shape(OP, "keys", keys)?;
+    let [_, table] = read_shape(OP, "tables", tables)?;
+    if block != BLOCK {
+        return Err(PyValueError::new_err(format!("{OP}: keys must have blocks of {BLOCK} tokens, got {block}")));
+    }
+    let shape = AttentionShape { batch, heads, kv_heads, head_dim, blocks, table };
+    let read = |name, object| Tensor::read(OP, name, object);
+    let (q, k, v) = (read("q", q)?, read("k", k)?, read("v", v)?);
+    let (cos, sin) = (read("cos", cos)?, read("sin", sin)?);
+    let (tables, lengths) = (read("tables", tables)?, read("lengths", lengths)?);
+    let (keys, values) = (read("keys", keys)?, read("values", values)?);
+    let (partials, arrived, out) = (read("partials", partials)?, read("arrived", arrived)?, read("out", out)?);
+    check_overlap(OP, &[&q, &k, &v, &cos, &sin, &tables, &lengths], &[&keys, &values, &partials, &arrived, &out])?;
+    let window = not_negative(OP, "window", window)?;
+    let inputs = AttentionInputs {
+        q: q.as_ref(),
+        k: k.as_ref(),
+        v: v.as_ref(),
+        cos: cos.as_ref(),
+        sin: sin.as_ref(),
+        tables: tables.as_ref(),
+        lengths: lengths.as_ref(),
+    };
+    // SAFETY: the outputs were checked for overlap.
+    let outputs = unsafe {
+        AttentionOutputs {
+            keys: keys.as_mut(),
+            values: values.as_mut(),
+            partials: partials.as_mut(),
+            arrived: arrived.as_mut(),
+            out: out.as_mut(),
+        }
+    };
+    let args = PagedAttention::new(inputs, outputs, window, shape).map_err(to_py_err)?;
+    call(py, q.device, |backend| backend.paged_attention(args))
+}
+
+#[pyfunction]
+#[pyo3(signature = (x, weight, eps, out, residual=None, sum=None))]
+pub fn rms_norm(
+    py: Python<'_>,
+    x: Object<'_, '_>,
+    weight: Object<'_, '_>,
+    eps: f32,
+    out: Object<'_, '_>,
+    residual: Option<Object<'_, '_>>,
+    sum: Option<Object<'_, '_>>,
+) -> PyResult<()> {
+    const OP: &str = "rms_norm";
+    let x = Tensor::read(OP, "x", x)?;
+    let weight = Tensor::read(OP, "weight", weight)?;
+    let out = Tensor::read(OP, "out", out)?;
+    let added = match (residual, sum) {
+        (Some(residual), Some(sum)) => Some((Tensor::read(OP, "residual", residual)?, Tensor::read(OP, "sum", sum)?)),
+        (None, None) => None,
+        _ => return Err(PyValueError::new_err("rms_norm: residual and sum must be given together, got one of them")),
+    };
+    let (residual, sum) = (added.iter().map(|(residual, _)| residual), added.iter().map(|(_, sum)| sum));
+    let read: Vec<&Tensor> = [&x, &weight].into_iter().chain(residual).collect();
+    check_overlap(OP, &read, &[&out].into_iter().chain(sum).collect::<Vec<_>>())?;
+    // SAFETY: the outputs were checked for overlap.
+    let added = added.as_ref().map(|(residual, sum)| (residual.as_ref(), unsafe { sum.as_mut() }));
+    // SAFETY: as above.
+    let target = unsafe { out.as_mut() };
+    let args = RmsNorm::new(x.as_ref(), added, weight.as_ref(), target, eps).map_err(to_py_err)?;
+    call(py, x.device, |backend| backend.rms_norm(args))
+}
+
+#[pyfunction]
+#[pyo3(signature = (grad, x, weight, eps, grad_x, grad_sum=None, grad_weight=None, roots=None, partials=None))]
+pub fn rms_norm_backward(
+    py: Python<'_>,
+    grad: Object<'_, '_>,
+    x: Object<'_, '_>,
+    weight: Object<'_, '_>,
+    eps: f32,
+    grad_x: Object<'_, '_>,
+    grad_sum: Option<Object<'_, '_>>,
+    grad_weight: Option<Object<'_, '_>>,
+    roots: Option<Object<'_, '_>>,
+    partials: Option<Object<'_, '_>>,
+) -> PyResult<()> {
+    const OP: &str = "rms_norm_backward";
+    let grad = Tensor::read(OP, "grad", grad)?;
+    let x = Tensor::read(OP, "x", x)?;
+    let weight = Tensor::read(OP, "weight", weight)?;
+    let grad_x = Tensor::read(OP, "grad_x", grad_x)?;
+    let grad_sum = grad_sum.map(|tensor| Tensor::read(OP, "grad_sum", tensor)).transpose()?;
+    let gradient = match (grad_weight, roots, partials) {
+        (Some(grad_weight), Some(roots), Some(partials)) => vec![
+            Tensor::read(OP, "grad_weight", grad_weight)?,
+            Tensor::read(OP, "roots", roots)?,
+            Tensor::read(OP, "partials", partials)?,
+        ],
+        (None, None, None) => Vec::new(),
+        _ => {
+            let message = "rms_norm_backward: grad_weight, roots and partials must be given together, got some of them";
+            return Err(PyValueError::new_err(message));
+        }
+    };
+    let read: Vec<&Tensor> = [&grad, &x, &weight].into_iter().chain(&grad_sum).collect();
+    check_overlap(OP, &read, &[&grad_x].into_iter().chain(&gradient).collect::<Vec<_>>())?;
+    let weight_gradient = match &gradient[..] {
+        // SAFETY: the outputs were checked for overlap.
+        [grad_weight, roots, partials] => Some(unsafe {
+            WeightGradient { grad_weight: grad_weight.as_mut(), roots: roots.as_mut(), partials: partials.as_mut() }
+        }),
+        _ => None,
+    };
+    let stream = grad_sum.as_ref().map(Tensor::as_ref);
+    // SAFETY: as above.
+    let target = unsafe { grad_x.as_mut() };
+    let args = RmsNormBackward::new(grad.as_ref(), x.as_ref(), weight.as_ref(), stream, target, weight_gradient, eps);
+    let args = args.map_err(to_py_err)?;
+    call(py, grad.device, |backend| backend.rms_norm_backward(args))
+}
+
+#[pyfunction]
+pub fn rope(
+    py: Python<'_>,
+    q: Object<'_, '_>,
+    k: Object<'_, '_>,
+    cos: Object<'_, '_>,
+    sin: Object<'_, '_>,
+    inverse: bool,
+    q_out: Object<'_, '_>,
+    k_out: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "rope";
+    let (q, q_layout) = Tensor::read_strided(OP, "q", q, 4)?;
+    let (k, k_layout) = Tensor::read_strided(OP, "k", k, 4)?;
+    let cos = Tensor::read(OP, "cos", cos)?;
+    let sin = Tensor::read(OP, "sin", sin)?;
+    let q_out = Tensor::read(OP, "q_out", q_out)?;
+    let k_out = Tensor::read(OP, "k_out", k_out)?;
+    check_overlap(OP, &[&q, &k, &cos, &sin], &[&q_out, &k_out])?;
+    let (shape, of_k) = (rope_shape(&q_layout), rope_shape(&k_layout));
+    if shape != of_k {
+        let (expected, got) = (&q_layout.shape, &k_layout.shape);
+        let message = format!("rope: k must have the batch, tokens and head_dim of q, {expected:?}, got {got:?}");
+        return Err(PyValueError::new_err(message));
+    }
+    let angles = Angles { cos: cos.as_ref(), sin: sin.as_ref() };
+    let (q_heads, k_heads) = (heads(&q, &q_layout), heads(&k, &k_layout));
+    // SAFETY: the outputs were checked for overlap.
+    let (q_target, k_target) = unsafe { (q_out.as_mut(), k_out.as_mut()) };
+    let args = Rope::new(q_heads, k_heads, angles, q_target, k_target, shape, inverse).map_err(to_py_err)?;
+    call(py, q.device, |backend| backend.rope(args))
+}
+
+fn rope_shape(layout: &Layout) -> RopeShape {
+    RopeShape { batch: layout.shape[0], tokens: layout.shape[1], head_dim: layout.shape[3] }
+}
+
+fn heads(tensor: &Tensor, layout: &Layout) -> Heads<'static> {
+    let strides = [layout.strides[0], layout.strides[1], layout.strides[2]];
+    Heads { span: tensor.as_ref(), heads: layout.shape[2], strides }
+}
+
+#[pyfunction]
+pub fn swiglu(py: Python<'_>, gate: Object<'_, '_>, up: Object<'_, '_>, out: Object<'_, '_>) -> PyResult<()> {
+    const OP: &str = "swiglu";
+    let (gate, layout) = Tensor::read_strided(OP, "gate", gate, 2)?;
+    let (up, up_layout) = read_like(OP, "up", up, &layout)?;
+    let out = Tensor::read(OP, "out", out)?;
+    check_overlap(OP, &[&gate, &up], &[&out])?;
+    // SAFETY: the output was checked for overlap.
+    let target = unsafe { out.as_mut() };
+    let (gate_rows, up_rows) = (rows(&gate, &layout), rows(&up, &up_layout));
+    let args = Swiglu::new(gate_rows, up_rows, target, layout.shape[0], layout.shape[1]).map_err(to_py_err)?;
+    call(py, gate.device, |backend| backend.swiglu(args))
+}
+
+#[pyfunction]
+pub fn swiglu_backward(
+    py: Python<'_>,
+    grad: Object<'_, '_>,
+    gate: Object<'_, '_>,
+    up: Object<'_, '_>,
+    grads: Object<'_, '_>,
+    halves: bool,
+) -> PyResult<()> {
+    const OP: &str = "swiglu_backward";
+    let grad = Tensor::read(OP, "grad", grad)?;
+    let (gate, layout) = Tensor::read_strided(OP, "gate", gate, 2)?;
+    let (up, up_layout) = read_like(OP, "up", up, &layout)?;
+    let grads = Tensor::read(OP, "grads", grads)?;
+    check_overlap(OP, &[&grad, &gate, &up], &[&grads])?;
+    // SAFETY: the output was checked for overlap.
+    let target = unsafe { grads.as_mut() };
+    let (gate_rows, up_rows, [m, n]) =
+        (rows(&gate, &layout), rows(&up, &up_layout), [layout.shape[0], layout.shape[1]]);
+    let args = SwigluBackward::new(grad.as_ref(), gate_rows, up_rows, target, halves, m, n).map_err(to_py_err)?;
+    call(py, gate.device, |backend| backend.swiglu_backward(args))
+}
+
+/// A matrix of the same sizes as another, each with strides of its own.
+fn read_like(op: &str, name: &'static str, object: Object<'_, '_>, expected: &Layout) -> PyResult<(Tensor, Layout)> {
+    let (tensor, layout) = Tensor::read_strided(op, name, object, 2)?;
+    if layout.shape != expected.shape {
+        let (expected, got) = (&expected.shape, &layout.shape);
+        return Err(PyValueError::new_err(format!("{op}: {name} must have shape {expected:?}, got {got:?}")));
+    }
+    Ok((tensor, layout))
+}
+
+fn rows(tensor: &Tensor, layout: &Layout) -> Rows<'static> {
+    Rows { span: tensor.as_ref(), stride: layout.strides[0] }
 }
 
 #[pyfunction]
@@ -223,7 +554,7 @@ impl BlockScales {
         Ok(Self { absmax, nested, offset })
     }
 
-    fn as_absmax(&self) -> Absmax<'_> {
+    fn as_absmax(&self) -> Absmax<'static> {
         let absmax = self.absmax.as_ref();
         match &self.nested {
             None => Absmax::Plain { absmax },

@@ -4,9 +4,15 @@ use crate::error::Result;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
-use crate::ops::gemv_4bit::Gemv4bit;
+use crate::ops::gemm_4bit::Gemm4bit;
+use crate::ops::gemv::Gemv;
+use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
+use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
+use crate::ops::rms_norm::{RmsNorm, RmsNormBackward};
+use crate::ops::rope::Rope;
+use crate::ops::swiglu::{Swiglu, SwigluBackward};
 
 /// Each method takes arguments that were checked when they were built, and defines nothing itself: the maths is
 /// in the module of the argument's type, whose plain loop is the oracle of every backend.
@@ -16,5 +22,14 @@ pub trait Backend {
     fn double_quantize(&self, args: DoubleQuantize<'_>) -> Result<()>;
     fn quantize_blockwise(&self, args: QuantizeBlockwise<'_>) -> Result<()>;
     fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()>;
+    fn gemv(&self, args: Gemv<'_>) -> Result<()>;
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()>;
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
+    fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()>;
+    fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()>;
+    fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()>;
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()>;
+    fn rope(&self, args: Rope<'_>) -> Result<()>;
+    fn swiglu(&self, args: Swiglu<'_>) -> Result<()>;
+    fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()>;
 }

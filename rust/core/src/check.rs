@@ -30,6 +30,7 @@ impl Arg<'_> {
                 DType::F16 => "float16",
                 DType::BF16 => "bfloat16",
                 DType::U8 => "uint8",
+                DType::I32 => "int32",
             }));
         }
         self.aligned()
@@ -54,8 +55,12 @@ impl Arg<'_> {
     }
 
     fn aligned(self) -> Result<Self> {
-        let (expected, got) = (self.tensor.dtype().size(), self.tensor.ptr() as usize);
-        if self.tensor.numel() > 0 && got % expected != 0 {
+        self.aligned_to(self.tensor.dtype().size())
+    }
+
+    pub fn aligned_to(self, expected: usize) -> Result<Self> {
+        let got = self.tensor.ptr() as usize;
+        if self.tensor.numel() > 0 && !got.is_multiple_of(expected) {
             let (op, name) = (self.op, self.name);
             return Err(Error::Alignment { op, name, expected, got });
         }

@@ -5,9 +5,15 @@ use crate::error::Result;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
-use crate::ops::gemv_4bit::Gemv4bit;
+use crate::ops::gemm_4bit::Gemm4bit;
+use crate::ops::gemv::Gemv;
+use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
+use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
+use crate::ops::rms_norm::{RmsNorm, RmsNormBackward};
+use crate::ops::rope::Rope;
+use crate::ops::swiglu::{Swiglu, SwigluBackward};
 use crate::simd::Simd;
 
 #[derive(Debug, Clone, Copy)]
@@ -64,8 +70,53 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn gemv(&self, args: Gemv<'_>) -> Result<()> {
+        args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+        args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
+        args.into_products().for_each(|product| product.run_on_cpu(self.simd));
+        Ok(())
+    }
+
+    fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
+        args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn rope(&self, args: Rope<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn swiglu(&self, args: Swiglu<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
+        args.run_on_cpu();
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 //! The threads of all operations: those of the process's OpenMP runtime, else a pool of our own.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 #[cfg(target_os = "linux")]
 mod openmp;
@@ -28,12 +28,23 @@ where
         return chunks.for_each(work);
     }
     let queue = Mutex::new(chunks);
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let next = || take(&queue).next();
     on_threads(count, &|| {
         while let Some(chunk) = next() {
             work(chunk);
         }
     });
+}
+
+/// Spins before it sleeps: the lock is held for nanoseconds, and waking up takes longer than a small operation.
+fn take<T>(queue: &Mutex<T>) -> MutexGuard<'_, T> {
+    for _ in 0..1000 {
+        if let Ok(guard) = queue.try_lock() {
+            return guard;
+        }
+        std::hint::spin_loop();
+    }
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs `work` on this and other threads, at most `limit` of them.

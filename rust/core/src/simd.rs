@@ -37,6 +37,17 @@ pub(crate) unsafe trait Vector {
     /// `LANES` floats, aligned to the size of a register.
     unsafe fn load(from: *const f32) -> Self::Register;
 
+    /// `LANES` elements, not aligned, in fp32.
+    unsafe fn widen<T: Lanes>(from: *const T) -> Self::Register;
+
+    /// Has the cache line at `from`, which need not exist, on its way.
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch is a hint that never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+
     /// a * b + c, rounded once.
     unsafe fn multiply_add(a: Self::Register, b: Self::Register, c: Self::Register) -> Self::Register;
 
@@ -104,6 +115,7 @@ pub fn cpu_features() -> Vec<&'static str> {
         ("avx512bw", is_x86_feature_detected!("avx512bw")),
         ("avx512dq", is_x86_feature_detected!("avx512dq")),
         ("avx512vl", is_x86_feature_detected!("avx512vl")),
+        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
     ];
     #[cfg(not(target_arch = "x86_64"))]
     let detected: [(&'static str, bool); 0] = [];

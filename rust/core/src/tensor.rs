@@ -14,20 +14,21 @@ pub enum DType {
     F16,
     BF16,
     U8,
+    I32,
 }
 
 impl DType {
     /// Bytes of one element.
     pub const fn size(self) -> usize {
         match self {
-            DType::F32 => 4,
+            DType::F32 | DType::I32 => 4,
             DType::F16 | DType::BF16 => 2,
             DType::U8 => 1,
         }
     }
 
     pub const fn is_float(self) -> bool {
-        !matches!(self, DType::U8)
+        !matches!(self, DType::U8 | DType::I32)
     }
 }
 
@@ -38,6 +39,7 @@ impl fmt::Display for DType {
             DType::F16 => "float16",
             DType::BF16 => "bfloat16",
             DType::U8 => "uint8",
+            DType::I32 => "int32",
         })
     }
 }
@@ -70,6 +72,10 @@ pub trait Float: Element {
 
 impl Element for u8 {
     const DTYPE: DType = DType::U8;
+}
+
+impl Element for i32 {
+    const DTYPE: DType = DType::I32;
 }
 
 impl Element for f32 {
@@ -228,7 +234,9 @@ macro_rules! with_float {
                 type $T = ::half::bf16;
                 $body
             }
-            $crate::tensor::DType::U8 => unreachable!("float dtypes are checked at construction"),
+            $crate::tensor::DType::U8 | $crate::tensor::DType::I32 => {
+                unreachable!("float dtypes are checked at construction")
+            }
         }
     };
 }

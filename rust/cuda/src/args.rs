@@ -13,6 +13,7 @@ impl KernelArg for *const c_void {}
 impl KernelArg for *mut c_void {}
 impl KernelArg for i64 {}
 impl KernelArg for i32 {}
+impl KernelArg for f32 {}
 impl KernelArg for bool {}
 impl KernelArg for DeviceAbsmax {}
 
@@ -58,6 +59,11 @@ impl From<Absmax<'_>> for DeviceAbsmax {
     }
 }
 
+/// Pointer to an optional tensor; null stands for an absent one.
+pub(crate) fn optional(tensor: Option<TensorRef<'_>>) -> *const c_void {
+    tensor.map_or(ptr::null(), |tensor| tensor.ptr())
+}
+
 /// Row of the codebook tables that build.rs prints.
 pub(crate) fn codebook_row(quant_type: QuantType) -> i32 {
     match quant_type {
@@ -73,7 +79,7 @@ pub(crate) fn dtype_index(dtype: DType) -> usize {
         DType::F32 => 0,
         DType::F16 => 1,
         DType::BF16 => 2,
-        DType::U8 => unreachable!("float dtypes are checked when the arguments are built"),
+        DType::U8 | DType::I32 => unreachable!("float dtypes are checked when the arguments are built"),
     }
 }
 

@@ -2,6 +2,7 @@
 #include "absmax.cuh"
 #include "codes.cuh"
 #include "memory.cuh"
+#include "overlap.cuh"
 
 constexpr int THREADS = 256;
 constexpr int GROUPS = 4; // 16-byte stores a thread, all their loads in flight at once
@@ -62,6 +63,8 @@ __device__ void dequantize_4bit(const uint8_t* packed, // [ceil(n / 2)]
     constexpr int TILE = THREADS * GROUPS * 16 / sizeof(T);
     const float (&table)[16] = CODEBOOK_4BIT[quant_type];
     const int64_t tile = int64_t(blockIdx.x) * TILE;
+    let_next_kernel_start();
+    wait_for_previous_kernel();
     if (vector && tile + TILE <= n)
         dequantize_tile(packed, absmax, out, tile, log2_blocksize, table[lane_id() % 16]);
     else

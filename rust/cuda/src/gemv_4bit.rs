@@ -1,7 +1,8 @@
 use halfbyte_core::Result;
-use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 
 use crate::args::{DeviceAbsmax, aligned, args, codebook_row, dtype_index, log2};
+use crate::gemv_4bit_bulk;
 use crate::gemv_4bit_mma;
 use crate::launch::{Dim, Family, Geometry, Launcher, extent, family};
 
@@ -58,10 +59,22 @@ fn grid(tiles_x: usize, tiles_w: usize) -> Dim {
     (extent(tiles_w), extent(tiles_x.min(MOST)), extent(tiles_x.div_ceil(MOST)))
 }
 
+/// In one launch where a kernel takes them so, else one after the other.
+pub(crate) fn launch_group(launcher: &Launcher, args: Gemv4bitGroup<'_>) -> Result<()> {
+    let products: Vec<_> = args.into_products().filter(|product| product.shape.m * product.shape.n > 0).collect();
+    if gemv_4bit_bulk::fits(launcher.limits(), &products) {
+        return gemv_4bit_bulk::launch(launcher, &products);
+    }
+    products.into_iter().try_for_each(|product| launch(launcher, product))
+}
+
 pub(crate) fn launch(launcher: &Launcher, args: Gemv4bit<'_>) -> Result<()> {
     let (m, n, k) = (args.shape.m, args.shape.n, args.shape.k);
     if m * n == 0 {
         return Ok(());
+    }
+    if gemv_4bit_bulk::fits(launcher.limits(), std::slice::from_ref(&args)) {
+        return gemv_4bit_bulk::launch(launcher, std::slice::from_ref(&args));
     }
     if let Some(warps) = gemv_4bit_mma::warps(launcher.limits(), &args) {
         return gemv_4bit_mma::launch(launcher, args, warps);

@@ -10,84 +10,19 @@
 #include "absmax.cuh"
 #include "codes.cuh"
 #include "memory.cuh"
+#include "mma.cuh"
+#include "pair_table.cuh"
+#include "pipeline.cuh"
 
 constexpr int MAX_WARPS = 16;
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int MAX_CHUNK = 4; // panels that share the fragments of x which a warp holds
-constexpr int PANEL = 16; // rows of W of one mma
-constexpr int TILE = 8;   // rows of x of one mma
-constexpr int LINE = 256; // weights of a row in the 128 bytes that a warp takes at a time
-constexpr int TABLE = 65536;
+constexpr int MAX_CHUNK = 4;          // panels that share the fragments of x which a warp holds
+constexpr int PANEL = 16;             // rows of W of one mma
+constexpr int TILE = 8;               // rows of x of one mma
+constexpr int LINE = 256;             // weights of a row in the 128 bytes that a warp takes at a time
 constexpr int PARTIAL = PANEL * TILE; // sums of one warp for one panel
-
-__device__ inline void multiply_add(bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ inline void multiply_add(f16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Queued behind a kernel that has not ended, this one may start early, but reads nothing that another kernel writes
-// before the wait.
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-// The table's values are the codebook times this, so that rounding them to 16 bits costs least: fp4's and int4's are
-// then whole numbers, nf4's rms error falls from 1.4e-3 to 0.9e-3. The sums are divided by it.
-__device__ inline float table_gain(int quant_type) {
-    return quant_type == 0 ? 1.43675f : quant_type == 1 ? 12.0f : 7.0f;
-}
-
-// Row b of the table: 32 times the pair of values of byte b, then 32 times entry b of the nested scales' map. An
-// address is put together by one permutation of bytes, since a row has 256 of them; what is left is the place where
-// dynamic shared memory begins, a constant of this architecture that lookups take as an immediate offset.
-struct Table {
-    uint32_t lane4 = 4 * lane_id(), base;
-
-    __device__ explicit Table(const void* shared) : base(__cvta_generic_to_shared(shared)) {
-#if __CUDA_ARCH__ == 900
-        if (base != 1024)
-            __trap();
-        base = 1024;
-#endif
-    }
-
-    // Where this lane reads the row of byte `i` of a word.
-    __device__ const char* row(uint32_t word, int i) const {
-        const uint32_t offset = __byte_perm(word, lane4, 0x7604 + 0x10 * i);
-        return static_cast<const char*>(__cvta_shared_to_generic(offset)) + base;
-    }
-    __device__ uint32_t pair(uint32_t word, int i) const { return *reinterpret_cast<const uint32_t*>(row(word, i)); }
-    __device__ float scale(uint32_t word, int i) const { return *reinterpret_cast<const float*>(row(word, i) + 128); }
-};
-
-// `value(b)` into the first (half 0) or second 128 bytes of each row b; eight threads a row.
-template <typename Value>
-__device__ void fill_table(uint4* table, int half, const Value& value) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {
-        const uint32_t v = value(i / 8);
-        table[i / 8 * 16 + half * 8 + i % 8] = make_uint4(v, v, v, v);
-    }
-}
 
 // W in lines: 256 weights of a row, four blocks.
 struct Weight {
@@ -208,21 +143,22 @@ __device__ void gemv_mma(const T* x, const uint8_t* packed, const Absmax& absmax
     for (int panel = first; panel < min(first + 2, last); ++panel)
         weight.prefetch(panel, line_first);
     const float gain = table_gain(quant_type), entry = CODEBOOK_4BIT[quant_type][lane_id() % 16] * gain;
-    fill_table(shared, 0, [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
+    fill_table(shared, 0, blockDim.x, [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
     wait_for_previous_kernel();
 
     Weight::Item next;
     if (first < last)
         weight.load(next, first, line_first);
-    fill_table(shared, 1, [&](int b) { return __float_as_uint(__ldg(absmax.map + b)); });
+    fill_table(shared, 1, blockDim.x, [&](int b) { return __float_as_uint(__ldg(absmax.map + b)); });
     __syncthreads();
 
-    const Table table(shared);
+    const Table table = Table::first(shared);
     float* sums = reinterpret_cast<float*>(shared + TABLE / sizeof(uint4));
     // This lane's elements of a block of x, in the order of exchanged codes; zeros where x has no row.
     rows_x -= blockIdx.y * TILE, x += int64_t(blockIdx.y) * TILE * K, out += int64_t(blockIdx.y) * TILE * N;
     const bool has_row = g < rows_x;
-    const uint4* x_lane = reinterpret_cast<const uint4*>(x + int64_t(has_row ? g : 0) * K + 32 * (t % 2) + 16 * (t / 2));
+    const uint4* x_lane =
+        reinterpret_cast<const uint4*>(x + int64_t(has_row ? g : 0) * K + 32 * (t % 2) + 16 * (t / 2));
 
     for (int chunk = first; chunk < last; chunk += CHUNK) {
         float total[CHUNK][4] = {};
@@ -238,7 +174,8 @@ __device__ void gemv_mma(const T* x, const uint8_t* packed, const Absmax& absmax
                 if (chunk + p >= last)
                     break;
                 const Weight::Item item = next;
-                const bool same_line = p + 1 < CHUNK && chunk + p + 1 < last, same_chunk = same_line || line + 1 < line_end;
+                const bool same_line = p + 1 < CHUNK && chunk + p + 1 < last,
+                           same_chunk = same_line || line + 1 < line_end;
                 const int next_panel = same_line || !same_chunk ? chunk + p + 1 : chunk;
                 if (next_panel < last)
                     weight.load(next, next_panel, same_line ? line : same_chunk ? line + 1 : line_first);
@@ -267,11 +204,11 @@ __device__ void gemv_mma(const T*, const uint8_t*, const Absmax&, T*, int, int, 
 #endif
 
 // x [rows_x, K] and packed [N * K / 2] 16-byte aligned, nested absmax with codes 4-byte aligned, blocks of 64,
-// K % 256 == 0, N * K < 2^40; grid (any, tiles of x); dynamic shared memory TABLE + 2 * MAX_CHUNK * warps * PARTIAL * 4.
+// K % 256 == 0, N * K < 2^40; grid (any, tiles of x); dynamic shared memory TABLE + 2 * MAX_CHUNK * warps * PARTIAL
+// * 4.
 #define GEMV_4BIT_MMA(T, dtype)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1)                                                    \
-        gemv_4bit_mma_##dtype(const T* x, const uint8_t* packed, Absmax absmax, T* out, int rows_x, int N, int K,      \
-                              int quant_type) {                                                                        \
+    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) gemv_4bit_mma_##dtype(                             \
+        const T* x, const uint8_t* packed, Absmax absmax, T* out, int rows_x, int N, int K, int quant_type) {          \
         gemv_mma(x, packed, absmax, out, rows_x, N, K, quant_type);                                                    \
     }
 

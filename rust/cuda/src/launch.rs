@@ -18,6 +18,16 @@ pub(crate) type Dim = (u32, u32, u32);
 #[repr(C, align(16))]
 pub(crate) struct Image<B: ?Sized>(pub B);
 
+/// A row-major matrix in device memory, for the copy engine.
+pub(crate) struct Matrix {
+    pub at: *const c_void,
+    pub dtype: sys::CUtensorMapDataType,
+    /// bytes of an element
+    pub size: usize,
+    pub rows: usize,
+    pub columns: usize,
+}
+
 /// How a kernel is spread over the device.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Geometry {
@@ -92,21 +102,33 @@ pub(crate) struct Limits {
     pub multiprocessors: usize,
     /// most dynamic shared memory of a CTA, bytes
     pub shared: usize,
+    /// Kernels were compiled for this generation, not only PTX for an older one.
+    pub has_machine_code: bool,
 }
 
 impl Limits {
     fn of(context: &CudaContext) -> std::result::Result<Self, DriverError> {
         use sys::CUdevice_attribute::*;
         let read = |attribute| context.attribute(attribute);
+        let capability =
+            (read(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, read(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?);
         Ok(Self {
-            capability: (
-                read(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-                read(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-            ),
+            capability,
+            has_machine_code: has_machine_code(env!("HALFBYTE_BUILT_FOR"), capability),
             multiprocessors: read(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             shared: read(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
         })
     }
+}
+
+/// `archs` as the build lists them: `90a` runs on 9.0 alone, `100` on 10.0 and what follows it within that generation.
+fn has_machine_code(archs: &str, (major, minor): (i32, i32)) -> bool {
+    archs.split(',').any(|arch| {
+        let exact = arch.ends_with('a');
+        let number = arch.trim_end_matches(['a', 'f']).parse::<i32>();
+        number
+            .is_ok_and(|number| number / 10 == major && if exact { number % 10 == minor } else { number % 10 <= minor })
+    })
 }
 
 /// The state of a device; made at first use, never dropped.
@@ -270,10 +292,24 @@ impl Launcher {
         geometry: Geometry,
         args: &mut [Arg<'_>],
     ) -> Result<()> {
+        self.launch_clustered(family, kernel, geometry, 1, args)
+    }
+
+    /// `launch` with `cluster` neighbouring CTAs of the grid's first dimension side by side (sm_90 and later).
+    pub fn launch_clustered(
+        &self,
+        family: &Family,
+        kernel: &'static str,
+        geometry: Geometry,
+        cluster: usize,
+        args: &mut [Arg<'_>],
+    ) -> Result<()> {
         let fail = |error| self.state.error(format!("{kernel} with {geometry:?}"), error);
         let _bound = Bound::to(&self.state.context).map_err(fail)?;
         let function = self.state.function(family, kernel)?;
-        let mut attribute = overlap();
+        let overlaps = geometry.overlaps && self.state.limits.capability >= (9, 0);
+        let mut attributes = [clusters_of(cluster), overlap()];
+        let attributes = &mut attributes[usize::from(cluster == 1)..];
         let config = sys::CUlaunchConfig {
             gridDimX: geometry.grid.0,
             gridDimY: geometry.grid.1,
@@ -283,14 +319,44 @@ impl Launcher {
             blockDimZ: geometry.block.2,
             sharedMemBytes: geometry.shared as u32,
             hStream: self.stream as usize as sys::CUstream,
-            attrs: &mut attribute,
-            numAttrs: (geometry.overlaps && self.state.limits.capability >= (9, 0)).into(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: u32::from(cluster > 1) + u32::from(overlaps),
         };
         // An `Arg` is one address, and the driver only reads what they point to.
         let args: *mut *mut c_void = args.as_mut_ptr().cast();
         // SAFETY: the function belongs to the current context, the stream to the same device by `CudaBackend::new`'s
         // contract, and the parameters are copied before the call returns.
         unsafe { sys::cuLaunchKernelEx(&config, function, args, ptr::null_mut()) }.result().map_err(fail)
+    }
+
+    /// The map by which the copy engine takes boxes of 128 bytes by `rows` of a matrix, in swizzled order.
+    pub fn map_boxes(&self, matrix: Matrix, rows: usize) -> Result<sys::CUtensorMap> {
+        let fail = |error| self.state.error("mapping a matrix".to_string(), error);
+        // SAFETY: all zeros is a valid value of a plain struct.
+        let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
+        let sizes = [matrix.columns as u64, matrix.rows as u64];
+        let pitch = (matrix.columns * matrix.size) as u64;
+        let extents = [(128 / matrix.size) as u32, rows as u32];
+        // SAFETY: the arrays have as many entries as the matrix has dimensions, and nothing is dereferenced on the
+        // device before a kernel does.
+        let status = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                matrix.dtype,
+                2,
+                matrix.at.cast_mut(),
+                sizes.as_ptr(),
+                &pitch,
+                extents.as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        status.result().map_err(fail)?;
+        Ok(map)
     }
 
     /// Queues one kernel of one-dimensional grid and block. More CTAs than a grid can have is the driver's error.
@@ -305,6 +371,16 @@ impl Launcher {
         let geometry = Geometry { grid: (extent(ctas), 1, 1), block: (threads, 1, 1), shared: 0, overlaps: false };
         self.launch(family, kernel, geometry, args)
     }
+}
+
+fn clusters_of(ctas: usize) -> sys::CUlaunchAttribute {
+    // SAFETY: all zeros is a valid attribute.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    // SAFETY: the fields are plain numbers, and this is the member that the id names.
+    let dimension = unsafe { &mut attribute.value.clusterDim };
+    (dimension.x, dimension.y, dimension.z) = (extent(ctas), 1, 1);
+    attribute
 }
 
 /// Programmatic dependent launch.

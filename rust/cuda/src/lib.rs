@@ -8,12 +8,18 @@ mod args;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
+mod gemm_4bit;
 mod gemv_4bit;
+mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
+mod paged_attention;
 mod pager;
 mod quantize_4bit;
 mod quantize_blockwise;
+mod rms_norm;
+mod rope;
+mod swiglu;
 
 #[cfg(test)]
 mod tests;
@@ -21,10 +27,16 @@ mod tests;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
-use halfbyte_core::ops::gemv_4bit::Gemv4bit;
+use halfbyte_core::ops::gemm_4bit::Gemm4bit;
+use halfbyte_core::ops::gemv::Gemv;
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
+use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
-use halfbyte_core::{Backend, Result};
+use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward};
+use halfbyte_core::ops::rope::Rope;
+use halfbyte_core::ops::swiglu::{Swiglu, SwigluBackward};
+use halfbyte_core::{Backend, Error, Result};
 
 use launch::Launcher;
 pub use pager::CudaPages;
@@ -89,7 +101,44 @@ impl Backend for CudaBackend {
         dequantize_blockwise::launch(&self.launcher, args)
     }
 
+    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+        gemm_4bit::launch(&self.launcher, args)
+    }
+
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()> {
         gemv_4bit::launch(&self.launcher, args)
+    }
+
+    fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
+        gemv_4bit::launch_group(&self.launcher, args)
+    }
+
+    fn gemv(&self, args: Gemv<'_>) -> Result<()> {
+        let got = args.weight.device().to_string();
+        Err(Error::Argument { op: "gemv", name: "weight", expected: "on cpu; torch multiplies it on a GPU", got })
+    }
+
+    fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
+        paged_attention::launch(&self.launcher, args)
+    }
+
+    fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
+        rms_norm::launch(&self.launcher, args)
+    }
+
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()> {
+        rms_norm::launch_backward(&self.launcher, args)
+    }
+
+    fn rope(&self, args: Rope<'_>) -> Result<()> {
+        rope::launch(&self.launcher, args)
+    }
+
+    fn swiglu(&self, args: Swiglu<'_>) -> Result<()> {
+        swiglu::launch(&self.launcher, args)
+    }
+
+    fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
+        swiglu::launch_backward(&self.launcher, args)
     }
 }

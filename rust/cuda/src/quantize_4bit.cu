@@ -1,6 +1,7 @@
 // Bound by bytes: 2 B in, 0.56 B out per 16-bit weight; 28672 x 8192 takes 140 us at 4.3 TB/s.
 #include "codes.cuh"
 #include "memory.cuh"
+#include "overlap.cuh"
 
 constexpr int THREADS = 512;
 constexpr int GROUP = 8 * THREADS; // elements: a whole number of blocks of any legal size
@@ -56,11 +57,31 @@ __device__ void quantize_tile(const T* x, uint8_t* packed, float* absmax, int64_
             absmax[block] = __uint_as_float(largest);
 
         scale8(v[j], __uint_as_float(largest), (block + 1) << log2_blocksize <= n);
-        uint32_t word = 0;
+        store_codes(packed, first / 2, (n + 1) / 2, vector, encoder.encode8(v[j]));
+    }
+}
+
+// A whole tile of aligned tensors in blocks of 64.
+template <typename T>
+__device__ void quantize_tile64(const T* x, uint8_t* packed, float* absmax, const Binned4bit& encoder) {
+    const int64_t tile = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
+    Raw8<T> raw[GROUPS];
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            word |= encoder.encode(v[j][i]) << nibble_shift(i);
-        store_codes(packed, first / 2, (n + 1) / 2, vector, word);
+    for (int j = 0; j < GROUPS; ++j)
+        raw[j].load(x + tile + j * GROUP);
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        const int64_t first = tile + j * GROUP;
+        uint32_t largest = magnitude(raw[j]);
+#pragma unroll
+        for (int step = 4; step > 0; step /= 2)
+            largest = max(largest, __shfl_xor_sync(FULL_WARP, largest, step));
+        if (threadIdx.x % 8 == 0)
+            absmax[first / 64] = __uint_as_float(largest);
+        float v[8];
+        raw[j].unpack(v);
+        scale8(v, __uint_as_float(largest), true);
+        *reinterpret_cast<uint32_t*>(packed + first / 2) = encoder.encode8(v);
     }
 }
 
@@ -72,14 +93,19 @@ __device__ void quantize_4bit(const T* x,         // [n]
                               int log2_blocksize, // 5..12
                               int quant_type,     // row of the codebook tables
                               bool vector) {      // x is 16-byte, packed 4-byte aligned
-    if (quant_type == FP4)
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const bool whole = vector && (int64_t(blockIdx.x) + 1) * TILE <= n;
+    if (whole && log2_blocksize == 6 && quant_type != FP4)
+        quantize_tile64(x, packed, absmax, Binned4bit(quant_type));
+    else if (quant_type == FP4)
         quantize_tile(x, packed, absmax, n, log2_blocksize, Searched4bit(quant_type), vector);
     else
         quantize_tile(x, packed, absmax, n, log2_blocksize, Binned4bit(quant_type), vector);
 }
 
 #define QUANTIZE_4BIT(T, dtype)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS) quantize_4bit_##dtype(                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) quantize_4bit_##dtype(                                    \
         const T* x, uint8_t* packed, float* absmax, int64_t n, int log2_blocksize, int quant_type, bool vector) {      \
         quantize_4bit(x, packed, absmax, n, log2_blocksize, quant_type, vector);                                       \
     }

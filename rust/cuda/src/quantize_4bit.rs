@@ -2,7 +2,7 @@ use halfbyte_core::Result;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 
 use crate::args::{aligned, aligned_mut, args, codebook_row, dtype_index, log2};
-use crate::launch::{Family, Launcher, family};
+use crate::launch::{Family, Geometry, Launcher, extent, family};
 
 const KERNELS: [&str; 3] = ["quantize_4bit_f32", "quantize_4bit_f16", "quantize_4bit_bf16"];
 pub(crate) static FAMILY: Family = family!("quantize_4bit", &KERNELS);
@@ -17,11 +17,11 @@ pub(crate) fn launch(launcher: &Launcher, args: Quantize4bit<'_>) -> Result<()> 
         return Ok(());
     }
     let vector = aligned(x, 16) && aligned_mut(&args.packed, 4);
-    launcher.launch_1d(
+    let grid = (extent(n.div_ceil(TILE)), 1, 1);
+    launcher.launch(
         &FAMILY,
         KERNELS[dtype_index(x.dtype())],
-        n.div_ceil(TILE),
-        THREADS,
+        Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true },
         args![
             x.ptr(),
             args.packed.ptr(),

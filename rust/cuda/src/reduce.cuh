@@ -41,3 +41,20 @@ __device__ inline uint32_t threads_max(uint32_t value, int group) {
         value = max(value, of_warp[first + i]);
     return value;
 }
+
+// Sum over `group` neighbouring threads, in all of them: a power of two <= 32, or the whole CTA of full warps.
+__device__ inline float threads_sum(float value, int group) {
+    for (int step = min(group, 32) / 2; step > 0; step /= 2)
+        value += __shfl_xor_sync(FULL_WARP, value, step);
+    if (group <= 32)
+        return value;
+    __shared__ float of_warp[32];
+    __syncthreads(); // an earlier call's values have been read
+    if (lane_id() == 0)
+        of_warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = 0.0f;
+    for (int i = 0; i < group / 32; ++i)
+        value += of_warp[i];
+    return value;
+}

@@ -69,3 +69,55 @@ __device__ inline uint32_t narrow2<bf16>(float first, float second) {
     return pair;
 }
 #endif
+
+// What is left of a value once it has been stored as T.
+template <typename T>
+__device__ float rounded(float value) {
+    return widen(narrow<T>(value));
+}
+
+// Two 16-bit values in one register, multiplied and added with one rounding each.
+template <typename T>
+__device__ uint32_t multiply2(uint32_t a, uint32_t b);
+template <typename T>
+__device__ uint32_t add2(uint32_t a, uint32_t b);
+
+template <>
+__device__ inline uint32_t multiply2<f16>(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
+template <>
+__device__ inline uint32_t add2<f16>(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
+template <>
+__device__ inline uint32_t multiply2<bf16>(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t product;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u)); // - 0
+    return product;
+#else
+    const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+    const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+    return narrow2<bf16>(__fmul_rn(low(a), low(b)), __fmul_rn(high(a), high(b)));
+#endif
+}
+
+template <>
+__device__ inline uint32_t add2<bf16>(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b)); // a * 1
+    return sum;
+#else
+    const auto low = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+    const auto high = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+    return narrow2<bf16>(__fadd_rn(low(a), low(b)), __fadd_rn(high(a), high(b)));
+#endif
+}

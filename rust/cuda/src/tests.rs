@@ -12,7 +12,7 @@ struct Sources {
 
 macro_rules! sources {
     ($($name:ident),+) => {
-        [$(Sources {
+        &[$(Sources {
             family: &crate::$name::FAMILY,
             cuda: include_str!(concat!(stringify!($name), ".cu")),
             ptxas: include_str!(concat!(env!("OUT_DIR"), "/", stringify!($name), ".ptxas")),
@@ -20,15 +20,21 @@ macro_rules! sources {
     };
 }
 
-static SOURCES: [Sources; 8] = sources!(
+static SOURCES: &[Sources] = sources!(
     adamw,
     dequantize_4bit,
     dequantize_blockwise,
     double_quantize,
+    gemm_4bit,
     gemv_4bit,
+    gemv_4bit_bulk,
     gemv_4bit_mma,
+    paged_attention,
     quantize_4bit,
-    quantize_blockwise
+    quantize_blockwise,
+    rms_norm,
+    rope,
+    swiglu
 );
 
 fn contains(haystack: &[u8], needle: &str) -> bool {
@@ -46,7 +52,7 @@ fn every_kernel_is_in_its_image() {
 
 #[test]
 fn images_are_empty_only_without_kernels() {
-    for Sources { family, .. } in &SOURCES {
+    for Sources { family, .. } in SOURCES {
         assert_eq!(family.image.0.is_empty(), crate::build_info().is_none(), "{}", family.name);
         assert_eq!(family.image.0.as_ptr().addr() % 16, 0, "{}", family.name);
     }
@@ -57,7 +63,7 @@ fn images_are_empty_only_without_kernels() {
 fn no_kernel_spills_or_uses_local_memory() {
     let archs = crate::build_info().map_or(Vec::new(), |info| info.archs);
     let machine_code = archs.iter().filter(|arch| !arch.starts_with("compute_")).count();
-    for Sources { family, ptxas, .. } in &SOURCES {
+    for Sources { family, ptxas, .. } in SOURCES {
         let frames: Vec<&str> = ptxas.lines().filter(|line| line.contains("bytes stack frame")).collect();
         assert_eq!(frames.len(), family.kernels.len() * machine_code, "{}", family.name);
         for frame in frames {
@@ -86,20 +92,37 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("dequantize_blockwise", "THREADS", crate::dequantize_blockwise::THREADS as usize),
         ("dequantize_blockwise", "PER_THREAD", crate::dequantize_blockwise::PER_THREAD),
         ("double_quantize", "THREADS", crate::double_quantize::THREADS as usize),
-        ("double_quantize", "CHUNK", crate::double_quantize::CHUNK),
+        ("double_quantize", "CHUNK", halfbyte_core::ops::double_quantize::MEAN_CHUNK),
         ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
+        ("gemm_4bit", "LINE", crate::gemm_4bit::LINE),
+        ("gemm_4bit", "MAX_SPLITS", crate::gemm_4bit::MAX_SPLITS),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
+        ("gemv_4bit_bulk", "MAX_PARTS", crate::gemv_4bit_bulk::MAX_PARTS),
+        ("gemv_4bit_bulk", "PANEL", crate::gemv_4bit_bulk::PANEL),
+        ("gemv_4bit_bulk", "TILE", crate::gemv_4bit_bulk::TILE),
+        ("gemv_4bit_bulk", "SHARED_BYTES", crate::gemv_4bit_bulk::SHARED_BYTES),
         ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
         ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
         ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),
         ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
-        ("gemv_4bit_mma", "TABLE", crate::gemv_4bit_mma::TABLE),
+        ("paged_attention", "WARPS", crate::paged_attention::WARPS),
+        ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
+        ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
+        ("paged_attention", "MAX_PARTS", halfbyte_core::ops::paged_attention::MAX_PARTS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
+        ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
+        ("rms_norm", "MAX_THREADS_F32", crate::rms_norm::MAX_THREADS_F32),
+        ("rms_norm", "STRIP", crate::rms_norm::STRIP),
+        ("rope", "THREADS", crate::rope::THREADS as usize),
+        ("rope", "WIDTH", crate::rope::WIDTH),
+        ("swiglu", "THREADS", crate::swiglu::THREADS as usize),
+        ("swiglu", "WIDTH", crate::swiglu::WIDTH),
     ];
+    assert_eq!(constant(include_str!("pair_table.cuh"), "TABLE"), Some(crate::gemv_4bit_mma::TABLE));
     for (family, name, value) in expected {
         let source = SOURCES.iter().find(|sources| sources.family.name == family);
         assert_eq!(source.and_then(|source| constant(source.cuda, name)), Some(value), "{family}: {name}");
@@ -144,10 +167,12 @@ fn one_comparison_is_left_in_a_part_of_the_range() {
         let edges = (0..=30).map(|edge| edge as f32 / 15.0 - 1.0).flat_map(|e| [e - 1e-4, e, e + 1e-4]);
         let grid = (-100_000..=100_000).map(|step| step as f32 / 1e5);
         for x in near.chain(edges).chain(grid).filter(|x| x.abs() <= 1.000001) {
-            let from_zero = x.mul_add(0.5, 0.5).clamp(0.0, 1.0);
-            let bin = (f64::from(from_zero) * 29.9999).floor() as usize;
-            let shift = if x > thresholds[bin] { 4 } else { 0 };
-            assert_eq!((codes[bin] as u32 >> shift & 15) as u8, ranks.encode(x), "{x}");
+            let bin = (f64::from(x) * f64::from(14.9999f32) + 15.0).floor() as usize;
+            let above = if x > thresholds[bin] { 1 } else { 0 };
+            assert_eq!((codes[bin] as u32 & 15) as u8 + above, ranks.encode(x), "{x}");
+            let steep = 2f64.powi(60);
+            let clamped = (f64::from(x) * steep - f64::from(thresholds[bin]) * steep).clamp(0.0, 1.0);
+            assert_eq!(clamped, f64::from(above), "{x}");
         }
     }
 }

@@ -31,6 +31,8 @@ pub struct DoubleQuantize<'a> {
     pub nested_absmax: TensorMut<'a>,
     /// f32 `[1]`
     pub offset: TensorMut<'a>,
+    /// u8 `[8 * ceil(nblocks / 65536)]`, room for the chunks' sums
+    pub sums: TensorMut<'a>,
 }
 
 impl<'a> DoubleQuantize<'a> {
@@ -39,6 +41,7 @@ impl<'a> DoubleQuantize<'a> {
         codes: TensorMut<'a>,
         nested_absmax: TensorMut<'a>,
         offset: TensorMut<'a>,
+        sums: TensorMut<'a>,
     ) -> Result<Self> {
         let (nblocks, device) = (absmax.numel(), absmax.device());
         let groups = nblocks.div_ceil(NESTED_BLOCKSIZE);
@@ -49,7 +52,13 @@ impl<'a> DoubleQuantize<'a> {
             .numel(groups, "one for 256 blocks")?
             .on(device, "absmax")?;
         arg(OP, "offset", offset.as_ref()).dtype(DType::F32)?.numel(1, "a scalar")?.on(device, "absmax")?;
-        Ok(Self { absmax, codes, nested_absmax, offset })
+        let chunks = nblocks.div_ceil(MEAN_CHUNK);
+        arg(OP, "sums", sums.as_ref())
+            .dtype(DType::U8)?
+            .numel(8 * chunks, "eight for 65536 blocks")?
+            .on(device, "absmax")?
+            .aligned_to(8)?;
+        Ok(Self { absmax, codes, nested_absmax, offset, sums })
     }
 }
 
@@ -84,7 +93,8 @@ fn quantize_group(scales: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
     absmax
 }
 
-const MEAN_CHUNK: usize = 65536;
+/// Values whose sum is one term of the mean.
+pub const MEAN_CHUNK: usize = 65536;
 const MEAN_LANES: usize = 256;
 
 fn mean(values: &[f32]) -> f32 {

@@ -8,7 +8,7 @@
 //! row of out depends on its row of x only, never on M, on the other rows or on the number of threads.
 
 use crate::check::{arg, blocksize_4bit};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::dequantize_4bit::dequantize_block;
 use crate::parallel;
 use crate::quant_state::{Absmax, QuantType, Scales};
@@ -67,8 +67,30 @@ impl<'a> Gemv4bit<'a> {
     }
 }
 
-/// Weights of a chunk; fewer than two chunks are not worth waking a second thread (about 10 us).
-const CHUNK_WEIGHTS: usize = 1 << 17;
+/// Most products that go as one.
+pub const MAX_GROUP: usize = 4;
+
+/// Products of one x with several W, which a backend may make in one pass.
+#[derive(Debug)]
+pub struct Gemv4bitGroup<'a>([Option<Gemv4bit<'a>>; MAX_GROUP]);
+
+impl<'a> Gemv4bitGroup<'a> {
+    pub fn new(products: Vec<Gemv4bit<'a>>) -> Result<Self> {
+        let (op, name) = ("gemv_4bit_group", "products");
+        if products.len() > MAX_GROUP {
+            return Err(Error::Argument { op, name, expected: "at most 4", got: products.len().to_string() });
+        }
+        let mut products = products.into_iter();
+        Ok(Self(std::array::from_fn(|_| products.next())))
+    }
+
+    pub fn into_products(self) -> impl Iterator<Item = Gemv4bit<'a>> {
+        self.0.into_iter().flatten()
+    }
+}
+
+/// Weights of a chunk, 2 us of work; fewer than two chunks are not worth a second thread (1 us while it spins).
+const CHUNK_WEIGHTS: usize = 1 << 15;
 
 impl Gemv4bit<'_> {
     pub(crate) fn run_on_cpu(self, simd: Simd) {
@@ -176,7 +198,7 @@ impl Weight<'_> {
 }
 
 /// Sixteen partial sums, so that the compiler can use vector registers of any width.
-fn dot(x: &[f32], w: &[f32]) -> f32 {
+pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     let mut lanes = [0.0; 16];
     let (x_chunks, w_chunks) = (x.chunks_exact(16), w.chunks_exact(16));
     let rest = x_chunks.remainder().iter().zip(w_chunks.remainder());
@@ -190,7 +212,7 @@ fn dot(x: &[f32], w: &[f32]) -> f32 {
 }
 
 /// `sums` `[N, M]` to `out` `[M, N]`, rounded.
-fn store_transposed<T: Float>(sums: &[f32], out: &mut [T], shape: GemvShape) {
+pub(crate) fn store_transposed<T: Float>(sums: &[f32], out: &mut [T], shape: GemvShape) {
     for (row, out) in out.chunks_mut(shape.n).enumerate() {
         for (out, sums) in out.iter_mut().zip(sums.chunks(shape.m)) {
             *out = T::from_f32(sums[row]);

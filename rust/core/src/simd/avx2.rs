@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use crate::simd::Vector;
+use crate::simd::{Lanes, Vector};
 
 /// Eight fp32 lanes.
 pub(crate) struct Avx2;
@@ -59,6 +59,12 @@ unsafe impl Vector for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn widen<T: Lanes>(from: *const T) -> __m256 {
+        // SAFETY: the caller vouches for the features and for 8 elements.
+        unsafe { T::load8(from) }
+    }
+
+    #[inline(always)]
     unsafe fn multiply_add(a: __m256, b: __m256, c: __m256) -> __m256 {
         // SAFETY: the caller vouches for the features.
         unsafe { _mm256_fmadd_ps(a, b, c) }
@@ -91,8 +97,11 @@ unsafe impl Vector for Avx2 {
 }
 
 /// # Safety
-/// The method needs AVX2, FMA and F16C.
+/// The methods need AVX2, FMA and F16C.
 pub(crate) unsafe trait Lanes256: Sized {
+    /// 8 elements widened to fp32.
+    unsafe fn load8(from: *const Self) -> __m256;
+
     /// Stores the elements of `packed` as entries of `table`, which holds 16 results in this type.
     ///
     /// # Safety
@@ -100,8 +109,14 @@ pub(crate) unsafe trait Lanes256: Sized {
     unsafe fn look_up(packed: &[u8], to: &mut [Self], table: &[Self; 16]);
 }
 
-// SAFETY: the method uses nothing beyond the features that its callers guarantee.
+// SAFETY: the methods use nothing beyond the features that their callers guarantee.
 unsafe impl Lanes256 for f32 {
+    #[inline(always)]
+    unsafe fn load8(from: *const f32) -> __m256 {
+        // SAFETY: the caller vouches for the features and for 8 readable elements.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+
     #[inline(always)]
     unsafe fn look_up(packed: &[u8], to: &mut [f32], table: &[f32; 16]) {
         // SAFETY: 8 bytes and 16 elements a step, inside the slices as the caller vouches.
@@ -119,9 +134,15 @@ unsafe impl Lanes256 for f32 {
 }
 
 macro_rules! half_lanes {
-    ($type:ty) => {
+    ($type:ty, $widen:expr) => {
         // SAFETY: as for f32.
         unsafe impl Lanes256 for $type {
+            #[inline(always)]
+            unsafe fn load8(from: *const $type) -> __m256 {
+                // SAFETY: the caller vouches for the features and for 8 readable elements.
+                unsafe { $widen(_mm_loadu_si128(from.cast())) }
+            }
+
             #[inline(always)]
             unsafe fn look_up(packed: &[u8], to: &mut [$type], table: &[$type; 16]) {
                 // An even element is the low half of a lane, an odd one the high half.
@@ -141,5 +162,12 @@ macro_rules! half_lanes {
     };
 }
 
-half_lanes!(f16);
-half_lanes!(bf16);
+/// bf16 is the upper half of an fp32.
+#[inline(always)]
+unsafe fn widen_bf16(bits: __m128i) -> __m256 {
+    // SAFETY: the caller vouches for the features.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits))) }
+}
+
+half_lanes!(f16, _mm256_cvtph_ps);
+half_lanes!(bf16, widen_bf16);

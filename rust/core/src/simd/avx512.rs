@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use crate::simd::Vector;
+use crate::simd::{Lanes, Vector};
 
 /// Sixteen fp32 lanes.
 pub(crate) struct Avx512;
@@ -26,6 +26,12 @@ unsafe impl Vector for Avx512 {
     unsafe fn load(from: *const f32) -> __m512 {
         // SAFETY: the caller vouches for the features and for 16 aligned floats.
         unsafe { _mm512_load_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn widen<T: Lanes>(from: *const T) -> __m512 {
+        // SAFETY: the caller vouches for the features and for 16 elements.
+        unsafe { T::load16(from) }
     }
 
     #[inline(always)]

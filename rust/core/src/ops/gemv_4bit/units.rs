@@ -16,6 +16,9 @@ pub(super) const UNIT: usize = 64;
 /// Floats of x that stay in the first-level cache while a tile of rows of W passes by.
 const X_TILE: usize = 6144;
 
+/// Bytes of packed weights between the one that is decoded and the one that is fetched from memory.
+const AHEAD: usize = 2048;
+
 /// Rows of W in a tile: their sums of eight rows of x take 8 KiB.
 const W_TILE: usize = 16;
 
@@ -99,10 +102,11 @@ unsafe fn tile_of_rows<V: Vector, const M: usize>(
     // SAFETY: the caller vouches for V's features, and the parts end at the row's end.
     unsafe {
         let mut totals = [[V::splat(0.0); M]; W_TILE];
+        let mut scales = [0.0; X_TILE / UNIT];
         for unit in (0..units_per_row).step_by(units_per_part) {
             let units = unit..units_per_row.min(unit + units_per_part);
             for (i, total) in totals[..rows].iter_mut().enumerate() {
-                add_units::<V, M>(weight, lines, first + i, units.clone(), total);
+                add_units::<V, M>(weight, lines, first + i, units.clone(), &mut scales[..units.len()], total);
             }
         }
         for (sums, total) in columns.sums.chunks_exact_mut(columns.m).zip(&totals) {
@@ -120,20 +124,20 @@ unsafe fn add_units<V: Vector, const M: usize>(
     lines: &[Line],
     row: usize,
     units: Range<usize>,
+    scales: &mut [f32],
     total: &mut [V::Register; M],
 ) {
     let stride = lines.len() / M * 16;
     let mut x: *const f32 = lines[units.start * (UNIT / 16)..].as_ptr().cast();
     let first = row * (weight.k / UNIT) + units.start;
     let packed = &weight.packed[first * (UNIT / 2)..][..units.len() * (UNIT / 2)];
-    let mut scales = [0.0; X_TILE / UNIT];
-    let scales = &mut scales[..units.len()];
     weight.scales.fill(first, UNIT, weight.blocksize, scales);
     // SAFETY: the caller vouches for V's features; x walks through M rows of K floats, 64 a unit, in aligned lines.
     unsafe {
         let table = V::table(weight.table);
         let mut sums = *total;
         for (bytes, &scale) in packed.chunks_exact(UNIT / 2).zip(&*scales) {
+            V::prefetch(bytes.as_ptr().wrapping_add(AHEAD));
             let mut partial = [V::splat(0.0); M];
             for step in 0..UNIT / 2 / V::LANES {
                 let (even, odd) = V::decode(bytes.as_ptr().add(step * V::LANES), table);

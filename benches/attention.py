@@ -1,0 +1,77 @@
+"""paged_attention alone, over a cache that is colder than the L2, beside the memory's floor."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from bench import append_row, summary, time_row
+
+from halfbyte.kv_cache import BLOCK, blocks_for
+from halfbyte.ops import paged_attention
+
+BANDWIDTH = 4.3e12
+HEADS = {"7b": (32, 32, 128), "8b": (32, 8, 128), "70b": (64, 8, 128), "qwen2.5-7b": (28, 4, 128)}
+COLD_BYTES = 300 << 20
+
+
+def microseconds(heads: tuple[int, int, int], batch: int, context: int) -> list[float]:
+    """Per launch, of replays of a graph of launches that each read another cache."""
+    query_heads, kv_heads, head_dim = heads
+    each = blocks_for(context)
+    shape = (batch * each, BLOCK, kv_heads, head_dim)
+    nbytes = 4 * batch * each * BLOCK * kv_heads * head_dim
+    count = max(8, min(64, -(-COLD_BYTES // nbytes)))
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=torch.bfloat16, device="cuda")
+
+    caches = [(random(*shape), random(*shape)) for _ in range(count)]
+    q = random(batch, query_heads, head_dim)
+    k, v = random(batch, kv_heads, head_dim), random(batch, kv_heads, head_dim)
+    cos, sin = random(batch, head_dim), random(batch, head_dim)
+    tables = torch.randperm(batch * each, device="cuda").int().view(batch, each)
+    lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    arrived = torch.zeros(batch, query_heads, dtype=torch.int32, device="cuda")
+
+    def work() -> None:
+        for keys, values in caches:
+            paged_attention(q, k, v, cos, sin, keys, values, tables, lengths, None, arrived)
+
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
+    for event in events:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    pairs = zip(events[1:], events[2:], strict=False)
+    return [1e3 * a.elapsed_time(b) / count for a, b in pairs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, nargs="+", default=[1, 64, 256, 1024, 4096])
+    args = parser.parse_args()
+    for name in args.shapes:
+        for batch in args.batch:
+            for context in args.context:
+                took = summary([us / 1e6 for us in microseconds(HEADS[name], batch, context)])
+                _, kv_heads, head_dim = HEADS[name]
+                floor = 4 * batch * context * kv_heads * head_dim / BANDWIDTH * 1e6
+                fields = {"model": name, "dtype": "bf16", "batch": batch, "seq": context}
+                row = time_row("paged_attention", {"halfbyte": took}, floor, **fields)
+                append_row("attention", row)
+                print(
+                    f"{name:10} batch {batch:2} context {context:5}: {row['us']:7.2f} us, floor",
+                    end=" ",
+                )
+                print(f"{floor:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

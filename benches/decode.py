@@ -1,0 +1,176 @@
+"""Decode through the engine at Llama shapes with random weights, beside the memory's floor.
+
+A rate is that of the tokens past the first 32, so that reading the prompt and capturing the step
+are not in it; `--profile` shows where a step's time goes instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from statistics import median
+
+import torch
+from bench import Timing, append_row, rate_row, summary, time_row
+from journey import SHAPES, random_model
+
+from halfbyte import LoraConfig, lora
+from halfbyte.checkpoint import default_device
+from halfbyte.engine import Engine
+from halfbyte.kv_cache import block_bytes, blocks_for
+from halfbyte.models import Decoder
+
+BANDWIDTH = 4.3e12
+FIRST = 32
+# Of which the first token is timed.
+PROMPT = 512
+
+
+def floor_seconds(model: Decoder, batch: int, context: int) -> float:
+    """Weights once, each sequence's keys and values once, over the memory's bandwidth."""
+    tensors = [p for name, p in model.named_parameters() if "embed_tokens" not in name]
+    nbytes = sum(p.numel() * p.element_size() for p in tensors)
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            scales = [state.absmax, state.nested.absmax]
+            nbytes += sum(x.numel() * x.element_size() for x in scales)
+    return (nbytes + batch * blocks_for(context) * block_bytes(model.config, torch.bfloat16)) / (
+        BANDWIDTH
+    )
+
+
+class Run:
+    """One engine and prompts that no run before has seen."""
+
+    def __init__(self, model: Decoder, batch: int, context: int, tokens: int) -> None:
+        self.model, self.batch, self.tokens = model, batch, tokens
+        # Attention reads `context` tokens half-way through the reply.
+        self.prompt = max(1, context - FIRST - tokens // 2)
+        blocks = batch * blocks_for(max(PROMPT + 1, self.prompt + FIRST + tokens))
+        each = block_bytes(model.config, torch.bfloat16)
+        self.engine = Engine(model, max_batch=batch, kv_budget=blocks * each)
+
+    def prompts(self, length: int) -> list[list[int]]:
+        vocab = self.model.config.vocab_size
+        return torch.randint(0, vocab, (self.batch, length)).tolist()
+
+    def seconds(self, prompts: list[list[int]], tokens: int) -> float:
+        start = time.perf_counter()
+        self.engine.generate(prompts, max_new_tokens=tokens)
+        return time.perf_counter() - start
+
+    def decode(self) -> float:
+        """Seconds of `tokens` steps: a long run less a short one of the same prompts."""
+        prompts = self.prompts(self.prompt)
+        self.engine.refresh()
+        short = self.seconds(prompts, FIRST)
+        self.engine.refresh()
+        return self.seconds(prompts, FIRST + self.tokens) - short
+
+
+def timing(work, rounds: int, warmup: int = 1) -> Timing:
+    return summary([work() for _ in range(-warmup, rounds)][warmup:])
+
+
+def measure(model: Decoder, args: argparse.Namespace, batch: int, context: int, r: int) -> None:
+    run = Run(model, batch, context, args.tokens)
+    fields = {"dtype": "bf16", "model": f"llama-{args.shape}", "r": r, "batch": batch}
+    took = timing(run.decode, args.rounds)
+    sizes = {"seq": context, "new_tokens": args.tokens}
+    row = rate_row("decode", batch * args.tokens, {"halfbyte": took}, **fields, **sizes)
+    floor = batch / floor_seconds(model, batch, context)
+    row["floor_tokens_per_s"] = round(floor, 1)
+    print(f"decode {fields} context {context}: {row['tokens_per_s']} of {floor:.0f}", flush=True)
+    append_row("decode", row)
+    if batch == 1 and context <= PROMPT:
+        took = timing(lambda: run.seconds(run.prompts(PROMPT), 1), args.rounds)
+        row = time_row("first_token", {"halfbyte": took}, seq=PROMPT, **fields)
+        print(f"first token {fields}: {row['us'] / 1000:.1f} ms", flush=True)
+        append_row("decode", row)
+
+
+def start_up(model: Decoder, args: argparse.Namespace) -> None:
+    """From `Engine(...)` to the first token, and to the thirty-second, graph included."""
+
+    def seconds(tokens: int) -> float:
+        start = time.perf_counter()
+        Engine(model, max_batch=1).generate(list(range(1, 17)), max_new_tokens=tokens)
+        return time.perf_counter() - start
+
+    first, more = (median(seconds(tokens) for _ in range(3)) for tokens in (1, 32))
+    print(f"from Engine(...) to token 1: {first * 1e3:.0f} ms, to token 32: {more * 1e3:.0f} ms")
+
+
+@torch.inference_mode()
+def profile(model: Decoder, batch: int, context: int) -> None:
+    """Where the time of a captured step and of reading a prompt goes."""
+    run = Run(model, batch, context, 64)
+    wall = median(run.decode() for _ in range(3)) / run.tokens
+    decode = run.engine._scheduler.decode
+    graph = next(graph for key, graph in decode.graphs.items() if key.rows == batch)
+    # Nobody runs any more: the rows get lengths and blocks of their own again.
+    decode.lengths.fill_(context)
+    blocks = torch.arange(batch * decode.tables.shape[1], device=decode.tables.device)
+    decode.tables.copy_(blocks.view(batch, -1) % (decode.cache.blocks - 1) + 1)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for event in events:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    gaps = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    print(f"batch {batch}: {wall * 1e3:.3f} ms a step, {median(gaps):.3f} ms of it the replay")
+    print_kernels(lambda: [graph.replay() for _ in range(10)], 10, 16)
+    for row in range(batch):
+        decode.remove(row)
+    if batch == 1:
+        run.seconds(run.prompts(PROMPT), 1)
+        print(f"prompt of {PROMPT}: {run.seconds(run.prompts(PROMPT), 1) * 1e3:.1f} ms")
+        print_kernels(lambda: run.seconds(run.prompts(PROMPT), 1), 1, 10)
+
+
+def print_kernels(work, count: int, most: int) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        work()
+        torch.cuda.synchronize()
+    rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
+    print(f"{sum(row.device_time_total for row in rows) / count:9.1f} us of kernels, the longest:")
+    for row in rows[:most]:
+        each = row.device_time_total / row.count
+        total, launches = row.device_time_total / count, row.count / count
+        print(f"{total:9.1f} us {launches:6.1f} x {each:7.2f}  {row.key[:80]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--long", type=int, default=0, help="also batch 1 at this context")
+    parser.add_argument("--r", type=int, default=0, help="also with an adapter of this rank")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = random_model(args.shape, default_device())
+    for r in [0, args.r] if args.r else [0]:
+        if r:
+            lora.inject(model, LoraConfig(r=r))
+            model.eval()
+        if args.profile:
+            for batch in args.batch:
+                profile(model, batch, args.context)
+            continue
+        if r == 0:
+            start_up(model, args)
+        for batch in args.batch:
+            measure(model, args, batch, args.context, r)
+            gc.collect()
+        if args.long and r == 0:
+            measure(model, args, 1, args.long, r)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,456 @@
+"""Engine: requests in, replies out, over one model that is loaded or being trained."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.adapters import Adapter
+from halfbyte.errors import ContextLengthError
+from halfbyte.kv_cache import KVCache, block_bytes, blocks_for
+from halfbyte.models import Decoder
+from halfbyte.models.config import token_ids
+from halfbyte.ops.paged_attention import BLOCK
+from halfbyte.reply import Reply, ReplyText, TokenLogprobs
+from halfbyte.sampling import Sampling
+from halfbyte.scheduler import Request, Scheduler
+
+# Rows that run at once, at most: the largest bucket of a decode step.
+MAX_BATCH = 32
+# Share of the free device memory, and bytes of host memory, that a cache takes unless told.
+DEVICE_SHARE = 0.8
+HOST_BYTES = 1 << 30
+
+
+class Completion(NamedTuple):
+    """One whole reply. text: None where the model has no tokenizer."""
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    usage: dict[str, int]
+    logprobs: list[TokenLogprobs]
+
+
+class Stats(NamedTuple):
+    """What an engine is at: requests, blocks of 16 tokens, and blocks found by their prefix."""
+
+    running_requests: int
+    waiting_requests: int
+    used_blocks: int
+    total_blocks: int
+    prefix_hit_blocks: int
+
+
+class Stream:
+    """Iterator over the text of one reply, always valid UTF-8, never part of a stop string.
+
+    Afterwards (and so far, meanwhile): finish_reason, "stop" (eos or stop string), "length",
+    "context" or, after close(), "cancelled"; token_ids; logprobs; usage, token counts named as in
+    OpenAI's API. Also an async iterator, fed by the engine's own thread.
+    """
+
+    def __init__(self, engine: Engine, request: Request, model: Decoder) -> None:
+        self._engine, self._request = engine, request
+        # The engine of `halfbyte.stream` does not keep it.
+        self._model = model
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        if not self._engine._advance(self._request):
+            raise StopIteration
+        return self._request.pieces.popleft()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        try:
+            async for piece in self._engine.arrivals(self._request):
+                yield piece
+        finally:
+            self._request.cancelled = True
+
+    def close(self) -> None:
+        """Stop here; the tokens that are out stay."""
+        self._engine._cancel(self._request)
+        self._request.pieces.clear()
+
+    def __del__(self) -> None:
+        self._request.cancelled = True
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._request.reply.finish_reason
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._request.reply.tokens
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        return self._request.reply.logprobs
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return self._request.reply.usage
+
+
+class Engine:
+    """Runs prompts of any lengths and settings together, one token a step each.
+
+    model: a loaded Decoder, or one that is being trained: weights are read where they are, so
+    replies come from what they are now; call `refresh` after they have changed, since the cache
+    still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
+    halfbyte saved, over a model that carries none itself; requests choose one, and all run in one
+    batch. max_batch: sequences that run at once, at most 32; others wait. kv_budget: bytes for
+    keys and values; default: what max_batch sequences of the model's whole context need, but at
+    most 80 % of the free device memory (1 GiB on the CPU). max_waiting: requests that may wait
+    before QueueFullError; None: any number.
+
+    Not bound to a thread: whoever waits for a reply drives the engine, and an async caller has it
+    driven by a thread of its own.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        max_batch: int = MAX_BATCH,
+        kv_budget: int | None = None,
+        max_waiting: int | None = None,
+    ) -> None:
+        if not 1 <= max_batch <= MAX_BATCH:
+            raise ValueError(f"max_batch: expected 1 to {MAX_BATCH}, got {max_batch!r}")
+        self.model = model
+        embedding = model.model.embed_tokens.weight
+        self._weights = _addresses(model)
+        most = max_batch * blocks_for(model.config.max_position_embeddings)
+        each = block_bytes(model.config, embedding.dtype)
+        budget = _default_budget(embedding.device) if kv_budget is None else kv_budget
+        if budget < each:
+            raise ValueError(
+                f"kv_budget: expected at least {each} bytes ({BLOCK} tokens), got {budget}"
+            )
+        with torch.inference_mode():
+            cache = KVCache(
+                model.config, 1 + min(most, budget // each), embedding.dtype, embedding.device
+            )
+            self._scheduler = Scheduler(model, cache, max_batch, max_waiting)
+        # Prefixes of other generations are not found, also those that running requests leave.
+        self._generation = 0
+        self._lock = threading.Lock()
+        self._work = threading.Event()
+        self._driver: threading.Thread | None = None
+        for name, folder in (adapters or {}).items():
+            self.load_adapter(name, folder)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters that requests can name."""
+        return dict(self._scheduler.decode.adapters.by_name)
+
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> Adapter:
+        """Load an adapter, or load it anew; running requests go on with what they began with.
+
+        Raises CheckpointError for files that do not fit, ValueError where the model carries an
+        adapter of its own.
+        """
+        decode = self._scheduler.decode
+        adapter = decode.adapters.read(name, folder)
+        with self._lock, torch.inference_mode():
+            decode.adapters.add(adapter)
+            decode.rearrange()
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Let no more requests use an adapter; its memory is freed when the last one has ended.
+
+        Raises AdapterNotFoundError.
+        """
+        decode = self._scheduler.decode
+        with self._lock, torch.inference_mode():
+            decode.adapters.remove(name)
+            decode.rearrange()
+
+    def close(self) -> None:
+        """End all requests and give the model back as it was before it got adapters."""
+        with self._lock:
+            self._scheduler.abandon(None)
+            self._scheduler.decode.adapters.close()
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Tensor,
+        sampling: Sampling | None = None,
+        adapter: str | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """The Completion of a prompt, or of each prompt of a batch; all run together.
+
+        prompts: text or token ids, or a list of these. sampling: greedy by default; overrides are
+        its fields. adapter: the name of one that is loaded. Raises what `submit` raises;
+        FloatingPointError for logits that are not finite.
+        """
+        sampling = replace(sampling or Sampling(), **overrides)
+        batched = is_batch(prompts)
+        prompts = prompts if batched else [prompts]
+        requests = [self.submit(prompt, sampling, adapter) for prompt in prompts]
+        self.run(requests)
+        completions = [_completion(request) for request in requests]
+        return completions if batched else completions[0]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        sampling: Sampling | None = None,
+        adapter: str | None = None,
+        **overrides: Any,
+    ) -> Stream:
+        """Like `generate` for one prompt, as an iterator over its text; also an async iterator.
+
+        Raises ValueError when the model has no tokenizer.
+        """
+        if is_batch(prompt):
+            raise ValueError("stream: expected the ids of one prompt, got a batch")
+        sampling = replace(sampling or Sampling(), **overrides)
+        tokenizer_of(self.model, "stream")
+        return Stream(self, self.submit(prompt, sampling, adapter), self.model)
+
+    async def agenerate(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        sampling: Sampling | None = None,
+        adapter: str | None = None,
+        **overrides: Any,
+    ) -> Completion:
+        """The Completion of one prompt, awaited; cancelling the task cancels the request."""
+        request = self.submit(prompt, replace(sampling or Sampling(), **overrides), adapter)
+        try:
+            async for _ in self.arrivals(request):
+                pass
+        finally:
+            request.cancelled = True
+        return _completion(request)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        sampling: Sampling,
+        adapter: str | None = None,
+    ) -> Request:
+        """Queue one prompt; the request is worked on when someone waits for it.
+
+        Raises ValueError for token ids that the model does not have, ContextLengthError for a
+        prompt longer than the model's context or the cache, AdapterNotFoundError, QueueFullError.
+        """
+        ids = checked_prompt(self.model, prompt)
+        for name in ("stop_ids", "logit_bias"):
+            for token in getattr(sampling, name):
+                if token >= self.model.config.vocab_size:
+                    expected = f"ids below {self.model.config.vocab_size}"
+                    raise ValueError(f"{name}: expected {expected}, got {token}")
+        context = self.model.config.max_position_embeddings
+        ends = eos_ids(self.model) | set(sampling.stop_ids)
+        text = None
+        if self.model.tokenizer is not None or sampling.stop:
+            text = ReplyText(tokenizer_of(self.model, "stop strings"), sampling.stop)
+        reply = Reply(len(ids), ends, sampling.max_new_tokens, context, text)
+        adapters = self._scheduler.decode.adapters
+        chosen = None if adapter is None else adapters.acquire(adapter)
+        root = (self._generation, chosen and chosen.generation)
+        request = Request(ids, sampling, _seed(sampling), reply, root, chosen)
+        try:
+            if not request.done:
+                self._scheduler.submit(request)
+        except Exception:
+            reply.finish("error")
+            raise
+        finally:
+            if request.done and chosen is not None:
+                adapters.release(chosen)
+        self._work.set()
+        return request
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Work until all these requests are done. Raises the first one's error, if any has one."""
+        for request in requests:
+            while self._advance(request):
+                # Where many wait, text is read from the reply at the end.
+                request.pieces.clear()
+
+    def refresh(self) -> None:
+        """Forget cached prefixes, because the model's weights have changed."""
+        with self._lock:
+            self._generation += 1
+            self._scheduler.prefixes.clear()
+
+    @property
+    def stale(self) -> bool:
+        """Whether the model's weights lie elsewhere than when the engine was made."""
+        return self._weights != _addresses(self.model)
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """Sequences that run at once, and tokens that the cache holds."""
+        return self._scheduler.max_batch, self._scheduler.prefixes.blocks * BLOCK
+
+    @property
+    def stats(self) -> Stats:
+        scheduler = self._scheduler
+        prefixes = scheduler.prefixes
+        running = len(scheduler.running) + len(scheduler.prefilling)
+        waiting = len(scheduler.waiting)
+        return Stats(running, waiting, prefixes.held, prefixes.blocks, prefixes.hits)
+
+    def _advance(self, request: Request) -> bool:
+        """Step until the request has text to fetch; False when it is done and all is fetched."""
+        while not request.pieces:
+            if request.done:
+                if request.error is not None:
+                    raise request.error
+                return False
+            with self._lock:
+                if not request.pieces and not request.done:
+                    self._step()
+        return True
+
+    def _advance_once(self) -> None:
+        """One step of whatever there is to do."""
+        with self._lock:
+            self._step()
+
+    def _step(self) -> None:
+        try:
+            self._scheduler.step()
+        except BaseException as error:
+            self._scheduler.abandon(error if isinstance(error, Exception) else None)
+            raise
+
+    def _cancel(self, request: Request) -> None:
+        request.cancelled = True
+        with self._lock:
+            self._scheduler.reap()
+
+    async def arrivals(self, request: Request) -> AsyncIterator[str]:
+        """The pieces of a request's text as they come, made by a thread of the engine's own."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        request.listener = lambda: loop.call_soon_threadsafe(arrived.set)
+        self._drive()
+        while True:
+            arrived.clear()
+            while request.pieces:
+                yield request.pieces.popleft()
+            if request.done and not request.pieces:
+                break
+            await arrived.wait()
+        if request.error is not None:
+            raise request.error
+
+    def _drive(self) -> None:
+        """Have a thread of its own step the engine from now on."""
+        self._work.set()
+        if self._driver is None:
+            self._driver = threading.Thread(
+                target=_drive, args=(weakref.ref(self),), name="halfbyte-engine", daemon=True
+            )
+            self._driver.start()
+
+
+def _drive(reference: weakref.ref[Engine]) -> None:
+    """Step while there is work; ends with the engine."""
+    while (engine := reference()) is not None:
+        work, scheduler = engine._work, engine._scheduler
+        try:
+            with engine._lock:
+                if scheduler.busy:
+                    engine._step()
+                else:
+                    work.clear()
+                    if scheduler.busy:
+                        work.set()
+        except Exception:
+            # Every request was told; the thread serves those that come.
+            pass
+        del engine, scheduler
+        work.wait(timeout=1.0)
+
+
+def _addresses(model: Decoder) -> tuple[int, ...]:
+    """What a captured step depends on beside its inputs: where every weight lies."""
+    return tuple(p.data_ptr() for p in model.parameters())
+
+
+def _default_budget(device: torch.device) -> int:
+    if device.type != "cuda":
+        return HOST_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(DEVICE_SHARE * (free + unused))
+
+
+def _completion(request: Request) -> Completion:
+    reply = request.reply
+    text = None if reply.text is None else reply.text.given
+    return Completion(reply.tokens, text, str(reply.finish_reason), reply.usage, reply.logprobs)
+
+
+def _seed(sampling: Sampling) -> int:
+    if sampling.seed is not None or sampling.temperature == 0:
+        return sampling.seed or 0
+    return int(torch.randint(1 << 62, ()))
+
+
+def eos_ids(model: Decoder) -> set[int]:
+    """Every id that ends a reply: those of the generation config and those of the config."""
+    generation = token_ids(model.generation_config.get("eos_token_id"))
+    return {*generation, *model.config.eos_token_ids}
+
+
+def tokenizer_of(model: Decoder, purpose: str) -> Any:
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{purpose}: expected a model with a tokenizer, but model.tokenizer is None"
+        )
+    return model.tokenizer
+
+
+def checked_prompt(model: Decoder, prompt: Any) -> list[int]:
+    """The ids of a prompt given as text or ids; the bos token stands for an empty one."""
+    if isinstance(prompt, str):
+        prompt = tokenizer_of(model, "prompt").encode(prompt, add_special_tokens=True)
+    ids = [int(token) for token in prompt]
+    config = model.config
+    if not ids:
+        bos = config.bos_token_id
+        if bos is None:
+            raise ValueError("prompt: expected at least one token: the model has no bos token")
+        ids = [bos]
+    for token in ids:
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"prompt: expected ids below {config.vocab_size}, got {token}")
+    if len(ids) > config.max_position_embeddings:
+        raise ContextLengthError(
+            f"prompt: expected at most {config.max_position_embeddings} tokens "
+            f"(max_position_embeddings), got {len(ids)}; shorten it"
+        )
+    return ids
+
+
+def is_batch(prompts: Any) -> bool:
+    """Whether this is a list of prompts, not one."""
+    if isinstance(prompts, Tensor):
+        if prompts.dim() not in (1, 2):
+            raise ValueError(f"ids: expected a tensor [T] or [B, T], got {list(prompts.shape)}")
+        return prompts.dim() == 2
+    return (
+        not isinstance(prompts, str) and len(prompts) > 0 and not isinstance(prompts[0], Integral)
+    )

@@ -1,0 +1,74 @@
+"""paged_attention: rotate, append to the paged cache and attend, for one new token a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte import _core
+from halfbyte.ops.library import define
+
+# Tokens of a block of the cache, and most parts of a row's context, as in rust/core.
+BLOCK = 16
+MAX_PARTS = 32
+
+
+def _kernel(q, k, v, cos, sin, keys, values, tables, lengths, window: int, arrived) -> Tensor:
+    batch, heads, head_dim = q.shape
+    out = q.new_empty(q.shape)
+    partials = arrived.new_empty(batch * heads * MAX_PARTS * (head_dim + 2), dtype=torch.float32)
+    _core.paged_attention(
+        q, k, v, cos, sin, keys, values, tables, lengths, window, partials, arrived, out
+    )
+    return out
+
+
+def _fake(q, k, v, cos, sin, keys, values, tables, lengths, window: int, arrived) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+define(
+    "paged_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, "
+    "Tensor(b!) values, Tensor tables, Tensor lengths, int window, Tensor(c!) arrived) -> Tensor",
+    _kernel,
+    _fake,
+)
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    arrived: Tensor,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over each row's cached tokens, its new token appended first.
+
+    q: [B, heads, D], k and v: [B, kv_heads, D], of the new tokens, not yet rotated. cos, sin:
+    [B, D] as RotaryEmbedding gives them. keys, values: [blocks, 16, kv_heads, D], written at
+    position lengths - 1. tables: int32 [B, W], each row's blocks. lengths: int32 [B], the new
+    token included. window: tokens attended to, None for all. arrived: int32 [B, heads] of zeros,
+    which the op leaves as it was. Returns [B, heads, D].
+
+    A row's result depends on nothing but the row. Everything that varies from token to token is
+    read on the device, so that one captured launch serves all of them.
+    """
+    return torch.ops.halfbyte.paged_attention(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        cos,
+        sin,
+        keys,
+        values,
+        tables,
+        lengths,
+        window or 0,
+        arrived,
+    )

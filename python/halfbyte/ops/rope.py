@@ -1,0 +1,65 @@
+"""rope: queries and keys rotated by the angles of their positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte import _core
+from halfbyte.ops.library import define
+
+
+def _rotated(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    out = _rotated_fake(q, k, cos, sin, inverse)
+    _core.rope(q, k, cos, sin, inverse, *out)
+    return out
+
+
+def _rotated_fake(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+define(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
+    _rotated,
+    _rotated_fake,
+)
+
+
+class _Rope(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return torch.ops.halfbyte.rope(q, k, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        heads = _heads(grad_q), _heads(grad_k)
+        return *torch.ops.halfbyte.rope(*heads, cos, sin, True), None, None
+
+
+def _heads(x: Tensor) -> Tensor:
+    """x with the elements of a head side by side, which is all that the kernels ask for."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k rotated: `x * cos + x.roll(head_dim / 2, -1) * sin`; differentiable in both.
+
+    q: [B, T, heads, head_dim], k: [B, T, kv_heads, head_dim], of any strides; cos, sin:
+    [B or 1, T, 1, head_dim], the first half of sin negated; one dtype, fp32, fp16 or bf16. Equal to
+    torch's own result to the bit. Returns contiguous tensors.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    q, k = _heads(q), _heads(k)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _Rope.apply(q, k, cos, sin)
+    return torch.ops.halfbyte.rope(q, k, cos, sin, False)

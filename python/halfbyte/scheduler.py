@@ -1,0 +1,279 @@
+"""Continuous batching: who waits, whose prompt is read, who gets the next token."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from halfbyte.adapters import Adapter
+from halfbyte.decode import DecodeStep, Results, evaluating
+from halfbyte.errors import ContextLengthError, QueueFullError
+from halfbyte.kv_cache import KVCache, blocks_for
+from halfbyte.models import Decoder
+from halfbyte.prefix_cache import PrefixCache
+from halfbyte.reply import Reply, TokenLogprobs
+from halfbyte.sampling import NOT_FINITE, Kind, Sampling
+
+# Tokens of a prompt that one forward reads; running sequences wait no longer than that takes.
+CHUNK = 512
+
+
+class Request:
+    """A prompt on its way to its reply.
+
+    pieces: text that became certain and was not fetched yet. root: what its cached prefix depends
+    on beside its tokens. error: why the reply ended with "error". listener: called, on the thread
+    that steps, after pieces came or the reply ended. cancelled: set it from any thread; the next
+    step ends the reply.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        reply: Reply,
+        root: Hashable = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        self.prompt = list(prompt)
+        self.sampling = sampling
+        self.seed = seed
+        self.reply = reply
+        self.root = root
+        self.adapter = adapter
+        self.pieces: deque[str] = deque()
+        self.error: Exception | None = None
+        self.listener: Callable[[], None] | None = None
+        self.cancelled = False
+        self.cached_tokens = 0
+        # The scheduler's: blocks held, prompt tokens in the cache, tokens sampled so far.
+        self.blocks: list[int] = []
+        self.prefilled = 0
+        self.sampled = 0
+
+    @property
+    def done(self) -> bool:
+        return self.reply.finish_reason is not None
+
+    @property
+    def most_blocks(self) -> int:
+        """What it may need: its last token is never fed."""
+        return blocks_for(len(self.prompt) + self.reply.most_tokens)
+
+
+class Pending(NamedTuple):
+    """A launched step that was not read yet: whose token is in which place of its results."""
+
+    results: Results
+    places: list[tuple[int, Request]]
+
+
+class Scheduler:
+    """Runs requests over one model and cache, up to `max_batch` at a time, first come first served.
+
+    Each `step` reads at most one chunk of a prompt and gives every running sequence one token. A
+    request starts when the blocks that it may ever need are free, so none is ever put back. On
+    CUDA a step is launched before the one before it is read.
+
+    Raises ContextLengthError for a request that no empty cache could hold, QueueFullError when
+    `max_waiting` requests wait already.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: KVCache,
+        max_batch: int,
+        max_waiting: int | None = None,
+    ) -> None:
+        self.model, self.cache = model, cache
+        self.prefixes = PrefixCache(cache.blocks)
+        # One block more than the context, so that a table never ends in a block of its own.
+        width = blocks_for(model.config.max_position_embeddings) + 1
+        self.decode = DecodeStep(model, cache, max_batch, width)
+        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self.lookahead = 1 if cache.device.type == "cuda" else 0
+        self.waiting: deque[Request] = deque()
+        self.prefilling: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.pending: deque[Pending] = deque()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request, from any thread."""
+        if request.most_blocks > self.prefixes.blocks:
+            raise ContextLengthError(
+                f"a prompt of {len(request.prompt)} tokens and up to {request.reply.most_tokens} "
+                f"new ones do not fit the cache of {self.prefixes.blocks * 16} tokens; shorten the "
+                "prompt, ask for fewer new tokens or raise the cache's budget"
+            )
+        if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
+            raise QueueFullError(f"{len(self.waiting)} requests wait already; try again later")
+        self.waiting.append(request)
+
+    def reap(self) -> None:
+        """End what was cancelled; tokens so far stay."""
+        for request in [*self.waiting, *self.prefilling, *self.running]:
+            if request.cancelled:
+                self._end(request, "cancelled")
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.prefilling or self.running or self.pending)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Launch one step of everything that can go on, then read the one before it."""
+        self.reap()
+        self._admit()
+        if self.prefilling:
+            self._prefill(self.prefilling[0])
+        # Without lookahead a first token is read before anyone gets another.
+        launched = self._decode() if self.lookahead or not self.pending else False
+        while len(self.pending) > (self.lookahead if launched else 0):
+            self._read(self.pending.popleft())
+
+    @torch.inference_mode()
+    def abandon(self, error: Exception | None) -> None:
+        """End every request, cancelled if there is no error, and forget what is cached.
+
+        After a step that was not finished no one knows what the cache holds.
+        """
+        requests = [*self.waiting, *self.prefilling, *self.running]
+        for row in range(self.max_batch):
+            self.decode.remove(row)
+        for queue in (self.pending, self.waiting, self.prefilling, self.running):
+            queue.clear()
+        for request in requests:
+            request.error = error
+            self._end(request, "cancelled" if error is None else "error")
+        self.prefixes.clear()
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
+            request = self.waiting[0]
+            shared = self.prefixes.match(request.root, request.prompt)
+            own = self.prefixes.take(request.most_blocks - len(shared))
+            if own is None:
+                self.prefixes.release(shared)
+                return
+            request.blocks = shared + own
+            request.prefilled = request.cached_tokens = len(shared) * 16
+            self.prefilling.append(self.waiting.popleft())
+
+    def _prefill(self, request: Request) -> None:
+        """Read the next chunk of a prompt; after the last one the request runs."""
+        ids = request.prompt[request.prefilled : request.prefilled + CHUNK]
+        step = self.cache.step([request.blocks], [request.prefilled], [len(ids)])
+        batch = torch.tensor([ids], device=self.cache.device)
+        with evaluating(self.model), self.decode.adapters.only(request.adapter):
+            logits = self.model(batch, cache=step, last_only=True).logits[:, 0]
+        request.prefilled += len(ids)
+        if request.prefilled < len(request.prompt):
+            return
+        self._start(request, logits)
+
+    def _start(self, request: Request, logits: torch.Tensor) -> None:
+        """Sample the first token and let the request run in the first free row."""
+        row, position = len(self.running), len(request.prompt)
+        rows, ends = self.decode.sampling, sorted(request.reply.ends)
+        rows.set(row, request.sampling, request.seed, request.prompt, (), ends)
+        place = torch.full((1,), position, device=self.cache.device)
+        sampled = rows.sample(logits, place, row, request.sampling.kind)
+        self.decode.place(row, request.blocks, sampled.tokens, position, request.adapter)
+        self.prefilling.popleft()
+        self.running.append(request)
+        request.sampled = 1
+        self.pending.append(Pending(self.decode.to_host(sampled), [(0, request)]))
+
+    def _decode(self) -> bool:
+        """Launch a step if some sequence can take a token more than it has been given."""
+        if all(request.sampled >= request.reply.most_tokens for request in self.running):
+            return False
+        kind = Kind()
+        for request in self.running:
+            kind = kind | request.sampling.kind
+            request.sampled += 1
+        adapted = any(request.adapter is not None for request in self.running)
+        results = self.decode.launch(len(self.running), kind, adapted)
+        self.pending.append(Pending(results, list(enumerate(self.running))))
+        return True
+
+    def _read(self, pending: Pending) -> None:
+        """Wait for a step's tokens and hand them out; a sequence that has ended drops its own."""
+        results = pending.results
+        results.wait()
+        tokens = results.tokens.tolist()
+        for place, request in pending.places:
+            if request.done:
+                continue
+            token = tokens[place]
+            if token == NOT_FINITE:
+                request.error = _not_finite(request)
+                self._end(request, "error")
+                continue
+            piece = request.reply.accept(token, _logprobs(results, place, token, request))
+            if request.done:
+                self._leave(request)
+            _tell(request, piece)
+
+    def _end(self, request: Request, reason: str) -> None:
+        piece = request.reply.finish(reason)
+        self._leave(request)
+        _tell(request, piece)
+
+    @torch.inference_mode()
+    def _leave(self, request: Request) -> None:
+        """Give back what a request holds."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.prefilling:
+            self.prefilling.remove(request)
+        elif request in self.running:
+            self._vacate(self.running.index(request))
+        # The newest token of a sequence was not fed yet.
+        fed = request.prompt[: request.prefilled]
+        if request.prefilled == len(request.prompt):
+            fed = fed + request.reply.tokens[:-1]
+        self.prefixes.keep(request.root, fed, request.blocks)
+        self.prefixes.release(request.blocks)
+        request.blocks = []
+        if request.adapter is not None and self.decode.adapters.release(request.adapter):
+            self.decode.rearrange()
+
+    def _vacate(self, row: int) -> None:
+        """Running sequences lie in the first rows: the last one moves to the row that is left."""
+        last = len(self.running) - 1
+        if row == last:
+            self.decode.remove(row)
+        else:
+            self.decode.move(last, row)
+            self.running[row] = self.running[last]
+        self.running.pop()
+
+
+def _tell(request: Request, piece: str) -> None:
+    if piece:
+        request.pieces.append(piece)
+    if request.listener is not None and (piece or request.done):
+        request.listener()
+
+
+def _not_finite(request: Request) -> FloatingPointError:
+    position = len(request.prompt) + len(request.reply.tokens)
+    return FloatingPointError(
+        f"logits at position {position}: expected finite numbers, got NaN or infinite ones; do the "
+        "weights or the adapter hold NaN, or did float16 overflow?"
+    )
+
+
+def _logprobs(results: Results, place: int, token: int, request: Request) -> TokenLogprobs | None:
+    count = request.sampling.logprobs
+    if count is None or results.logprobs is None or results.alternatives is None:
+        return None
+    own, *top = results.logprobs[place, : count + 1].tolist()
+    ids = results.alternatives[place, :count].tolist()
+    return TokenLogprobs(token, own, list(zip(ids, top, strict=True)))

@@ -1,0 +1,161 @@
+"""Request bodies as OpenAI's API has them, and the settings that they stand for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from halfbyte.sampling import MAX_LOGPROBS, Sampling
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+# Tokens of a reply where neither the request nor the server says so.
+DEFAULT_MAX_TOKENS = 1024
+MOST_CHOICES = 8
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Body(BaseModel):
+    """What chat and plain completions have in common; unknown fields are ignored, as OpenAI does.
+
+    top_k, min_p, repetition_penalty, min_tokens and stop_token_ids are named as in vLLM.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives to report with each token's log-probability; None: no log-probabilities."""
+        return None
+
+    @property
+    def most_tokens(self) -> int:
+        return self.max_tokens or DEFAULT_MAX_TOKENS
+
+    def sampling(self, choice: int = 0) -> Sampling:
+        """The settings of one choice. Raises ValueError naming what is out of range."""
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            raise ValueError("response_format: expected type 'text'; others are not supported")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > 16:
+            raise ValueError(f"stop: expected at most 16 strings, got {len(stop)}")
+        given = {
+            # OpenAI's default is to draw, halfbyte's own is greedy.
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            # A negative seed is one too; each choice has its own.
+            "seed": None if self.seed is None else self.seed % (1 << 64) + choice,
+            "logit_bias": None if self.logit_bias is None else _ids(self.logit_bias),
+            "stop_ids": self.stop_token_ids,
+            "min_new_tokens": self.min_tokens,
+            "max_new_tokens": self.most_tokens,
+            "logprobs": self.alternatives,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return Sampling(stop=[s for s in stop if s], **given)
+
+
+def _ids(bias: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError:
+        raise ValueError("logit_bias: expected token ids as names") from None
+
+
+class Part(BaseModel):
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    role: str
+    content: str | list[Part] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Role and text. Raises ValueError for parts that are no text."""
+        content = self.content
+        if isinstance(content, list):
+            if other := next((p.type for p in content if p.type != "text" or p.text is None), None):
+                raise ValueError(f"messages: expected parts of type 'text', got {other!r}")
+            content = "".join(part.text or "" for part in content)
+        return {"role": self.role, "content": content or ""}
+
+
+class ChatBody(Body):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: list[Any] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def most_tokens(self) -> int:
+        return self.max_completion_tokens or super().most_tokens
+
+    def conversation(self) -> list[dict[str, str]]:
+        if self.tools:
+            raise ValueError("tools: not supported")
+        return [message.plain() for message in self.messages]
+
+
+class CompletionBody(Body):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    suffix: str | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        if self.echo or self.suffix:
+            raise ValueError("echo, suffix: not supported")
+        many = isinstance(self.prompt, list) and not all(isinstance(p, int) for p in self.prompt)
+        prompts = self.prompt if many else [self.prompt]
+        if len(prompts) * self.n > 32:
+            raise ValueError(f"prompt: expected at most {32 // self.n} prompts, got {len(prompts)}")
+        return list(prompts)
+
+
+class LoadAdapterBody(BaseModel):
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadAdapterBody(BaseModel):
+    lora_name: str

@@ -1,0 +1,153 @@
+//! `swiglu`: `out = silu(gate) * up` (arXiv 2002.05202), and its gradient.
+//!
+//! ```text
+//! out       = rounded(gate * s) * up               s = 1 / (1 + exp(-gate)), fp32
+//! grad_up   = grad * rounded(gate * s)
+//! grad_gate = grad * up * s * (1 + gate * (1 - s))
+//! ```
+//!
+//! `rounded` is to the dtype, as torch rounds silu's result; all else is fp32 until it is stored.
+
+use crate::check::arg;
+use crate::error::{Error, Result};
+use crate::parallel;
+use crate::tensor::{Float, TensorMut, TensorRef, with_float};
+
+const OP: &str = "swiglu";
+const BACKWARD: &str = "swiglu_backward";
+
+/// `[rows, columns]` whose rows may lie apart, as halves of wider rows do.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// from the first element to the last one
+    pub span: TensorRef<'a>,
+    /// elements from one row to the next
+    pub stride: usize,
+}
+
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Swiglu<'a> {
+    /// f32, f16 or bf16
+    pub gate: Rows<'a>,
+    /// gate's dtype
+    pub up: Rows<'a>,
+    /// gate's dtype, contiguous `[rows, columns]`
+    pub out: TensorMut<'a>,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+impl<'a> Swiglu<'a> {
+    pub fn new(gate: Rows<'a>, up: Rows<'a>, out: TensorMut<'a>, rows: usize, columns: usize) -> Result<Self> {
+        check_inputs(OP, gate, up, out.as_ref(), "out", rows, columns)?;
+        Ok(Self { gate, up, out, rows, columns })
+    }
+}
+
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct SwigluBackward<'a> {
+    /// of `out`, contiguous `[rows, columns]`
+    pub grad: TensorRef<'a>,
+    pub gate: Rows<'a>,
+    pub up: Rows<'a>,
+    /// those of gate and up, `[rows, 2, columns]` if `halves`, else `[2, rows, columns]`
+    pub grads: TensorMut<'a>,
+    pub halves: bool,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+impl<'a> SwigluBackward<'a> {
+    pub fn new(
+        grad: TensorRef<'a>,
+        gate: Rows<'a>,
+        up: Rows<'a>,
+        grads: TensorMut<'a>,
+        halves: bool,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Self> {
+        check_inputs(BACKWARD, gate, up, grad, "grad", rows, columns)?;
+        arg(BACKWARD, "grads", grads.as_ref())
+            .dtype(gate.span.dtype())?
+            .numel(2 * rows * columns, "those of gate and up")?
+            .on(gate.span.device(), "gate")?;
+        Ok(Self { grad, gate, up, grads, halves, rows, columns })
+    }
+
+    /// Elements from one row of a gradient to the next, and from gate's gradient to up's.
+    pub fn grad_strides(&self) -> (usize, usize) {
+        if self.halves { (2 * self.columns, self.columns) } else { (self.columns, self.rows * self.columns) }
+    }
+}
+
+fn check_inputs(
+    op: &'static str,
+    gate: Rows<'_>,
+    up: Rows<'_>,
+    whole: TensorRef<'_>,
+    name: &'static str,
+    rows: usize,
+    columns: usize,
+) -> Result<()> {
+    let (dtype, device) = (gate.span.dtype(), gate.span.device());
+    arg(op, "gate", gate.span).float()?;
+    for (name, half) in [("gate", gate), ("up", up)] {
+        let extent = if rows == 0 || columns == 0 { 0 } else { (rows - 1) * half.stride + columns };
+        let span = arg(op, name, half.span).dtype(dtype)?.on(device, "gate")?;
+        span.numel(extent, "from the first element to the last")?;
+        if rows > 1 && half.stride < columns {
+            let expected = "of rows that do not overlap";
+            return Err(Error::Argument { op, name, expected, got: format!("stride {} of {columns}", half.stride) });
+        }
+    }
+    arg(op, name, whole).dtype(dtype)?.numel(rows * columns, "as many as gate has")?.on(device, "gate")?;
+    Ok(())
+}
+
+impl Swiglu<'_> {
+    pub(crate) fn run_on_cpu(self) {
+        with_float!(self.gate.span.dtype(), T => self.run::<T>())
+    }
+
+    fn run<T: Float>(self) {
+        let columns = self.columns.max(1);
+        let (gate, up): (&[T], &[T]) = (self.gate.span.as_slice(), self.up.span.as_slice());
+        let rows = self.out.into_slice::<T>().chunks_mut(columns).enumerate();
+        parallel::for_each(rows, self.rows, |(row, out)| {
+            let (gate, up) = (&gate[row * self.gate.stride..], &up[row * self.up.stride..]);
+            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                let gate = gate.to_f32();
+                *out = T::from_f32(T::from_f32(gate * sigmoid(gate)).to_f32() * up.to_f32());
+            }
+        });
+    }
+}
+
+impl SwigluBackward<'_> {
+    pub(crate) fn run_on_cpu(self) {
+        with_float!(self.gate.span.dtype(), T => self.run::<T>())
+    }
+
+    fn run<T: Float>(self) {
+        let (columns, (stride, to_up)) = (self.columns, self.grad_strides());
+        let (gate, up): (&[T], &[T]) = (self.gate.span.as_slice(), self.up.span.as_slice());
+        let (grad, grads): (&[T], &mut [T]) = (self.grad.as_slice(), self.grads.into_slice());
+        for row in 0..self.rows {
+            for column in 0..columns {
+                let gate = gate[row * self.gate.stride + column].to_f32();
+                let up = up[row * self.up.stride + column].to_f32();
+                let (grad, s) = (grad[row * columns + column].to_f32(), sigmoid(gate));
+                let at = row * stride + column;
+                grads[at] = T::from_f32(grad * up * s * (1.0 + gate * (1.0 - s)));
+                grads[at + to_up] = T::from_f32(grad * T::from_f32(gate * s).to_f32());
+            }
+        }
+    }
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}

@@ -1,0 +1,72 @@
+// What a pipeline in shared memory is made of: barriers, bulk copies, kernels that overlap (sm_90 and later).
+#pragma once
+#include <stdint.h>
+
+__device__ inline uint32_t shared_address(const void* p) { return __cvta_generic_to_shared(p); }
+
+// A phase ends when all arrivals and all announced bytes are in; then the next begins.
+struct Barrier {
+    uint64_t word;
+
+    __device__ void init(uint32_t arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
+    }
+
+    // Bulk copies may use barriers that were initialised before this.
+    __device__ static void publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+    __device__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+    }
+
+    __device__ void arrive_expecting(uint32_t bytes) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
+                     : "memory");
+    }
+
+    // Until the phase of this parity has ended; the phase before the first one has parity 1.
+    __device__ void wait(uint32_t parity) {
+        asm volatile("{\n"
+                     ".reg .pred done;\n"
+                     "again:\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                     "@!done bra again;\n"
+                     "}" ::"r"(shared_address(this)),
+                     "r"(parity)
+                     : "memory");
+    }
+};
+
+// From global into shared memory; addresses and size are multiples of 16. The whole warp calls, its `leader` copies:
+// values that all lanes share then stay in uniform registers, where the instruction wants them.
+__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier& done, bool leader) {
+    asm volatile("{\n"
+                 ".reg .pred leads;\n"
+                 "setp.ne.b32 leads, %4, 0;\n"
+                 "@leads cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n"
+                 "}" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(&done)), "r"(int(leader))
+                 : "memory");
+}
+
+// A box of a matrix, whose map lies among the kernel's parameters.
+__device__ inline void copy_box(void* to, const void* map, int column, int row, Barrier& done) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(shared_address(to)),
+                 "l"(map), "r"(column), "r"(row), "r"(shared_address(&done))
+                 : "memory");
+}
+
+// The next kernel of the stream may start as soon as there is room. Only kernels that write nothing but activations
+// may say this: whoever starts early reads weights before `wait_for_previous_kernel`, everything else after it.
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

@@ -1,0 +1,456 @@
+"""The server as its clients see it: OpenAI's, a browser's, rude ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import tiny_folder, tiny_model, write_tokenizer
+
+from halfbyte import LoraConfig, Sampling, lora
+from halfbyte.tokenizer import Tokenizer
+
+httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
+openai = pytest.importorskip("openai", reason="needs the extra `test`")
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+
+from halfbyte.serve.app import Service, create_app  # noqa: E402
+from halfbyte.serve.config import ServeConfig  # noqa: E402
+from halfbyte.serve.server import make_engine  # noqa: E402
+
+CONTEXT = 512
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder with two adapters for the tiny model, and its tokenizer."""
+    root = tmp_path_factory.mktemp("serve")
+    write_tokenizer(root / "tokenizer")
+    for seed, name in enumerate(("red", "blue")):
+        rng = torch.Generator().manual_seed(seed)
+        made = lora.inject(tiny_model(max_position_embeddings=CONTEXT), LoraConfig(r=4), rng)
+        for parameter in lora.adapter_parameters(made):
+            parameter.data.normal_(0, 0.5, generator=rng)
+        lora.save_adapter(made, root / "adapters" / name)
+    return root
+
+
+def model_of(folders):
+    made = tiny_model(max_position_embeddings=CONTEXT, eos_token_id=None)
+    made.tokenizer = Tokenizer.from_folder(folders / "tokenizer")
+    return made
+
+
+@contextmanager
+def serving(folders, **options):
+    """A running server; yields its service, whose engine is there, and its address."""
+    config = ServeConfig(name="tiny", port=free_port(), **options)
+    service = Service(config)
+    adapters = {"red": folders / "adapters" / "red"}
+    service.engine = make_engine(model_of(folders), config, adapters)
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(service), port=config.port, log_level="error", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield service, f"http://127.0.0.1:{config.port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+        service.engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(folders):
+    with serving(folders, adapter_root=folders / "adapters") as running:
+        yield running
+
+
+@pytest.fixture
+def url(server):
+    return server[1]
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as made:
+        yield made
+
+
+HELLO = [{"role": "user", "content": "hé"}]
+GREEDY = {"temperature": 0, "max_tokens": 12}
+
+
+def idle(service, seconds: float = 10) -> bool:
+    """Whether all blocks come back."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        stats = service.engine.stats
+        if not stats.running_requests and not stats.waiting_requests and not stats.used_blocks:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# --- OpenAI's client -------------------------------------------------------------------------
+
+
+def test_a_chat_is_the_engines(server, client):
+    engine = server[0].engine
+    ids = engine.model.tokenizer.chat_ids(HELLO)
+    expected = engine.generate(ids, max_new_tokens=12)
+    got = client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
+    assert got.choices[0].message.content == expected.text
+    assert got.choices[0].finish_reason == "length" and got.object == "chat.completion"
+    assert got.usage.prompt_tokens == len(ids) and got.usage.completion_tokens == 12
+
+
+def test_a_stream_is_the_whole_in_pieces(client):
+    whole = client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY, **options))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_plain_completions(server, client):
+    engine = server[0].engine
+    got = client.completions.create(model="tiny", prompt="abc", **GREEDY)
+    assert got.choices[0].text == engine.generate("abc", max_new_tokens=12).text
+    many = client.completions.create(model="tiny", prompt=["abc", "de"], **GREEDY)
+    assert [c.index for c in many.choices] == [0, 1]
+    assert many.choices[0].text == got.choices[0].text
+    ids = client.completions.create(model="tiny", prompt=[70, 71], **GREEDY)
+    assert ids.choices[0].text == engine.generate([70, 71], max_new_tokens=12).text
+    stream = client.completions.create(model="tiny", prompt="abc", stream=True, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in stream) == got.choices[0].text
+
+
+def test_adapters_are_models(server, client, folders):
+    plain = client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
+    red = client.chat.completions.create(model="red", messages=HELLO, **GREEDY)
+    assert red.choices[0].message.content != plain.choices[0].message.content
+    assert red.model == "red" and red.adapter_generation >= 1
+    listed = client.models.list().data
+    assert [(m.id, m.parent) for m in listed] == [("tiny", None), ("red", "tiny")]
+    assert client.models.retrieve("red").id == "red"
+    with pytest.raises(openai.NotFoundError, match="'green' does not exist; there is: tiny, red"):
+        client.chat.completions.create(model="green", messages=HELLO)
+
+
+def test_adapters_come_and_go(url, client):
+    def post(what: str, **body) -> httpx.Response:
+        return httpx.post(f"{url}/v1/{what}_lora_adapter", json=body)
+
+    assert post("load", lora_name="blue", lora_path="blue").status_code == 200
+    first = client.chat.completions.create(model="blue", messages=HELLO, **GREEDY)
+    assert "taken" in post("load", lora_name="blue", lora_path="red").json()["error"]["message"]
+    anew = post("load", lora_name="blue", lora_path="red", load_inplace=True).json()
+    second = client.chat.completions.create(model="blue", messages=HELLO, **GREEDY)
+    assert second.adapter_generation == anew["generation"] > first.adapter_generation
+    red = client.chat.completions.create(model="red", messages=HELLO, **GREEDY)
+    assert second.choices[0].message.content == red.choices[0].message.content
+    assert post("unload", lora_name="blue").status_code == 200
+    assert post("unload", lora_name="blue").status_code == 404
+    for path in ("../..", "/etc", "nothing", "red\0"):
+        assert post("load", lora_name="x", lora_path=path).status_code in (400, 403), path
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="blue", messages=HELLO)
+
+
+def test_settings_reach_the_sampler(server, client):
+    def text(**settings) -> str:
+        return client.completions.create(model="tiny", prompt="abc", **settings).choices[0].text
+
+    drawn = text(seed=5, max_tokens=20)
+    assert drawn == text(seed=5, max_tokens=20) != text(seed=6, max_tokens=20)
+    free = text(**GREEDY)
+    assert text(stop=free[3], **GREEDY) == free[: free.index(free[3])]
+    assert (
+        text(logit_bias={"70": 100}, **GREEDY)
+        == client.completions.create(
+            model="tiny",
+            prompt="abc",
+            extra_body={"top_k": 1},
+            logit_bias={"70": 100},
+            max_tokens=12,
+        )
+        .choices[0]
+        .text
+    )
+    two = client.chat.completions.create(model="tiny", messages=HELLO, n=2, seed=1, max_tokens=9)
+    assert len(two.choices) == 2 and two.usage.completion_tokens == 18
+    assert two.choices[0].message.content != two.choices[1].message.content
+
+
+def test_logprobs(client):
+    options = {"logprobs": True, "top_logprobs": 2, **GREEDY}
+    got = client.chat.completions.create(model="tiny", messages=HELLO, **options)
+    entries = got.choices[0].logprobs.content
+    assert len(entries) == 12 and all(len(e.top_logprobs) == 2 for e in entries)
+    assert all(e.top_logprobs[0].logprob == e.logprob <= 0 for e in entries), "greedy is best"
+    stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, **options)
+    shown = [e for c in stream if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
+    assert [e.logprob for e in shown] == [e.logprob for e in entries]
+    plain = client.completions.create(model="tiny", prompt="abc", logprobs=1, **GREEDY)
+    assert len(plain.choices[0].logprobs.token_logprobs) == 12
+
+
+def test_many_at_once(server, client):
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server[1]}/v1", api_key="any") as api:
+
+            async def one(i: int) -> str:
+                stream = await api.chat.completions.create(
+                    model=["tiny", "red"][i % 2],
+                    messages=[{"role": "user", "content": "x" * i}],
+                    stream=True,
+                    **GREEDY,
+                )
+                return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+            return await asyncio.gather(*(one(i) for i in range(32)))
+
+    texts = asyncio.run(main())
+    for i in (0, 1, 7, 31):
+        alone = client.chat.completions.create(
+            model=["tiny", "red"][i % 2],
+            messages=[{"role": "user", "content": "x" * i}],
+            **GREEDY,
+        )
+        assert texts[i] == alone.choices[0].message.content
+    assert idle(server[0])
+
+
+# --- limits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("1e400")}, "JSON|temperature|finite"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "at most 512 tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"n": 100}, "n:"),
+        ({"stop": ["a"] * 17}, "stop"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_requests_are_named(url, change, message):
+    body = json.dumps({"model": "tiny", "messages": HELLO, **change})
+    response = httpx.post(f"{url}/v1/chat/completions", content=body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "invalid_request_error"
+    assert re.search(message, error["message"]), error
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+FIELDS = [
+    "model", "messages", "prompt", "n", "stream", "temperature", "top_p", "top_k", "min_p", "seed",
+    "stop", "stop_token_ids", "max_tokens", "min_tokens", "logit_bias", "logprobs", "top_logprobs",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "stream_options",
+]  # fmt: skip
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    chat=st.booleans(),
+    changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
+    dropped=st.sets(st.sampled_from(["model", "messages", "prompt"]), max_size=1),
+)
+def test_fuzzed_bodies_are_answered(url, chat, changes, dropped):
+    sane = {"model": "tiny", "messages": HELLO, "prompt": "ab", "max_tokens": 2}
+    body = {name: value for name, value in {**sane, **changes}.items() if name not in dropped}
+    path = "chat/completions" if chat else "completions"
+    response = httpx.post(f"{url}/v1/{path}", json=body, timeout=30)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{" * 5000])
+def test_what_is_no_json_object_is_refused(url, content):
+    for path in ("chat/completions", "completions", "load_lora_adapter"):
+        assert httpx.post(f"{url}/v1/{path}", content=content).status_code == 400
+
+
+def test_large_bodies_are_refused(url):
+    response = httpx.post(f"{url}/v1/chat/completions", content=b"x" * (3 << 20))
+    assert response.status_code == 413
+
+
+def test_a_full_queue_is_429(folders):
+    with serving(folders, max_batch=1, max_waiting=1) as (service, url):
+        engine = service.engine
+        with engine._lock:  # nobody can step
+            body = {"model": "tiny", "prompt": "ab", "max_tokens": 400, "temperature": 0}
+            waiting = engine.submit("ab", Sampling())
+            response = httpx.post(f"{url}/v1/completions", json=body)
+        assert response.status_code == 429 and response.headers["retry-after"] == "1"
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        waiting.cancelled = True
+        engine._advance_once()
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def test_a_reply_that_takes_too_long(folders):
+    with serving(folders, request_timeout=0.05) as (service, url):
+        body = {"model": "tiny", "prompt": "ab", "max_tokens": 400, "temperature": 0}
+        response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert response.status_code == 504 and idle(service)
+        with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as stream:
+            events = [line for line in stream.iter_lines() if line]
+        assert "timeout_error" in events[-1] and idle(service)
+
+
+def test_a_key_is_asked_for(folders):
+    with serving(folders, api_key="sesame") as (_, url):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="sesame") as client:
+            assert client.models.list().data[0].id == "tiny"
+            assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.post(f"{url}/v1/load_lora_adapter", json={}).status_code == 401
+
+
+def test_adapters_cannot_be_loaded_unless_allowed(folders):
+    with serving(folders) as (_, url):
+        body = {"lora_name": "blue", "lora_path": str(folders / "adapters" / "blue")}
+        assert httpx.post(f"{url}/v1/load_lora_adapter", json=body).status_code == 403
+
+
+# --- clients that leave ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(server, stream):
+    service, url = server
+    long = {"model": "red", "prompt": "ab", "max_tokens": 400, "temperature": 0, "stream": stream}
+    address = url.removeprefix("http://").split(":")
+    raw = json.dumps(long).encode()
+    with socket.create_connection((address[0], int(address[1]))) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+        connection.sendall(head.encode() + raw)
+        time.sleep(0.2)
+        assert service.engine.stats.running_requests == 1
+    assert idle(service)
+    assert service.engine.adapters["red"].users == 0
+
+
+# --- health, metrics, page, process ----------------------------------------------------------
+
+
+def test_health_and_metrics(server, client, url):
+    client.completions.create(model="tiny", prompt="ab", max_tokens=4)
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/ready").status_code == 200
+    text = httpx.get(f"{url}/metrics").text
+    for name in (
+        "time_to_first_token_seconds_count",
+        "inter_token_seconds_count",
+        "request_seconds_count",
+        "reply_tokens_total",
+        "running_requests",
+        "used_blocks",
+        "prefix_hit_blocks",
+        'replies_total{reason="length"}',
+    ):
+        assert f"halfbyte_{name}" in text, name
+
+
+def test_not_ready_before_the_model_is_there():
+    service = Service(ServeConfig(name="tiny"))
+    app = create_app(service)
+    from starlette.testclient import TestClient
+
+    api = TestClient(app)
+    assert api.get("/health").status_code == 200
+    assert api.get("/ready").status_code == 503
+    answer = api.post("/v1/completions", json={"model": "tiny", "prompt": "a"})
+    assert answer.status_code == 503 and "being loaded" in answer.json()["error"]["message"]
+
+
+def test_the_page_is_there_and_allows_no_foreign_code(url):
+    page = httpx.get(url)
+    assert page.status_code == 200 and "<title>halfbyte</title>" in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "innerHTML" not in page.text
+
+
+def test_the_process_drains_on_sigterm(tmp_path):
+    folder = tiny_folder(tmp_path / "model", max_position_embeddings=CONTEXT)
+    port = free_port()
+    words = [sys.executable, "-m", "halfbyte.cli", "serve", folder, "--device", "cpu"]
+    command = [*map(str, words), "--port", str(port), "--name", "m", "--dtype", "float32"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until_ready(url)
+            body = {"model": "m", "prompt": "ab", "max_tokens": 300, "stream": True}
+            body["logit_bias"] = {"1": -100}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                process.terminate()
+                rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]", "what runs is finished"
+            logged = [json.loads(line) for line in process.stderr]
+            assert any(line.get("completion_tokens") == 300 for line in logged)
+            assert process.wait(30) in (0, -signal.SIGTERM)
+        finally:
+            process.kill()
+
+
+def wait_until_ready(url: str) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError("the server is not ready after a minute")
