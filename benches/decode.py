@@ -20,11 +20,13 @@ from halfbyte.checkpoint import default_device
 from halfbyte.engine import Engine
 from halfbyte.kv_cache import block_bytes, blocks_for
 from halfbyte.models import Decoder
+from halfbyte.sampling import Sampling
 
 BANDWIDTH = 4.3e12
 FIRST = 32
 # Of which the first token is timed.
 PROMPT = 512
+SAMPLED = Sampling(temperature=0.8, top_p=0.95, seed=1)
 
 
 def floor_seconds(model: Decoder, batch: int, context: int) -> float:
@@ -44,8 +46,10 @@ def floor_seconds(model: Decoder, batch: int, context: int) -> float:
 class Run:
     """One engine and prompts that no run before has seen."""
 
-    def __init__(self, model: Decoder, batch: int, context: int, tokens: int) -> None:
-        self.model, self.batch, self.tokens = model, batch, tokens
+    def __init__(
+        self, model: Decoder, batch: int, context: int, tokens: int, sampling: Sampling
+    ) -> None:
+        self.model, self.batch, self.tokens, self.sampling = model, batch, tokens, sampling
         # Attention reads `context` tokens half-way through the reply.
         self.prompt = max(1, context - FIRST - tokens // 2)
         blocks = batch * blocks_for(max(PROMPT + 1, self.prompt + FIRST + tokens))
@@ -58,7 +62,7 @@ class Run:
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:
         start = time.perf_counter()
-        self.engine.generate(prompts, max_new_tokens=tokens)
+        self.engine.generate(prompts, self.sampling, max_new_tokens=tokens)
         return time.perf_counter() - start
 
     def decode(self) -> float:
@@ -75,8 +79,10 @@ def timing(work, rounds: int, warmup: int = 1) -> Timing:
 
 
 def measure(model: Decoder, args: argparse.Namespace, batch: int, context: int, r: int) -> None:
-    run = Run(model, batch, context, args.tokens)
+    sampling = SAMPLED if args.sampled else Sampling()
+    run = Run(model, batch, context, args.tokens, sampling)
     fields = {"dtype": "bf16", "model": f"llama-{args.shape}", "r": r, "batch": batch}
+    fields |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     took = timing(run.decode, args.rounds)
     sizes = {"seq": context, "new_tokens": args.tokens}
     row = rate_row("decode", batch * args.tokens, {"halfbyte": took}, **fields, **sizes)
@@ -106,10 +112,10 @@ def start_up(model: Decoder, args: argparse.Namespace) -> None:
 @torch.inference_mode()
 def profile(model: Decoder, batch: int, context: int) -> None:
     """Where the time of a captured step and of reading a prompt goes."""
-    run = Run(model, batch, context, 64)
+    run = Run(model, batch, context, 64, Sampling())
     wall = median(run.decode() for _ in range(3)) / run.tokens
     decode = run.engine._scheduler.decode
-    graph = next(graph for key, graph in decode.graphs.items() if key.rows == batch)
+    graph, _ = next(step.captured for key, step in decode.steps.items() if key.rows == batch)
     # Nobody runs any more: the rows get lengths and blocks of their own again.
     decode.lengths.fill_(context)
     blocks = torch.arange(batch * decode.tables.shape[1], device=decode.tables.device)
@@ -151,6 +157,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=0, help="also with an adapter of this rank")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.95")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ from halfbyte.models import Decoder, DecoderConfig
 
 # hidden, intermediate, layers, heads, key heads, vocabulary
 SHAPES = {
-    "1b": (2048, 5632, 22, 32, 4, 32000),
+    "1b": (2048, 5632, 22, 32, 32, 32000),
     "7b": (4096, 11008, 32, 32, 32, 32000),
     "8b": (4096, 14336, 32, 32, 8, 128256),
     "13b": (5120, 13824, 40, 40, 40, 32000),

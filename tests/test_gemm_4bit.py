@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import halfbyte
 from halfbyte.linear import Linear4bit
-from halfbyte.ops import gemm_4bit
+from halfbyte.ops import QuantState, gemm_4bit, gemm_4bit_group, quantize_4bit
 
 # Relative Frobenius error against fp64: one rounding of the inputs' products and of the output.
 BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -290,3 +290,33 @@ def test_capture_in_a_cuda_graph_and_a_side_stream():
         again = gemm_4bit(x, packed, state)
     stream.synchronize()
     assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_group_is_its_parts(device, nested):
+    """Also where they cannot go together: unlike blocks, a gradient, no double quantization."""
+    K = 512
+    weights = [
+        quantize_4bit(torch.randn(n, K).to(device), "nf4", blocksize, nested)
+        for n, blocksize in ((40, 64), (7, 64), (130, 64), (16, 128))
+    ]
+    for rows in (0, 1, 8, 9, 40):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = torch.randn(2, rows, K).to(device, dtype)
+            for chosen in (weights[:3], weights, weights[2:3]):
+                for tracked in (False, True):
+                    x.requires_grad_(tracked)
+                    outs = gemm_4bit_group(x, chosen)
+                    for y, (packed, state) in zip(outs, chosen, strict=True):
+                        assert y.requires_grad == tracked
+                        assert torch.equal(y, gemm_4bit(x, packed, state))
+
+
+def test_maps_are_shared_but_saved_apart(device):
+    weights = [quantize_4bit(torch.randn(64, 64).to(device), double_quant=True) for _ in "ab"]
+    (_, a), (_, b) = weights
+    assert a.nested.map.data_ptr() == b.nested.map.data_ptr()
+    saved = [state.as_tensors("w")["w.nested_quant_map"] for state in (a, b)]
+    assert saved[0].data_ptr() != saved[1].data_ptr()
+    read = [QuantState.from_tensors("w", state.as_tensors("w")) for state in (a, b)]
+    assert read[0].nested.map.data_ptr() == a.nested.map.data_ptr()

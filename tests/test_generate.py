@@ -299,7 +299,8 @@ def sample(logits: torch.Tensor, sampling: Sampling, positions=None, **lists) ->
 
 def edited(logits: torch.Tensor, sampling: Sampling, prompts, replies) -> torch.Tensor:
     rows = sampling_rows([sampling] * len(logits), logits.shape[-1], prompts, replies)
-    return rows._edit(logits, torch.ones(len(logits), dtype=torch.int64), slice(0, len(logits)))
+    assert rows.edits is not None
+    return rows.edits.apply(logits, rows.scalars[:, 3:], torch.zeros(len(logits), dtype=torch.bool))
 
 
 def draws(logits: torch.Tensor, n: int, **fields) -> Counter:
@@ -413,7 +414,7 @@ def test_every_row_has_its_own_settings():
     kind = Kind()
     for sampling in settings:
         kind = kind | sampling.kind
-    assert kind == Kind(True, True, True)
+    assert kind == Kind(True, True, True, True)
     together = rows.sample(logits, torch.full((6,), 5), 0, kind).tokens.tolist()
     for row, sampling in enumerate(settings):
         part = {"prompts": prompts[:1], "replies": replies[:1]}

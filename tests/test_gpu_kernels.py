@@ -146,9 +146,9 @@ def double_quantize(absmax: Tensor, shift: int = 0) -> list[Tensor]:
     codes = guarded(nblocks, torch.uint8, device, shift)
     nested = guarded(-(-nblocks // 256), torch.float32, device, shift)
     offset = guarded(1, torch.float32, device, shift)
-    sums = guarded(8 * -(-nblocks // 65536), torch.uint8, device)
-    _core.double_quantize(absmax, codes.view, nested.view, offset.view, sums.view)
-    sums.intact()
+    lanes = guarded(2048 * -(-nblocks // 65536), torch.uint8, device)
+    _core.double_quantize(absmax, codes.view, nested.view, offset.view, lanes.view)
+    lanes.intact()
     return [codes.intact(), nested.intact(), offset.intact()]
 
 

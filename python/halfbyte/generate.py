@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -39,7 +39,8 @@ def _engine(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling
     _engines.pop(model, None)
     budget = needed * block_bytes(model.config, model.model.embed_tokens.weight.dtype)
     # By proxy, so that the table's value does not keep its key.
-    engine = Engine(weakref.proxy(model), max_batch=batch, kv_budget=budget)
+    proxy = cast(Decoder, weakref.proxy(model))
+    engine = Engine(proxy, max_batch=batch, kv_budget=budget)
     _engines[model] = engine
     return engine
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from halfbyte.errors import ContextLengthError
-from halfbyte.ops import paged_attention
-from halfbyte.ops.paged_attention import BLOCK
+from halfbyte.ops.paged_attention import BLOCK, paged_attention
 
 # What padding writes to, and what tables name past their end; it belongs to no sequence.
 SPARE_BLOCK = 0
@@ -184,15 +184,22 @@ class CacheStep:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [B, T, num_key_value_heads, head_dim]; padding goes to the spare."""
-        blocks = self.tables.gather(1, self._places.clamp(max=self.tables.shape[1] - 1)).long()
-        blocks = torch.where(self.positions < self.lengths[:, None], blocks, SPARE_BLOCK)
-        offsets = (self.positions % BLOCK).expand_as(blocks)
-        self.cache.keys[layer][blocks, offsets] = keys.to(self.cache.keys[layer].dtype)
-        self.cache.values[layer][blocks, offsets] = values.to(self.cache.values[layer].dtype)
+        for cached, new in ((self.cache.keys, keys), (self.cache.values, values)):
+            tokens = cached[layer].flatten(0, 1).flatten(1)
+            new = new.to(tokens.dtype).reshape(-1, tokens.shape[1])
+            if tokens.shape[1] * tokens.element_size() % 8 == 0:
+                # Torch copies element by element: the fewer the better.
+                tokens, new = tokens.view(torch.int64), new.view(torch.int64)
+            tokens.index_copy_(0, self._slots, new)
 
-    @property
-    def _places(self) -> Tensor:
-        return (self.positions // BLOCK).expand(self.tables.shape[0], -1)
+    @cached_property
+    def _slots(self) -> Tensor:
+        """int64 [B * T]: the new tokens' places in the cache."""
+        batch, width = self.tables.shape
+        places = (self.positions // BLOCK).expand(batch, -1).clamp(max=width - 1)
+        blocks = self.tables.gather(1, places).long()
+        blocks = torch.where(self.positions < self.lengths[:, None], blocks, SPARE_BLOCK)
+        return (blocks * BLOCK + self.positions % BLOCK).flatten()
 
     def read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, tokens, num_key_value_heads, head_dim] from the first on."""

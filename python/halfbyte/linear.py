@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError
-from halfbyte.ops import QuantState, dequantize_4bit, gemm_4bit, quantize_4bit
+from halfbyte.ops import (
+    QuantState,
+    dequantize_4bit,
+    gemm_4bit,
+    gemm_4bit_group,
+    quantize_4bit,
+)
 
 
 class Linear4bit(nn.Linear):
@@ -93,7 +99,9 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features], fp32, fp16 or bf16. Returns [..., out_features] of its dtype."""
-        y = gemm_4bit(x, self.weight, self._state())
+        return self._biased(gemm_4bit(x, self.weight, self._state()))
+
+    def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -158,3 +166,23 @@ class Linear4bit(nn.Linear):
             f"bias={self.bias is not None}, quant_type={self.quant_type}, "
             f"blocksize={self.blocksize}, double_quant={self.double_quant}"
         )
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """`[layer(x) for layer in layers]`, the 4-bit products in one launch where a kernel can.
+
+    layers: Linear4bit, or what adds something to the product of its `base_layer` by
+    `adapt(x, y)`; any others, and layers with hooks, are called one after the other.
+    """
+    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    if not x.is_cuda or not all(map(_is_plain, layers, bases)):
+        return [layer(x) for layer in layers]
+    products = gemm_4bit_group(x, [(base.weight, base._state()) for base in bases])
+    outs = [base._biased(y) for base, y in zip(bases, products, strict=True)]
+    adapted = zip(layers, bases, outs, strict=True)
+    return [y if layer is base else layer.adapt(x, y) for layer, base, y in adapted]
+
+
+def _is_plain(layer: nn.Module, base: nn.Module) -> bool:
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (layer, base))
+    return type(base) is Linear4bit and (layer is base or hasattr(layer, "adapt")) and not hooked

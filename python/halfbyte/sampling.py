@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -98,8 +98,10 @@ class Sampling:
     @property
     def kind(self) -> Kind:
         """Which parts of sampling it needs."""
+        draws = self.temperature > 0
+        filters = draws and (self.top_k, self.top_p, self.min_p) != (0, 1, 0)
         edits = self.penalizes or bool(self.logit_bias) or self.min_new_tokens > 0
-        return Kind(self.temperature > 0, edits, self.logprobs is not None)
+        return Kind(draws, filters, edits, self.logprobs is not None)
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -116,6 +118,7 @@ class Kind(NamedTuple):
     """The parts of sampling that a batch needs; a row gets the same token with any others on."""
 
     draws: bool = False
+    filters: bool = False
     edits: bool = False
     logprobs: bool = False
 
@@ -163,6 +166,68 @@ def uniform(keys: Tensor, positions: Tensor) -> Tensor:
     return shift(x, 16).double() / (1 << 48)
 
 
+class Edits(NamedTuple):
+    """What changes single logits of each row, [rows, vocab_size] each.
+
+    seen: bool, in the prompt or the reply. replied: fp32, how often in the reply. bias: fp32.
+    ends: bool, ids that end the reply.
+    """
+
+    seen: Tensor
+    replied: Tensor
+    bias: Tensor
+    ends: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, vocab_size: int, device: torch.device | str) -> Edits:
+        dtypes = (torch.bool, torch.float32, torch.float32, torch.bool)
+        return cls(*(torch.zeros(rows, vocab_size, dtype=d, device=device) for d in dtypes))
+
+    def rows(self, part: slice) -> Edits:
+        return Edits(*(table[part] for table in self))
+
+    def set(
+        self,
+        row: int,
+        bias: Mapping[int, float],
+        prompt: Sequence[int],
+        reply: Sequence[int],
+        ends: Sequence[int],
+    ) -> None:
+        """Let a row be that of a sequence which holds `prompt` and has replied `reply`."""
+
+        def ids(tokens: Iterable[int]) -> Tensor:
+            return torch.tensor(list(tokens), dtype=torch.int64).to(self.seen.device)
+
+        for table in self:
+            table[row].zero_()
+        self.seen[row, ids([*prompt, *reply])] = True
+        self.replied[row].index_add_(0, ids(reply), torch.ones(len(reply)).to(self.bias.device))
+        self.bias[row, ids(bias)] = torch.tensor(list(bias.values())).to(self.bias)
+        self.ends[row, ids(ends)] = True
+
+    def apply(self, logits: Tensor, penalties: Tensor, early: Tensor) -> Tensor:
+        """fp32 logits [B, V] after bias, penalties and the least length.
+
+        penalties: fp32 [B, 3], repetition, frequency and presence. early: bool [B], true where a
+        reply may not end yet.
+        """
+        repetition, frequency, presence = penalties.unbind(1)
+        logits = logits + self.bias
+        penalty = repetition[:, None]
+        repeated = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(self.seen, repeated, logits)
+        logits = logits - frequency[:, None] * self.replied
+        logits = logits - presence[:, None] * (self.replied > 0)
+        return logits.masked_fill(early[:, None] & self.ends, -math.inf)
+
+    def note(self, tokens: Tensor) -> None:
+        """Count one new token of each row."""
+        index = tokens.clamp(min=0)[:, None]
+        self.seen.scatter_(1, index, True)
+        self.replied.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
+
+
 class SamplingRows:
     """The settings of `rows` rows and the tokens they have seen, on one device.
 
@@ -183,17 +248,7 @@ class SamplingRows:
         self.scalars = torch.zeros(rows, len(self.SCALARS), device=device)
         # top_k, the seed's key and the position of the first token that may be an end.
         self.integers = torch.zeros(rows, 3, dtype=torch.int64, device=device)
-        self.seen: Tensor | None = None
-        self.replied: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.ends: Tensor | None = None
-
-    def _allocate_edits(self) -> None:
-        shape, device = (len(self.scalars), self.vocab_size), self.scalars.device
-        self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.replied = torch.zeros(shape, device=device)
-        self.bias = torch.zeros(shape, device=device)
-        self.ends = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.edits: Edits | None = None
 
     def set(
         self,
@@ -211,38 +266,15 @@ class SamplingRows:
         self.scalars[row].copy_(torch.tensor(scalars, dtype=torch.float32), non_blocking=True)
         integers = torch.tensor([top_k, seed_key(seed), first_end])
         self.integers[row].copy_(integers, non_blocking=True)
-        if self.seen is None and sampling.kind.edits:
-            self._allocate_edits()
-        if self.seen is not None:
-            self._set_edits(row, sampling, prompt, reply, ends)
-
-    def _set_edits(self, row: int, sampling: Sampling, prompt, reply, ends) -> None:
-        def on_device(values, dtype) -> Tensor:
-            return torch.tensor(list(values), dtype=dtype).to(self.scalars.device)
-
-        for table in (self.seen, self.replied, self.bias, self.ends):
-            table[row].zero_()
-        self.seen[row, on_device([*prompt, *reply], torch.int64)] = True
-        replied = on_device(reply, torch.int64)
-        self.replied[row].index_add_(0, replied, torch.ones_like(replied, dtype=torch.float32))
-        bias = sampling.logit_bias
-        self.bias[row, on_device(bias, torch.int64)] = on_device(bias.values(), torch.float32)
-        self.ends[row, on_device(ends, torch.int64)] = True
+        if self.edits is None and sampling.kind.edits:
+            self.edits = Edits.empty(len(self.scalars), self.vocab_size, self.scalars.device)
+        if self.edits is not None:
+            self.edits.set(row, sampling.logit_bias, prompt, reply, ends)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row's settings and tokens to another row."""
-        for table in (*self._numbers(), self.seen, self.replied, self.bias, self.ends):
-            if table is not None:
-                table[target].copy_(table[source])
-
-    def _numbers(self) -> tuple[Tensor, Tensor]:
-        return self.scalars, self.integers
-
-    def count(self, tokens: Tensor, first: int, rows: int) -> None:
-        """Count one new token of each of `rows` rows from `first` on, where edits are in use."""
-        part, index = slice(first, first + rows), tokens.clamp(min=0)[:, None]
-        self.seen[part].scatter_(1, index, True)
-        self.replied[part].scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
+        for table in (self.scalars, self.integers, *(self.edits or ())):
+            table[target].copy_(table[source])
 
     def sample(self, logits: Tensor, positions: Tensor, first: int, kind: Kind) -> Sampled:
         """The next token of rows `first` on, from their logits [B, V].
@@ -250,14 +282,20 @@ class SamplingRows:
         positions: int64 [B] of the new tokens. kind: the parts that at least one row needs.
         """
         part = slice(first, first + len(logits))
-        logits = logits.float()
-        finite = logits.amax(-1).isfinite()
-        scores = self._edit(logits, positions, part) if kind.edits else logits
+        # 16 bits order tokens as well as 32 do.
+        logits = logits.float() if kind != Kind() else logits
+        edits = self.edits.rows(part) if self.edits is not None and kind.edits else None
+        scores = logits
+        if edits is not None:
+            early = positions < self.integers[part, 2]
+            scores = edits.apply(logits, self.scalars[part, 3:], early)
+        # The largest is NaN if any is.
         tokens = scores.argmax(-1)
+        finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
         if kind.draws:
-            tokens = self._draw(scores, tokens, positions, part)
-        if kind.edits:
-            self.count(tokens, first, len(logits))
+            tokens = self._draw(scores, tokens, positions, part, kind.filters)
+        if edits is not None:
+            edits.note(tokens)
         logprobs = alternatives = None
         if kind.logprobs:
             every = logits.log_softmax(-1)
@@ -265,20 +303,9 @@ class SamplingRows:
             logprobs = torch.cat((every.gather(1, tokens[:, None]), top), 1)
         return Sampled(tokens.where(finite, NOT_FINITE), logprobs, alternatives)
 
-    def _edit(self, logits: Tensor, positions: Tensor, part: slice) -> Tensor:
-        """fp32 logits [B, V] after bias, the three penalties and the least length."""
-        repetition, frequency, presence = self.scalars[part, 3:].unbind(1)
-        seen, replied = self.seen[part], self.replied[part]
-        logits = logits + self.bias[part]
-        penalty = repetition[:, None]
-        repeated = torch.where(logits < 0, logits * penalty, logits / penalty)
-        logits = torch.where(seen, repeated, logits)
-        logits = logits - frequency[:, None] * replied
-        logits = logits - presence[:, None] * (replied > 0)
-        early = positions < self.integers[part, 2]
-        return logits.masked_fill(early[:, None] & self.ends[part], -math.inf)
-
-    def _draw(self, scores: Tensor, best: Tensor, positions: Tensor, part: slice) -> Tensor:
+    def _draw(
+        self, scores: Tensor, best: Tensor, positions: Tensor, part: slice, filters: bool
+    ) -> Tensor:
         """`best` for rows of temperature 0, a drawn token for the others."""
         temperature, top_p, min_p = self.scalars[part, :3].unbind(1)
         top_k, keys, _ = self.integers[part].unbind(1)
@@ -286,7 +313,8 @@ class SamplingRows:
         # Less the maximum first: a tiny temperature must not turn large scores into Inf - Inf.
         scores = scores - scores.gather(1, best[:, None])
         scores = scores / temperature.where(~greedy, 1.0)[:, None]
-        scores = filtered(scores, top_k, top_p, min_p)
+        if filters:
+            scores = filtered(scores, top_k, top_p, min_p)
         cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         target = uniform(keys, positions)[:, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]

@@ -9,16 +9,14 @@ from typing import NamedTuple
 import torch
 
 from halfbyte.adapters import Adapter
-from halfbyte.decode import DecodeStep, Results, evaluating
+from halfbyte.decode import DecodeStep, Results
 from halfbyte.errors import ContextLengthError, QueueFullError
 from halfbyte.kv_cache import KVCache, blocks_for
 from halfbyte.models import Decoder
+from halfbyte.prefill import CHUNK, Prefill
 from halfbyte.prefix_cache import PrefixCache
 from halfbyte.reply import Reply, TokenLogprobs
-from halfbyte.sampling import NOT_FINITE, Kind, Sampling
-
-# Tokens of a prompt that one forward reads; running sequences wait no longer than that takes.
-CHUNK = 512
+from halfbyte.sampling import NOT_FINITE, Kind, Sampled, Sampling
 
 
 class Request:
@@ -47,7 +45,7 @@ class Request:
         self.adapter = adapter
         self.pieces: deque[str] = deque()
         self.error: Exception | None = None
-        self.listener: Callable[[], None] | None = None
+        self.listener: Callable[[], object] | None = None
         self.cancelled = False
         self.cached_tokens = 0
         # The scheduler's: blocks held, prompt tokens in the cache, tokens sampled so far.
@@ -90,13 +88,16 @@ class Scheduler:
         max_batch: int,
         max_waiting: int | None = None,
     ) -> None:
-        self.model, self.cache = model, cache
+        self.cache = cache
         self.prefixes = PrefixCache(cache.blocks)
         # One block more than the context, so that a table never ends in a block of its own.
         width = blocks_for(model.config.max_position_embeddings) + 1
-        self.decode = DecodeStep(model, cache, max_batch, width)
+        on_gpu = cache.device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.decode = DecodeStep(model, cache, max_batch, width, pool)
+        self.prefill = Prefill(model, cache, width, pool)
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self.lookahead = 1 if cache.device.type == "cuda" else 0
+        self.lookahead = 1 if on_gpu else 0
         self.waiting: deque[Request] = deque()
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []
@@ -167,10 +168,9 @@ class Scheduler:
     def _prefill(self, request: Request) -> None:
         """Read the next chunk of a prompt; after the last one the request runs."""
         ids = request.prompt[request.prefilled : request.prefilled + CHUNK]
-        step = self.cache.step([request.blocks], [request.prefilled], [len(ids)])
-        batch = torch.tensor([ids], device=self.cache.device)
-        with evaluating(self.model), self.decode.adapters.only(request.adapter):
-            logits = self.model(batch, cache=step, last_only=True).logits[:, 0]
+        with self.decode.adapters.only(request.adapter):
+            plain = request.adapter is None
+            logits = self.prefill.read(ids, request.blocks, request.prefilled, capture=plain)
         request.prefilled += len(ids)
         if request.prefilled < len(request.prompt):
             return
@@ -204,9 +204,8 @@ class Scheduler:
 
     def _read(self, pending: Pending) -> None:
         """Wait for a step's tokens and hand them out; a sequence that has ended drops its own."""
-        results = pending.results
-        results.wait()
-        tokens = results.tokens.tolist()
+        sampled = pending.results.read()
+        tokens = sampled.tokens.tolist()
         for place, request in pending.places:
             if request.done:
                 continue
@@ -215,7 +214,7 @@ class Scheduler:
                 request.error = _not_finite(request)
                 self._end(request, "error")
                 continue
-            piece = request.reply.accept(token, _logprobs(results, place, token, request))
+            piece = request.reply.accept(token, _logprobs(sampled, place, token, request))
             if request.done:
                 self._leave(request)
             _tell(request, piece)
@@ -270,10 +269,10 @@ def _not_finite(request: Request) -> FloatingPointError:
     )
 
 
-def _logprobs(results: Results, place: int, token: int, request: Request) -> TokenLogprobs | None:
+def _logprobs(sampled: Sampled, place: int, token: int, request: Request) -> TokenLogprobs | None:
     count = request.sampling.logprobs
-    if count is None or results.logprobs is None or results.alternatives is None:
+    if count is None or sampled.logprobs is None or sampled.alternatives is None:
         return None
-    own, *top = results.logprobs[place, : count + 1].tolist()
-    ids = results.alternatives[place, :count].tolist()
+    own, *top = sampled.logprobs[place, : count + 1].tolist()
+    ids = sampled.alternatives[place, :count].tolist()
     return TokenLogprobs(token, own, list(zip(ids, top, strict=True)))

@@ -18,6 +18,7 @@ use nvcc::Nvcc;
 
 const FAMILIES: &[&str] = &[
     "adamw",
+    "cross_entropy",
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.kv_cache import CacheStep
+from halfbyte.linear import project
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.ops import rope
@@ -99,9 +100,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [B, T, hidden_size] -> the same shape."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x).reshape(heads)
-        k = self.k_proj(x).reshape(heads)
-        v = self.v_proj(x).reshape(heads)
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.reshape(heads) for part in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if step.cache is not None and step.cache.decodes:

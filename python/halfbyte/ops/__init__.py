@@ -2,7 +2,7 @@
 
 from halfbyte.ops.cross_entropy import cross_entropy
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
-from halfbyte.ops.gemm_4bit import gemm_4bit
+from halfbyte.ops.gemm_4bit import gemm_4bit, gemm_4bit_group
 from halfbyte.ops.gemv import gemv
 from halfbyte.ops.paged_attention import paged_attention
 from halfbyte.ops.quant_state import Nested, QuantState
@@ -21,6 +21,7 @@ __all__ = [
     "dequantize_blockwise",
     "dynamic_map",
     "gemm_4bit",
+    "gemm_4bit_group",
     "gemv",
     "paged_attention",
     "quantize_4bit",

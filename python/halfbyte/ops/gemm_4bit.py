@@ -1,10 +1,10 @@
-"""gemm_4bit: y = x W^T and grad_x = grad_y W through one frozen 4-bit weight."""
+"""gemm_4bit: y = x W^T and grad_x = grad_y W through frozen 4-bit weights."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,19 +69,24 @@ def _pieces(packed: Tensor, state: QuantState) -> Iterator[tuple[slice, Tensor]]
 
 
 @functools.cache
-def _mma_device(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
-def _gemv_rows(x: Tensor, nested: bool, blocksize: int) -> int:
-    """Rows of x up to which reading the codes beats writing and re-reading a dequantized W.
+def _code_rows(x: Tensor, nested: bool, blocksize: int) -> tuple[int, int]:
+    """Rows of x up to which gemv_4bit, and from there gemm_4bit, beat a dequantized W.
 
-    On a GPU this is so while eight rows cost what one does, which takes the tensor cores.
+    Eight rows cost a GPU what one does where tensor cores multiply them. Kernels for more exist
+    for compute capability 9.0; elsewhere a second and further pass over the codes has to do.
     """
     if not x.is_cuda:
-        return 32
-    fits = nested and blocksize == 64 and x.shape[1] % 256 == 0 and x.dtype != torch.float32
-    return 32 if fits and _mma_device(x.get_device()) else 8
+        return 32, 0
+    if not nested or blocksize != 64 or x.shape[1] % 256 or x.dtype == torch.float32:
+        return 8, 0
+    capability = _capability(x.get_device())
+    if capability == (9, 0):
+        return 8, 256
+    return (32, 0) if capability >= (8, 0) else (8, 0)
 
 
 @functools.cache
@@ -96,9 +101,14 @@ def _multiplies(dtype: torch.dtype) -> bool:
 def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     *scales, quant_type, blocksize, n = scales_and_sizes
     m, k = x.shape
-    if m <= _gemv_rows(x, scales[1] is not None, blocksize):
-        out = x.new_empty(m, n)
-        _core.gemv_4bit(x.contiguous(), packed, *scales, quant_type, blocksize, out)
+    few, many = _code_rows(x, scales[1] is not None, blocksize)
+    if m <= max(few, many):
+        x, out = x.contiguous(), x.new_empty(m, n)
+        if m <= few:
+            _core.gemv_4bit(x, packed, *scales, quant_type, blocksize, out)
+        else:
+            args = (packed, *scales, quant_type, blocksize, out, torch.empty_like(x))
+            _core.gemm_4bit(x, *args)
         return out
     state = _state(*scales, quant_type, blocksize, (n, k))
     if x.is_cuda or _multiplies(x.dtype):
@@ -111,6 +121,22 @@ def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
 
 def _forward_fake(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     return x.new_empty(x.shape[0], scales_and_sizes[-1])
+
+
+def _forward_group(
+    x: Tensor, packed, absmax, nested_absmax, nested_map, offset, quant_type, blocksize, n
+) -> list[Tensor]:
+    weights = zip(packed, absmax, nested_absmax, nested_map, offset, n, strict=True)
+    if not x.is_cuda or len(x) > _code_rows(x, True, blocksize)[0]:
+        return [_forward(x, *weight, quant_type, blocksize, rows) for *weight, rows in weights]
+    outs = [x.new_empty(len(x), rows) for rows in n]
+    products = list(zip(packed, absmax, nested_absmax, nested_map, offset, outs, strict=True))
+    _core.gemv_4bit_group(x.contiguous(), products, quant_type, blocksize)
+    return outs
+
+
+def _forward_group_fake(x: Tensor, *weights_and_sizes) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], n) for n in weights_and_sizes[-1]]
 
 
 def _grad_x(grad_y: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
@@ -130,6 +156,12 @@ _SCALES = (
     "str quant_type, int blocksize"
 )
 define(f"gemm_4bit(Tensor x, {_SCALES}, SymInt n) -> Tensor", _forward, _forward_fake)
+define(
+    "gemm_4bit_group(Tensor x, Tensor[] packed, Tensor[] absmax, Tensor[] nested_absmax, "
+    "Tensor[] nested_map, float[] offset, str quant_type, int blocksize, SymInt[] n) -> Tensor[]",
+    _forward_group,
+    _forward_group_fake,
+)
 define(f"gemm_4bit_grad_x(Tensor grad_y, {_SCALES}, SymInt k) -> Tensor", _grad_x, _forward_fake)
 
 
@@ -191,6 +223,37 @@ def gemm_4bit(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
     tracked = torch.is_grad_enabled() and x.requires_grad
     y = _Gemm4bit.apply(rows, packed, state) if tracked else _product(rows, packed, state)
     return y.reshape(*x.shape[:-1], n)
+
+
+def gemm_4bit_group(x: Tensor, weights: Sequence[tuple[Tensor, QuantState]]) -> list[Tensor]:
+    """`[gemm_4bit(x, packed, state) for packed, state in weights]`, at most four of one K.
+
+    A few rows of x without a gradient go through all weights in one launch where a kernel takes
+    them so: double quantization, one quant_type and one blocksize. Raises what gemm_4bit raises.
+    """
+    states = [state for _, state in weights]
+    kinds = {(state.quant_type, state.blocksize, state.nested is None) for state in states}
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    fits = x.is_cuda and x.dtype in FLOAT_DTYPES and not torch.is_autocast_enabled("cuda")
+    fits &= all(len(s.shape) == 2 and 0 < s.shape[1] == x.shape[-1] for s in states)
+    if tracked or not fits or len(kinds) != 1 or states[0].nested is None:
+        return [gemm_4bit(x, packed, state) for packed, state in weights]
+    rows = x.reshape(-1, x.shape[-1])
+    absmax, nested_absmax, nested_map, offset = map(
+        list, zip(*(s.scale_args() for s in states), strict=True)
+    )
+    outs = torch.ops.halfbyte.gemm_4bit_group(
+        rows,
+        [packed for packed, _ in weights],
+        absmax,
+        nested_absmax,
+        nested_map,
+        offset,
+        states[0].quant_type,
+        states[0].blocksize,
+        [state.shape[0] for state in states],
+    )
+    return [out.reshape(*x.shape[:-1], out.shape[1]) for out in outs]
 
 
 def _not_a_tensor(x: object, packed: object) -> TypeError:

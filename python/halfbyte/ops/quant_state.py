@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -30,6 +31,20 @@ class Nested:
 
     absmax: Tensor
     map: Tensor
+
+    def to(self, device: torch.device | str) -> Nested:
+        """The same on `device`, with the one copy there is of a map, so that kernels can tell."""
+        absmax = self.absmax.to(device)
+        if absmax.is_meta:
+            return Nested(absmax, self.map.to(device))
+        return Nested(absmax, _shared_map(self.map.cpu().numpy().tobytes(), absmax.device))
+
+
+@functools.cache
+def _shared_map(values: bytes, device: torch.device) -> Tensor:
+    # An inference tensor could not be used in training later.
+    with torch.inference_mode(False):
+        return torch.frombuffer(bytearray(values), dtype=torch.float32).to(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +78,7 @@ class QuantState:
 
     def to(self, device: torch.device | str) -> QuantState:
         """The same state on `device`; dtypes never change."""
-        nested = self.nested and Nested(self.nested.absmax.to(device), self.nested.map.to(device))
+        nested = self.nested and self.nested.to(device)
         return dataclasses.replace(self, absmax=self.absmax.to(device), nested=nested)
 
     def as_tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -82,7 +97,7 @@ class QuantState:
         }
         if self.nested is not None:
             tensors[f"{prefix}.nested_absmax"] = self.nested.absmax
-            tensors[f"{prefix}.nested_quant_map"] = self.nested.map
+            tensors[f"{prefix}.nested_quant_map"] = self.nested.map.clone()
         blob = json.dumps(self._json()).encode()
         tensors[f"{prefix}.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
             list(blob), dtype=torch.uint8
@@ -122,7 +137,7 @@ class QuantState:
             nested = Nested(
                 _take(tensors, f"{prefix}.nested_absmax", torch.float32, count),
                 _take(tensors, f"{prefix}.nested_quant_map", torch.float32, 256),
-            )
+            ).to(absmax.device)
         offset = float(fields["nested_offset"]) if nested else 0.0
         dtype = getattr(torch, fields["dtype"])
         return cls(absmax, nested, offset, blocksize, quant_type, shape, dtype)

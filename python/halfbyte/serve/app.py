@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,110 +107,113 @@ class Service:
             raise ApiError(400, message, param=where or None) from None
 
 
+Handler = Callable[[Service, Request], Awaitable[Response]]
+
+
 def create_app(service: Service) -> FastAPI:
     """The routes; `service.engine` may come later."""
     app = FastAPI(title="halfbyte", docs_url=None, redoc_url=None, openapi_url=None)
-    Handler = Callable[[Request], Awaitable[Response]]
-
-    def guarded(handler: Handler) -> Handler:
-        """Turn what handlers raise into answers, and count all."""
-
-        async def handle(request: Request) -> Response:
-            try:
-                response = await handler(request)
-            except ApiError as error:
-                response = JSONResponse(error.body, error.status, error.headers)
-            except ClientDisconnect:
-                response = Response(status_code=499)
-            except Exception:
-                log.exception("an answer failed")
-                error = ApiError(500, "internal error", "server_error")
-                response = JSONResponse(error.body, error.status)
-            service.metrics.requests.labels(response.status_code).inc()
-            return response
-
-        return handle
-
-    def route(method: str, path: str) -> Callable[[Handler], Handler]:
-        def add(handler: Handler) -> Handler:
-            app.router.add_route(path, guarded(handler), methods=[method])
-            return handler
-
-        return add
-
-    @route("GET", "/health")
-    async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    @route("GET", "/ready")
-    async def ready(_: Request) -> Response:
-        service.ready()
-        return JSONResponse({"status": "ready"})
-
-    @route("GET", "/metrics")
-    async def metrics(_: Request) -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    @route("GET", "/")
-    async def page(_: Request) -> Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        headers = {"Content-Security-Policy": policy + "connect-src 'self'"}
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
-
-    @route("GET", "/v1/models")
-    async def models(request: Request) -> Response:
-        service.authorize(request)
-        return JSONResponse({"object": "list", "data": _models(service)})
-
-    @route("GET", "/v1/models/{name:path}")
-    async def model(request: Request) -> Response:
-        service.authorize(request)
-        name = request.path_params["name"]
-        service.adapter(service.ready(), name)
-        return JSONResponse(next(entry for entry in _models(service) if entry["id"] == name))
-
-    @route("POST", "/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        service.authorize(request)
-        engine = service.ready()
-        body = await service.read(request, ChatBody)
-        return await _answer(service, engine, request, body, ChatAnswer)
-
-    @route("POST", "/v1/completions")
-    async def complete(request: Request) -> Response:
-        service.authorize(request)
-        engine = service.ready()
-        body = await service.read(request, CompletionBody)
-        return await _answer(service, engine, request, body, TextAnswer)
-
-    @route("POST", "/v1/load_lora_adapter")
-    async def load(request: Request) -> Response:
-        service.authorize(request)
-        engine = service.ready()
-        body = await service.read(request, LoadAdapterBody)
-        folder = _inside(service.config.adapter_root, body.lora_path)
-        taken = {service.config.name, *(() if body.load_inplace else engine.adapters)}
-        if body.lora_name in taken:
-            raise ApiError(400, f"lora_name: {body.lora_name!r} is taken", param="lora_name")
-        try:
-            adapter = await asyncio.to_thread(engine.load_adapter, body.lora_name, folder)
-        except (CheckpointError, ValueError, OSError) as error:
-            raise ApiError(400, str(error), param="lora_path") from None
-        return JSONResponse({"lora_name": adapter.name, "generation": adapter.generation})
-
-    @route("POST", "/v1/unload_lora_adapter")
-    async def unload(request: Request) -> Response:
-        service.authorize(request)
-        engine = service.ready()
-        body = await service.read(request, UnloadAdapterBody)
-        _inside(service.config.adapter_root, ".")
-        try:
-            await asyncio.to_thread(engine.unload_adapter, body.lora_name)
-        except AdapterNotFoundError as error:
-            raise ApiError(404, str(error), "not_found_error", "lora_name") from None
-        return JSONResponse({"lora_name": body.lora_name})
-
+    for method, path, handler in ROUTES:
+        app.router.add_route(path, partial(_guarded, service, handler), methods=[method])
     return app
+
+
+async def _guarded(service: Service, handler: Handler, request: Request) -> Response:
+    """Turn what handlers raise into answers, and count all."""
+    try:
+        if request.url.path.startswith("/v1/"):
+            service.authorize(request)
+        response = await handler(service, request)
+    except ApiError as error:
+        response = JSONResponse(error.body, error.status, error.headers)
+    except ClientDisconnect:
+        response = Response(status_code=499)
+    except Exception:
+        log.exception("an answer failed")
+        failure = ApiError(500, "internal error", "server_error")
+        response = JSONResponse(failure.body, failure.status)
+    service.metrics.requests.labels(response.status_code).inc()
+    return response
+
+
+async def health(_: Service, __: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(service: Service, _: Request) -> Response:
+    service.ready()
+    return JSONResponse({"status": "ready"})
+
+
+async def metrics(service: Service, _: Request) -> Response:
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def page(_: Service, __: Request) -> Response:
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    headers = {"Content-Security-Policy": policy + "connect-src 'self'"}
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+
+
+async def models(service: Service, _: Request) -> Response:
+    return JSONResponse({"object": "list", "data": _models(service)})
+
+
+async def model(service: Service, request: Request) -> Response:
+    name = request.path_params["name"]
+    service.adapter(service.ready(), name)
+    return JSONResponse(next(entry for entry in _models(service) if entry["id"] == name))
+
+
+async def chat(service: Service, request: Request) -> Response:
+    engine = service.ready()
+    body = await service.read(request, ChatBody)
+    return await _answer(service, engine, request, body, ChatAnswer)
+
+
+async def complete(service: Service, request: Request) -> Response:
+    engine = service.ready()
+    body = await service.read(request, CompletionBody)
+    return await _answer(service, engine, request, body, TextAnswer)
+
+
+async def load_adapter(service: Service, request: Request) -> Response:
+    engine = service.ready()
+    body = await service.read(request, LoadAdapterBody)
+    folder = _inside(service.config.adapter_root, body.lora_path)
+    taken = {service.config.name, *(() if body.load_inplace else engine.adapters)}
+    if body.lora_name in taken:
+        raise ApiError(400, f"lora_name: {body.lora_name!r} is taken", param="lora_name")
+    try:
+        adapter = await asyncio.to_thread(engine.load_adapter, body.lora_name, folder)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise ApiError(400, str(error), param="lora_path") from None
+    return JSONResponse({"lora_name": adapter.name, "generation": adapter.generation})
+
+
+async def unload_adapter(service: Service, request: Request) -> Response:
+    engine = service.ready()
+    body = await service.read(request, UnloadAdapterBody)
+    _inside(service.config.adapter_root, ".")
+    try:
+        await asyncio.to_thread(engine.unload_adapter, body.lora_name)
+    except AdapterNotFoundError as error:
+        raise ApiError(404, str(error), "not_found_error", "lora_name") from None
+    return JSONResponse({"lora_name": body.lora_name})
+
+
+ROUTES: list[tuple[str, str, Handler]] = [
+    ("GET", "/", page),
+    ("GET", "/health", health),
+    ("GET", "/ready", ready),
+    ("GET", "/metrics", metrics),
+    ("GET", "/v1/models", models),
+    ("GET", "/v1/models/{name:path}", model),
+    ("POST", "/v1/chat/completions", chat),
+    ("POST", "/v1/completions", complete),
+    ("POST", "/v1/load_lora_adapter", load_adapter),
+    ("POST", "/v1/unload_lora_adapter", unload_adapter),
+]
 
 
 def _models(service: Service) -> list[dict[str, Any]]:

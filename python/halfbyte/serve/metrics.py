@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -32,7 +33,11 @@ class Metrics:
         self.reply_tokens = counter("reply_tokens", "Tokens of replies.")
         for name in Stats._fields:
             gauge = Gauge(f"halfbyte_{name}", f"{name.replace('_', ' ')} now.", registry=registry)
-            gauge.set_function(lambda name=name: getattr(stats(), name))
+            gauge.set_function(partial(_read, stats, name))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def _read(stats: Callable[[], Stats], name: str) -> float:
+    return getattr(stats(), name)

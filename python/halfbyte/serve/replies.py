@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from halfbyte.engine import Engine
 from halfbyte.scheduler import Request
@@ -43,7 +43,7 @@ class Replies:
             "total_tokens": prompt + reply,
         }
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, str | None] | None]:
+    async def __aiter__(self) -> AsyncGenerator[tuple[int, str | None] | None, None]:
         queue: asyncio.Queue[tuple[int, str | None] | Exception] = asyncio.Queue()
         tasks = [
             asyncio.create_task(self._forward(choice, request, queue))

@@ -61,7 +61,7 @@ class Body(BaseModel):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > 16:
             raise ValueError(f"stop: expected at most 16 strings, got {len(stop)}")
-        given = {
+        given: dict[str, Any] = {
             # OpenAI's default is to draw, halfbyte's own is greedy.
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": self.top_p,
@@ -145,10 +145,10 @@ class CompletionBody(Body):
         if self.echo or self.suffix:
             raise ValueError("echo, suffix: not supported")
         many = isinstance(self.prompt, list) and not all(isinstance(p, int) for p in self.prompt)
-        prompts = self.prompt if many else [self.prompt]
+        prompts: list[Any] = list(self.prompt) if many else [self.prompt]
         if len(prompts) * self.n > 32:
             raise ValueError(f"prompt: expected at most {32 // self.n} prompts, got {len(prompts)}")
-        return list(prompts)
+        return prompts
 
 
 class LoadAdapterBody(BaseModel):

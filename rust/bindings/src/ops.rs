@@ -1,6 +1,7 @@
 //! The functions of `halfbyte._core`; shapes, dtypes and errors are described in `_core.pyi`.
 
 use halfbyte_core::codebook as maps;
+use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
@@ -78,20 +79,20 @@ pub fn double_quantize(
     codes: Object<'_, '_>,
     nested_absmax: Object<'_, '_>,
     offset: Object<'_, '_>,
-    sums: Object<'_, '_>,
+    lanes: Object<'_, '_>,
 ) -> PyResult<()> {
     const OP: &str = "double_quantize";
     let absmax = Tensor::read(OP, "absmax", absmax)?;
     let codes = Tensor::read(OP, "codes", codes)?;
     let nested_absmax = Tensor::read(OP, "nested_absmax", nested_absmax)?;
     let offset = Tensor::read(OP, "offset", offset)?;
-    let sums = Tensor::read(OP, "sums", sums)?;
-    check_overlap(OP, &[&absmax], &[&codes, &nested_absmax, &offset, &sums])?;
+    let lanes = Tensor::read(OP, "lanes", lanes)?;
+    check_overlap(OP, &[&absmax], &[&codes, &nested_absmax, &offset, &lanes])?;
     // SAFETY: the outputs were checked for overlap.
     let (codes, nested_absmax, offset) = unsafe { (codes.as_mut(), nested_absmax.as_mut(), offset.as_mut()) };
     // SAFETY: as above.
-    let sums = unsafe { sums.as_mut() };
-    let args = DoubleQuantize::new(absmax.as_ref(), codes, nested_absmax, offset, sums).map_err(to_py_err)?;
+    let lanes = unsafe { lanes.as_mut() };
+    let args = DoubleQuantize::new(absmax.as_ref(), codes, nested_absmax, offset, lanes).map_err(to_py_err)?;
     call(py, absmax.device, |backend| backend.double_quantize(args))
 }
 
@@ -315,6 +316,31 @@ pub fn paged_attention(
     };
     let args = PagedAttention::new(inputs, outputs, window, shape).map_err(to_py_err)?;
     call(py, q.device, |backend| backend.paged_attention(args))
+}
+
+#[pyfunction]
+#[pyo3(signature = (logits, labels, losses, vocab, divisor=None))]
+pub fn cross_entropy(
+    py: Python<'_>,
+    logits: Object<'_, '_>,
+    labels: Object<'_, '_>,
+    losses: Object<'_, '_>,
+    vocab: i64,
+    divisor: Option<Object<'_, '_>>,
+) -> PyResult<()> {
+    const OP: &str = "cross_entropy";
+    let logits = Tensor::read(OP, "logits", logits)?;
+    let labels = Tensor::read(OP, "labels", labels)?;
+    let losses = Tensor::read(OP, "losses", losses)?;
+    let divisor = divisor.map(|divisor| Tensor::read(OP, "divisor", divisor)).transpose()?;
+    let read: Vec<&Tensor> = [&labels].into_iter().chain(&divisor).collect();
+    check_overlap(OP, &read, &[&logits, &losses])?;
+    let vocab = not_negative(OP, "vocab", vocab)?;
+    let divided = divisor.as_ref().map(Tensor::as_ref);
+    // SAFETY: the outputs were checked for overlap.
+    let (target, of_rows) = unsafe { (logits.as_mut(), losses.as_mut()) };
+    let args = CrossEntropy::new(target, labels.as_ref(), of_rows, divided, vocab).map_err(to_py_err)?;
+    call(py, logits.device, |backend| backend.cross_entropy(args))
 }
 
 #[pyfunction]

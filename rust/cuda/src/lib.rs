@@ -5,6 +5,7 @@
 
 mod adamw;
 mod args;
+mod cross_entropy;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
@@ -24,6 +25,7 @@ mod swiglu;
 #[cfg(test)]
 mod tests;
 
+use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
@@ -140,5 +142,9 @@ impl Backend for CudaBackend {
 
     fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
         swiglu::launch_backward(&self.launcher, args)
+    }
+
+    fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()> {
+        cross_entropy::launch(&self.launcher, args)
     }
 }

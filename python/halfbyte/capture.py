@@ -1,0 +1,47 @@
+"""A function of tensors that stay where they are, captured as a CUDA graph or a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from halfbyte.recording import Recording, record
+
+T = TypeVar("T")
+
+
+class Captured(Generic[T]):
+    """Calls `work` the first time, captures it the second time and replays it from then on.
+
+    All ways give the same bits; after a capture the results lie in the same tensors every time.
+    device: where `work` computes. pool: torch's handle of the memory that captures share which
+    never run at the same time (CUDA).
+    """
+
+    def __init__(self, work: Callable[[], T], device: torch.device, pool: Any) -> None:
+        self.work = work
+        self.device = device
+        self.pool = pool
+        self.called = False
+        self.captured: tuple[torch.cuda.CUDAGraph | Recording, T] | None = None
+
+    def __call__(self) -> T:
+        if not self.called:
+            self.called = True
+            return self.work()
+        if self.captured is None and self.device.type != "cuda":
+            # Recording it has done the work.
+            self.captured = record(self.work)
+            return self.captured[1]
+        self.captured = self.captured or self._capture()
+        graph, results = self.captured
+        graph.replay()
+        return results
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, T]:
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: torch may allocate on other threads meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            return graph, self.work()
