@@ -345,6 +345,42 @@ def test_gemv_4bit_of_more_panels_than_go_together():
     close(linear(x), x, linear.table_weight(torch.bfloat16))
 
 
+def gemm(linear: Linear, x: Tensor) -> Tensor:
+    out, workspace = (guarded(x.shape[0] * n, x.dtype, CUDA) for n in (linear.N, linear.K))
+    args = (*linear.scale, linear.quant_type, linear.blocksize)
+    views = out.view.view(x.shape[0], linear.N), workspace.view.view(x.shape)
+    _core.gemm_4bit(x, linear.packed, *args, *views)
+    workspace.intact()
+    return out.intact().view(x.shape[0], linear.N)
+
+
+@pytest.mark.parametrize("M", [1, 9, 16, 17, 33, 64, 65, 127, 128, 129, 255, 257])
+@pytest.mark.parametrize("N, K", [(1, 256), (40, 512), (129, 1024), (1000, 2816), (4104, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gemm_4bit(dtype, N, K, M):
+    linear, x = Linear(N, K, quant_type=QUANT_TYPES[M % 3]), rows(M, K, dtype)
+    y = gemm(linear, x)
+    close(y, x, linear.table_weight(dtype))
+    same(gemm(linear, x), y)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemm_4bit_of_what_its_kernel_does_not_take(dtype):
+    for N, K, blocksize, nested in [(33, 100, 64, True), (40, 512, 128, True), (9, 256, 64, False)]:
+        linear, x = Linear(N, K, blocksize, nested=nested), rows(33, K, dtype)
+        close(gemm(linear, x), x, linear.weight())
+
+
+def test_gemm_4bit_keeps_rows_apart():
+    linear, x = Linear(300, 1024), rows(70, 1024, torch.bfloat16)
+    clean = gemm(linear, x)
+    x[3, 5], x[40, 1000], x[69, 0] = float("nan"), float("inf"), -float("inf")
+    y = gemm(linear, x)
+    kept = [m for m in range(70) if m not in (3, 40, 69)]
+    same(y[kept], clean[kept])
+    assert y[3].isnan().all() and not y[40].isfinite().any() and not y[69].isfinite().any()
+
+
 @pytest.mark.parametrize("M", [1, 3, 8, 9])
 @pytest.mark.parametrize("K", [256, 1000, 5120])
 @pytest.mark.parametrize("dtype", FLOATS)
