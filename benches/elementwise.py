@@ -141,28 +141,6 @@ def swiglu_backward(rows: int, columns: int) -> tuple[dict[str, Contender], floa
     return contenders, 10 * rows * columns
 
 
-def optimizer(kind: str, state: Callable[[int], list[Tensor]]) -> Making:
-    @torch.no_grad()
-    def made(rows: int, columns: int) -> tuple[dict[str, Contender], float]:
-        n = rows * columns
-        rule = (1e-3, 0.9, 0.999, 1e-8, 0.01, 10)
-        items = [(*s, *state(n)) for s in rotation(2, 1, n)[:4]]
-        step = getattr(_core, kind)
-        contenders = {"halfbyte": graphed(items, lambda s: step(*s, *rule))}
-        return contenders, (22 if kind == "adamw" else 10 + 16 / 256) * n
-
-    return made
-
-
-def wide_state(n: int) -> list[Tensor]:
-    return [torch.rand(n, device="cuda") * 1e-4 for _ in range(2)]
-
-
-def byte_state(n: int) -> list[Tensor]:
-    codes = [torch.randint(256, (n,), device="cuda", dtype=torch.uint8) for _ in range(2)]
-    return codes + [torch.rand(-(-n // 256), device="cuda") * 1e-4 for _ in range(2)]
-
-
 OPS: dict[str, Making] = {
     "copy": copy,
     "rms_norm": rms_norm,
@@ -172,8 +150,6 @@ OPS: dict[str, Making] = {
     "rope": rope,
     "swiglu": swiglu,
     "swiglu_backward": swiglu_backward,
-    "adamw": optimizer("adamw", wide_state),
-    "adamw_8bit": optimizer("adamw_8bit", byte_state),
 }
 
 

@@ -24,8 +24,12 @@ from halfbyte.models import Decoder, DecoderConfig
 
 # hidden, intermediate, layers, heads, key heads, vocabulary
 SHAPES = {
+    "1b": (2048, 5632, 22, 32, 32, 32000),
     "7b": (4096, 11008, 32, 32, 32, 32000),
     "8b": (4096, 14336, 32, 32, 8, 128256),
+    "13b": (5120, 13824, 40, 40, 40, 32000),
+    "33b": (6656, 17920, 60, 52, 52, 32000),
+    "65b": (8192, 22016, 80, 64, 64, 32000),
     "tiny": (256, 688, 4, 4, 2, 2048),
 }
 PROMPT_TOKENS = 16

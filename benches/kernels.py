@@ -19,10 +19,15 @@ from contenders import bnb_state
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte import QuantState, _core, quantize_4bit
+from halfbyte import Linear4bit, QuantState, _core, quantize_4bit
+from halfbyte.lora import LoRALinear
+from halfbyte.ops import gemm_4bit
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]  # N, K
-GEMV_ROWS = [1, 2, 4, 8, 16]
+FEW_ROWS = [1, 2, 4, 8]
+MANY_ROWS = [16, 32, 64, 128, 256]
+TRAINING_ROWS = [1024, 4096, 16384]
+OPS = ["gemv", "gemm", "training", "dequantize", "quantize"]
 COLD_BYTES = 320 << 20
 # Read and write together, as a large device copy reaches them.
 COPY_RATE = {"H200": 4.3e12, "H100": 3.0e12}
@@ -102,15 +107,10 @@ def packed_weights(n: int, k: int) -> list[Packed]:
     return [Packed(*quantize_4bit(random_weight(n, k), double_quant=True)) for _ in range(count)]
 
 
-def gemv_contenders(packed: list[Packed], dense: list[Tensor], m: int) -> dict[str, Contender]:
-    n, k = packed[0].state.shape
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-
-    def ours(w: Packed) -> None:
-        _core.gemv_4bit(x, w.codes, *w.state.scale_args(), "nf4", 64, out)
-
-    contenders = {"halfbyte": graphed(packed, ours)}
+def product_contenders(packed: list[Packed], dense: list[Tensor], m: int) -> dict[str, Contender]:
+    """y = x W^T by whichever kernel the operation takes for M rows."""
+    x = torch.randn(m, packed[0].state.shape[1], device="cuda", dtype=torch.bfloat16)
+    contenders = {"halfbyte": graphed(packed, lambda w: gemm_4bit(x, w.codes, w.state))}
     contenders["torch bf16"] = graphed(dense, lambda w: F.linear(x, w))
     if bitsandbytes := bnb_items(packed):
         from bitsandbytes import matmul_4bit
@@ -119,6 +119,26 @@ def gemv_contenders(packed: list[Packed], dense: list[Tensor], m: int) -> dict[s
             bitsandbytes, lambda w: matmul_4bit(x, w[0].t(), quant_state=w[1])
         )
     return contenders
+
+
+def training_contenders(packed: list[Packed], dense: list[Tensor], m: int) -> dict[str, Contender]:
+    """Forward and backward of a layer with an adapter of rank 64, beside bf16's two products."""
+    n, k = packed[0].state.shape
+    x, grad = (torch.randn(m, size, device="cuda", dtype=torch.bfloat16) for size in (k, n))
+    x.requires_grad_()
+    layers = []
+    for w in packed[:2]:
+        base = Linear4bit(k, n, bias=False).set_quantized(w.codes, w.state)
+        layers.append(LoRALinear(base, r=64, lora_alpha=16))
+
+    def ours(layer: LoRALinear) -> None:
+        layer(x).backward(grad)
+
+    def plain(w: Tensor) -> None:
+        torch.mm(x.detach(), w.t())
+        torch.mm(grad, w)
+
+    return {"halfbyte": eager(layers, ours), "torch bf16": eager(dense[:2], plain)}
 
 
 def bnb_items(packed: list[Packed]) -> list | None:
@@ -164,13 +184,13 @@ def quantize_contenders(dense: list[Tensor], double: bool) -> dict[str, Contende
         scales = empty(nblocks, torch.uint8), empty(-(-nblocks // 256)), empty(1)
         return empty((n + 1) // 2, torch.uint8), empty(nblocks), *scales
 
-    sums = empty(8 * -(-nblocks // 65536), torch.uint8)
+    lanes = empty(2048 * -(-nblocks // 65536), torch.uint8)
 
     def ours(item: tuple[Tensor, ...]) -> None:
         w, packed, absmax, *scales = item
         _core.quantize_4bit(w, packed, absmax, "nf4", 64)
         if double:
-            _core.double_quantize(absmax, *scales, sums)
+            _core.double_quantize(absmax, *scales, lanes)
 
     contenders = {"halfbyte": graphed([(w, *outputs()) for w in dense], ours)}
     try:
@@ -206,9 +226,17 @@ def bench_shape(n: int, k: int, ops: list[str], rounds: int) -> None:
     packed = packed_weights(n, k)
     stored = weights * (0.5 + SCALE_BYTES)
     if "gemv" in ops:
-        for m in GEMV_ROWS:
-            contenders = gemv_contenders(packed, dense, m)
+        for m in FEW_ROWS:
+            contenders = product_contenders(packed, dense, m)
             report("gemv_4bit", contenders, stored + 2 * m * (n + k), rounds, **sizes, M=m)
+    if "gemm" in ops:
+        for m in MANY_ROWS:
+            contenders = product_contenders(packed, dense, m)
+            report("gemm_4bit", contenders, stored + 2 * m * (n + k), rounds, **sizes, M=m)
+    if "training" in ops:
+        for m in TRAINING_ROWS:
+            contenders = training_contenders(packed, dense, m)
+            report("training step of a layer", contenders, stored, rounds, **sizes, M=m, r=64)
     if "dequantize" in ops:
         contenders = dequantize_contenders(packed)
         report("dequantize_4bit", contenders, stored + 2 * weights, rounds, **sizes)
@@ -222,7 +250,7 @@ def bench_shape(n: int, k: int, ops: list[str], rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ops", nargs="+", default=["gemv", "dequantize", "quantize"])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--shapes", nargs="+", help="N x K, as in 4096x4096")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()

@@ -23,9 +23,9 @@ LEVELS = [
     {"decode", "prefill"},
     {"adapters", "capture"},
     {"sampling", "reply", "prefix_cache"},
-    {"checkpoint", "data", "optim"},
+    {"checkpoint", "data", "optim", "pager", "plan", "pressure"},
     {"lora", "fingerprint", "models"},
-    {"linear", "kv_cache", "recording", "tokenizer"},
+    {"linear", "kv_cache", "offload", "recording", "tokenizer"},
     {"ops"},
     {"errors", "_core"},
 ]

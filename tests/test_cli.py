@@ -48,7 +48,7 @@ def trained(base) -> Path:
 
 def test_version_and_help():
     assert run("--version").output == f"halfbyte {metadata.version('halfbyte')}\n"
-    for command in ("quantize", "finetune", "chat", "merge", "demo", "doctor"):
+    for command in ("quantize", "finetune", "chat", "merge", "plan", "demo", "doctor"):
         assert command in run("--help").output
         assert run(command, "--help").exit_code == 0
 

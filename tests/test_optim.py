@@ -122,3 +122,98 @@ def test_groups_schedulers_and_missing_gradients(device):
 def test_bad_options(kwargs):
     with pytest.raises(ValueError, match=f"AdamW: {next(iter(kwargs))}"):
         AdamW([torch.nn.Parameter(torch.ones(2))], **kwargs)
+
+
+def trained(state, n=(8192, 77), dtype=torch.float32):
+    """An optimizer after three steps, with its parameters and two more gradients."""
+    params, grads = problem("cpu", n=n, dtype=dtype)
+    optimizer = AdamW(params, 1e-2, state=state)
+    run(optimizer, params, grads[:3])
+    return optimizer, params, grads[3:]
+
+
+def copies(params):
+    return [torch.nn.Parameter(param.detach().clone()) for param in params]
+
+
+def test_torchs_optimizer_goes_on_from_our_state_and_back():
+    optimizer, params, grads = trained("fp32")
+    theirs = copies(params)
+    torchs = torch.optim.AdamW(theirs, 1e-2, weight_decay=0.0)
+    torchs.load_state_dict(optimizer.export("torch"))
+    back = copies(params)
+    returned = AdamW(back, 1e-2)
+    returned.load_state_dict(copy.deepcopy(torchs.state_dict()))
+    expected = run(torchs, theirs, grads)
+    for a, b, c in zip(
+        run(optimizer, params, grads), expected, run(returned, back, grads), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("state", ["fp32", "8bit"])
+def test_bitsandbytes_state_is_taken_over_to_the_bit(state):
+    bnb = pytest.importorskip("bitsandbytes")
+    optimizer, params, grads = trained(state)
+    theirs = (bnb.optim.AdamW8bit if state == "8bit" else bnb.optim.AdamW32bit)(copies(params))
+    theirs.load_state_dict(optimizer.export("bitsandbytes"))
+    back = copies(params)
+    returned = AdamW(back, 1e-2, state=state)
+    # Newer versions of bitsandbytes wrap the tensors of an 8-bit state.
+    returned.load_state_dict(theirs.state_dict())
+    ours, again = optimizer.state_dict()["state"], returned.state_dict()["state"]
+    for number, one in ours.items():
+        assert all(torch.equal(one[name], again[number][name]) for name in one if name != "step")
+    for a, b in zip(run(optimizer, params, grads), run(returned, back, grads), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_may_change_its_width():
+    fine, params, grads = trained("fp32")
+    for state in ("8bit", "fp32"):
+        narrow = copies(params)
+        optimizer = AdamW(narrow, 1e-2, state=state)
+        optimizer.load_state_dict(fine.state_dict())
+        moved = run(optimizer, narrow, grads)
+    coarse = AdamW(copies(params), 1e-2)
+    coarse.load_state_dict(trained("8bit")[0].state_dict())
+    assert "exp_avg" in coarse.state_dict()["state"][0]
+    for a, b in zip(run(fine, params, grads), moved, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_states_that_do_not_fit_are_named():
+    optimizer, params, _ = trained("fp32")
+    with pytest.raises(ValueError, match="expected the state of 1 params, got 2"):
+        AdamW(params[:1]).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="expected \\[100\\] for param 0"):
+        AdamW(problem("cpu", n=(100, 77))[0]).load_state_dict(optimizer.state_dict())
+    sgd = torch.optim.SGD(params, 0.1, momentum=0.9)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    sgd.step()
+    with pytest.raises(ValueError, match="expected exp_avg and exp_avg_sq"):
+        AdamW(params).load_state_dict(sgd.state_dict())
+    with pytest.raises(ValueError, match="export: layout"):
+        optimizer.export("numpy")
+
+
+def test_a_closure_and_a_grad_scaler_see_an_optimizer():
+    params, _ = problem("cpu", n=(300,))
+    optimizer = AdamW(params, 1e-2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (params[0] ** 2).sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = params[0].detach().clone()
+    scaler.scale((params[0] * torch.inf).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(params[0], before), "a step with infinite gradients is skipped"

@@ -85,6 +85,14 @@ def test_stub_lists_what_the_compiled_module_has():
     classes = {node.name for node in STUB.body if isinstance(node, ast.ClassDef)}
     assert STUB_FUNCTIONS.keys() | classes == compiled
     assert _core.CudaError.__bases__ == (RuntimeError,)
+    assert _core.HostMemoryError.__bases__ == (MemoryError,)
+
+
+def test_stub_lists_the_methods_of_the_pager():
+    (pager,) = (one for one in STUB.body if getattr(one, "name", "") == "Pager")
+    methods = {one.name for one in pager.body if isinstance(one, ast.FunctionDef)}
+    compiled = {name for name in vars(_core.Pager) if not name.startswith("_")}
+    assert methods - {"__init__"} == compiled
 
 
 @pytest.mark.parametrize("name", STUB_FUNCTIONS)

@@ -91,16 +91,17 @@ def final_tensors(shared) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "loss_off", "norm_off"),
+    ("precision", "loss_off", "norm_off", "cosine"),
     [
         # By so much independent implementations with a bf16 residual stream deviate.
-        (golden_precision, 2.1e-3, 3e-4),
-        # Linear layers that round to bf16 as well, which the golden run's did not.
-        (lambda model: model, 4e-3, 5e-4),
+        (golden_precision, 2.1e-3, 3e-4, 0.998),
+        # Linear layers that round to bf16 as well, which the golden run's did not: there the
+        # processor decides how (0.9979 where it multiplies bf16, 0.9985 where it does not).
+        (lambda model: model, 4e-3, 5e-4, 0.997),
     ],
     ids=["bf16-stream", "bf16"],
 )
-def test_golden_trace(shared, trace, final_tensors, precision, loss_off, norm_off):
+def test_golden_trace(shared, trace, final_tensors, precision, loss_off, norm_off, cosine):
     """On the CPU, as the golden run: bf16 rounding differs by device, fp32 above does not."""
     model = precision(adapted(shared, torch.bfloat16))
     before = {name: value.cpu().clone() for name, value in adapter_tensors(model).items()}
@@ -114,6 +115,6 @@ def test_golden_trace(shared, trace, final_tensors, precision, loss_off, norm_of
     after = adapter_tensors(model)
     update = torch.cat([(after[name].cpu() - before[name]).flatten() for name in before])
     golden = torch.cat([(final_tensors[name] - before[name]).flatten() for name in before])
-    assert torch.cosine_similarity(update, golden, dim=0) > 0.998
+    assert torch.cosine_similarity(update, golden, dim=0) > cosine
     assert (update.norm() / golden.norm()).item() == pytest.approx(1, abs=norm_off)
     assert (update - golden).abs().max() < 0.095

@@ -84,8 +84,8 @@ def test_other_strides_are_read_as_they_look(device):
     out.backward(torch.ones(48, 6, device=device).t())
     twin = x.detach().contiguous().requires_grad_()
     rms_norm(twin, weight, EPS).backward(torch.ones(6, 48, device=device))
-    assert torch.equal(out, rms_norm(twin, weight, EPS))
-    assert torch.equal(x.grad, twin.grad)
+    torch.testing.assert_close(out, rms_norm(twin, weight, EPS))
+    torch.testing.assert_close(x.grad, twin.grad)
 
 
 @pytest.mark.parametrize("columns", [40, 4096, 20_000])
@@ -119,6 +119,30 @@ def test_misfits_are_named():
         rms_norm(torch.ones(2, 8).bfloat16(), torch.ones(8).half(), EPS)
     with pytest.raises(ValueError, match="residual and sum must be given together"):
         _core.rms_norm(torch.ones(8), torch.ones(8), EPS, torch.ones(8), residual=torch.ones(8))
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (5, 1030)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_plain_loop(dtype, rows, columns):
+    x, residual = (values(rows, columns, dtype=dtype, device="cpu", seed=seed) for seed in range(2))
+    weight = values(columns, dtype=torch.float32, device="cpu")
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    _core.rms_norm(x, weight, EPS, out, residual, total)
+    expected, expected_total = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(total, expected_total)
+    torch.testing.assert_close(out, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+    grad, grad_sum = (
+        values(rows, columns, dtype=dtype, device="cpu", seed=seed) for seed in range(2, 4)
+    )
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    scratch = torch.empty(rows), torch.empty(64, columns)
+    _core.rms_norm_backward(grad, total, weight, EPS, grad_x, grad_sum, grad_weight, *scratch)
+    leaves = total.double().requires_grad_(), weight.double().requires_grad_()
+    want = torch.autograd.grad(definition(*leaves), leaves, grad.double())
+    close(grad_x, want[0] + grad_sum.double(), 2)
+    off = (grad_weight.double() - want[1]).norm() / want[1].norm()
+    assert off <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.gpu

@@ -89,6 +89,24 @@ def test_misfits_are_named():
         swiglu(torch.ones(2, 8), torch.ones(2, 8).half())
 
 
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_plain_loop(dtype, halves):
+    both, grad = (values(5, n, dtype=dtype, device="cpu") for n in (14, 7))
+    gate, up = both.chunk(2, dim=-1)
+    out = torch.empty(5, 7, dtype=dtype)
+    _core.swiglu(gate, up, out)
+    grads = torch.empty((5, 2, 7) if halves else (2, 5, 7), dtype=dtype)
+    _core.swiglu_backward(grad, gate, up, grads, halves)
+    g, u, d = (t.double() for t in (gate, up, grad))
+    leaves = g.requires_grad_(), u.requires_grad_()
+    exact = F.silu(g) * u
+    close(out, exact.detach(), exact.detach().abs())
+    want = torch.autograd.grad(exact, leaves, d)
+    for got, wanted in zip(grads.unbind(1 if halves else 0), want, strict=True):
+        close(got, wanted, (d * u).abs().detach() * (1 + g.abs().detach()))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shift", [1, 4, 8])
 @pytest.mark.parametrize("dtype", FLOATS)

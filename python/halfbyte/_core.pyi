@@ -33,6 +33,108 @@ class Recording:
 def record(on: bool) -> Recording:
     """What this thread called on CPU tensors since it records; whether it records from now on."""
 
+class HostMemoryError(MemoryError):
+    """Host memory for optimizer state could not be reserved or pinned."""
+
+class Pager:
+    """The moments of parameters laid end to end in pages of 131072 elements, each updated in place.
+
+    numels: elements of each parameter. moments: "fp32" or "8bit" (blocks of 256). A page holds the
+    parts whose offsets ``page_layout`` gives. A frame is up to 32 MiB of pages, the unit that
+    moves: with ``reserve`` every frame has a slot in pinned host memory (at most ``limit`` bytes
+    in all), else each needs memory by ``lend``. table: uint8 [table_bytes(numels, moments)] on
+    the CUDA device of the parameters, None on a CPU.
+
+    A fresh pager's memory holds no moments yet: the caller writes them, then calls ``rewritten``.
+    All work is queued on streams of the pager, ordered with torch's current stream by events.
+    Frames are named by their number; a wrong one is a ValueError. Raises HostMemoryError where
+    host memory is short.
+    """
+
+    def __init__(
+        self,
+        numels: list[int],
+        moments: str,
+        reserve: bool,
+        limit: int | None,
+        table: Tensor | None,
+    ) -> None: ...
+    @staticmethod
+    def table_bytes(numels: list[int], moments: str) -> int:
+        """Bytes of device memory for the table of a CUDA pager."""
+
+    @staticmethod
+    def host_budget() -> int | None:
+        """Bytes of host memory that may be reserved now; None where the system does not say."""
+
+    def frames(self) -> list[tuple[int, int, int, int, bool]]:
+        """(first page, pages, bytes, address of its slot or 0, whether it is on the device)."""
+
+    def starts(self) -> list[int]:
+        """The first block of 256 elements of each parameter, then the number of all blocks."""
+
+    def page_layout(self) -> tuple[list[int], int]:
+        """Byte offsets in a page of m, v, absmax_m and absmax_v; bytes of a page."""
+
+    def memory(self, frame: int) -> Tensor | None:
+        """The tensor lent to a frame that is on the device."""
+
+    def step(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        rules: list[tuple[float, float, float, float, float, int]],
+        rule_of: list[int],
+        grad_scale: Tensor | None,
+        overlapped: bool,
+    ) -> None:
+        """One step of AdamW (decay first) of every parameter that has a gradient.
+
+        params: float, contiguous, in the pager's order. grads: param's dtype and numel. rules:
+        (lr, beta1, beta2, eps, weight_decay, step counted from 1); rule_of: one of them for each
+        parameter. grad_scale: float32 [1], multiplies the gradients. Where a gradient is NaN or
+        infinite 8-bit moments become 0 and the weight stays.
+
+        Torch's current stream waits for the update; with overlapped only when ``wait_for`` is
+        called, until when gradients must stay.
+        """
+
+    def wait_for(self, param: int) -> None:
+        """Let torch's current stream wait for the last update of a parameter."""
+
+    def wait_for_all(self) -> None:
+        """Let torch's current stream wait for every update."""
+
+    def demote(self, frame: int) -> None:
+        """Queue the move of a frame to its slot in host memory."""
+
+    def take_back(self, wait: bool) -> list[int]:
+        """Drop the memory of demoted frames, of all after waiting or of those already copied."""
+
+    def promote(self, frame: int, memory: Tensor) -> None:
+        """Queue the move of a frame to memory: uint8 [bytes of the frame] on the device."""
+
+    def lend(self, frame: int, memory: Tensor) -> None:
+        """Give memory to a frame that has no slot."""
+
+    def settle(self) -> None:
+        """Wait until the CPU may touch slots, and torch's current stream lent memory."""
+
+    def rewritten(self) -> None:
+        """Say that the moments were written, after ``settle``."""
+
+    def victims(self, bytes: int) -> list[int]:
+        """The frames to demote to free so many bytes."""
+
+    def returners(self, bytes: int) -> list[int]:
+        """The frames to promote into so many bytes."""
+
+    def moved(self) -> tuple[int, int, int, int]:
+        """Bytes demoted, promoted and moved across the bus by updates in place; updates."""
+
+    def update_stream(self) -> int:
+        """The handle of the stream on which updates run; 0 on a CPU."""
+
 def quantize_4bit(
     x: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int
 ) -> None:
@@ -62,13 +164,13 @@ def dequantize_4bit(
     """
 
 def double_quantize(
-    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, sums: Tensor
+    absmax: Tensor, codes: Tensor, nested_absmax: Tensor, offset: Tensor, lanes: Tensor
 ) -> None:
     """Quantize block scales to 8 bits of the signed dynamic map, in groups of 256, around the mean.
 
     absmax: float32 [blocks]. codes: uint8 [blocks], out. nested_absmax: float32
-    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. sums: uint8
-    [8 * ceil(blocks / 65536)], scratch.
+    [ceil(blocks / 256)], out. offset: float32 [1], out: the mean. lanes: uint8
+    [2048 * ceil(blocks / 65536)], scratch.
     """
 
 def quantize_blockwise(
@@ -164,46 +266,14 @@ def paged_attention(
     [B * heads * 32 * (D + 2)], scratch. arrived: int32 [B, heads], zeros before and after.
     """
 
-def adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: Tensor | None = None,
+def cross_entropy(
+    logits: Tensor, labels: Tensor, losses: Tensor, vocab: int, divisor: Tensor | None = None
 ) -> None:
-    """One step of AdamW, in torch.optim.AdamW's order (decay first), with fp32 state.
+    """Losses of rows of logits; with a divisor, the gradient of their sum over it replaces those.
 
-    param: float [n], updated. grad: param's dtype [n]. exp_avg, exp_avg_sq: float32 [n], updated.
-    step counts from 1. grad_scale: float32 [1] on the same device, multiplies the gradient.
-    """
-
-def adamw_8bit(
-    param: Tensor,
-    grad: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor,
-    absmax2: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: Tensor | None = None,
-) -> None:
-    """One step of AdamW (decay first) whose moments are 8-bit codes in blocks of 256.
-
-    param: float [n], updated. grad: param's dtype [n]. state1 (signed map), state2 (unsigned map):
-    uint8 [n], updated. absmax1, absmax2: float32 [ceil(n / 256)], updated; zeros before the first
-    step. Where the gradient is NaN or infinite the moments become 0 and the weight stays.
-    step and grad_scale as in ``adamw``.
+    logits: float [rows, stride >= vocab], updated. labels: int32 [rows]; a row whose label is no
+    column is masked: its loss and gradient are zeros. losses: float32 [rows], out. divisor: float32
+    [1].
     """
 
 def rms_norm(

@@ -94,10 +94,9 @@ class AdaptedLinear(nn.Module):
             # The head's rows may be padded.
             columns = F.pad(columns[:, 0], (0, 0, 0, len(x) - len(columns)))
         a, b, places, scalings = self.stacked
-        hidden = F.linear(x, a.to(x.dtype)) * columns[..., places].to(x.dtype)
-        delta = F.linear(hidden, b.to(x.dtype))
-        scaling = (columns[..., : len(scalings)] * scalings).sum(-1, keepdim=True)
-        return y + (delta * scaling).to(y.dtype)
+        factors = columns[..., places] * scalings[places]
+        hidden = (F.linear(x, a.to(x.dtype)) * factors).to(x.dtype)
+        return lora.add_product(y, hidden, b)
 
 
 class Adapters:

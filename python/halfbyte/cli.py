@@ -349,6 +349,45 @@ def merge(
 
 
 @app.command()
+def plan(
+    model: Model,
+    gpu: Annotated[str, typer.Option(help="Memory of the device, such as 24GB.")] = "24GB",
+    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences that the device takes at once.")] = 1,
+    r: Annotated[int, typer.Option(help="Rank of the adapter, on all linear layers.")] = 64,
+    optim: Annotated[str, typer.Option(help="fp32 or 8bit optimizer state.")] = "fp32",
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
+    quant_type: QuantType = "nf4",
+    double_quant: DoubleQuant = True,
+) -> None:
+    """Show where the memory of fine-tuning MODEL goes, and what fits, from its config alone."""
+    from rich.console import Console
+
+    from halfbyte import checkpoint
+    from halfbyte.plan import Setup, parse_bytes, table
+    from halfbyte.plan import plan as plan_run
+
+    setup = Setup(
+        seq=seq,
+        batch=batch,
+        r=r,
+        optim=optim,
+        quant_type=_none(quant_type),
+        double_quant=double_quant,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
+    found = plan_run(checkpoint.read_config(model), setup, parse_bytes(gpu))
+    title = f"{model}: {batch} x {seq} tokens on a device of {gpu}"
+    Console().print(table(found, setup, title))
+    if found.needed is None:
+        raise ValueError(
+            f"{batch} x {seq} tokens do not fit into {gpu}. hint: the longest sequence that does "
+            f"has {max(found.longest.values()):,} tokens; try optim 8bit or a smaller r"
+        )
+    typer.echo(f"fits with {found.needed}")
+
+
+@app.command()
 def demo(
     model: Annotated[
         str | None, typer.Option(help="Use this model; default: SmolLM2-135M-Instruct.")

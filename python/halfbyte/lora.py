@@ -76,6 +76,19 @@ def _check_pattern(pattern: str) -> None:
         ) from None
 
 
+def add_product(y: Tensor, hidden: Tensor, b: Tensor) -> Tensor:
+    """y + hidden b^T in y's dtype, in one pass over y and with one rounding.
+
+    y: [..., N]; hidden: [..., r]; b: [N, r].
+    """
+    rows = torch.addmm(
+        y.reshape(-1, y.shape[-1]),
+        hidden.reshape(-1, hidden.shape[-1]).to(y.dtype),
+        b.to(y.dtype).t(),
+    )
+    return rows.view(y.shape)
+
+
 class LoRALinear(nn.Module):
     """y = base(x) + scaling * B(A(dropout(x))), A [r, in], B [out, r] (Hu et al. 2021).
 
@@ -112,9 +125,8 @@ class LoRALinear(nn.Module):
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """y = base(x) with the adapter's share added."""
-        hidden = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
-        delta = F.linear(hidden, self.lora_B.weight.to(hidden.dtype))
-        return y + (delta * self.scaling).to(y.dtype)
+        hidden = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype)) * self.scaling
+        return add_product(y, hidden, self.lora_B.weight)
 
     def delta(self) -> Tensor:
         """scaling * B A, fp32 [out_features, in_features]."""

@@ -1,30 +1,48 @@
-"""AdamW over adapters: 32-bit or 8-bit state, clipping without a host synchronisation."""
+"""AdamW whose state lives in pages: on the device or in host memory, with the same results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.ops import AdamWScalars, adamw, adamw_8bit
+from halfbyte.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
+from halfbyte.pager import BLOCKSIZE, Pager, Slab
 
 # As bitsandbytes: below this an 8-bit state saves nothing worth its noise.
 MIN_8BIT_SIZE = 4096
-BLOCKSIZE = 256
+LAYOUTS = ("halfbyte", "torch", "bitsandbytes")
+# Where bitsandbytes puts the tensors of an 8-bit state inside a parameter's state.
+WRAPPED = "__bnb_optimizer_quant_state__"
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A parameter, the number of its group, and its entry of the optimizer's state."""
+
+    param: Tensor
+    group: int
+    state: dict[str, Any]
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW's results with fp32 state, bitsandbytes' layout with 8-bit state.
+    """torch.optim.AdamW's results with fp32 state, bitsandbytes' with 8-bit state.
 
     params: tensors or parameter groups, fp32, fp16 or bf16. lr, betas, eps, weight_decay: as in
     torch (decay is applied before the update). state: "fp32" or "8bit" (moments of parameters
     with at least 4096 elements as 8-bit codes in blocks of 256). max_grad_norm: clip all
     gradients of all groups to this global 2-norm inside `step`; `grad_norm` then holds the norm
-    before clipping, on the device.
+    before clipping, on the device. placement: "auto", "device" or "host", see `pager.Pager`;
+    results do not depend on it. host_limit: most bytes of host memory to reserve.
 
-    Raises ValueError for options out of range.
+    `step` is one launch a state format and never waits for the device.
+
+    Raises ValueError for options out of range, HostMemoryError (a MemoryError) where host memory
+    for the state is short.
     """
 
     def __init__(
@@ -35,7 +53,9 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state: str = "fp32",
+        placement: str = "auto",
         max_grad_norm: float | None = None,
+        host_limit: int | None = None,
     ):
         if state not in ("fp32", "8bit"):
             raise ValueError(f"AdamW: state: expected 'fp32' or '8bit', got {state!r}")
@@ -46,10 +66,38 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"AdamW: betas: expected two values in [0, 1), got {betas!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"AdamW: max_grad_norm: expected > 0 or None, got {max_grad_norm!r}")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.state_kind = state
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
+        self.pager = Pager(placement, host_limit)
+        self._waiting: list[Tensor] | None = []
+        self._members: dict[Slab, list[_Member]] = {}
+        self._overlapping = False
+        # Gradients that an update under way reads, and the parameters of no module of `overlap`.
+        self._pending: dict[Slab, list[Tensor | None]] = {}
+        self._apart: dict[Slab, list[int]] = {}
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        waiting, self._waiting = self._waiting, None
+        self._place(waiting)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group's state gets pages of its own."""
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        # The groups of the constructor share pages.
+        if self._waiting is not None:
+            self._waiting += params
+        else:
+            self._place(params)
+
+    def _place(self, params: Sequence[Tensor]) -> None:
+        """Give parameters pages, a slab for each device and format."""
+        slabs: dict[tuple[torch.device, str], list[Tensor]] = {}
+        for param in params:
+            small = param.numel() < MIN_8BIT_SIZE
+            slabs.setdefault((param.device, "fp32" if small else self.state_kind), []).append(param)
+        for (_, moments), members in slabs.items():
+            self.pager.add(members, moments)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -59,11 +107,94 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale = self._grad_scale()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, group, scale.get(param.device))
+        self.pager.settle()
+        self._pending.clear()
+        for slab in self.pager.slabs:
+            grads = [param.grad for param in slab.params]
+            rules, rule_of = self._rules(slab, grads)
+            grads = [None if grad is None else grad.contiguous() for grad in grads]
+            factor = scale.get(slab.device)
+            overlapped = self._overlapping and slab.bytes_on_device < slab.nbytes
+            with ExitStack() as timing:
+                timing.enter_context(self.pager.timed("update_ms", slab, there=True))
+                if not overlapped:
+                    timing.enter_context(self.pager.timed("exposed_ms", slab))
+                slab.core.step(slab.params, grads, rules, rule_of, factor, overlapped)
+            if overlapped:
+                self._pending[slab] = [*grads, factor]
+                self._wait_for({slab: self._apart[slab]})
+        self.pager.stepped()
         return loss
+
+    def overlap(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Let updates of state in host memory run beside the next forward pass.
+
+        The forward of each of `modules` (say, a decoder's layers) waits for the updates of its
+        own parameters, and `step` for all others. Whatever else reads a parameter after `step`
+        calls `pager.settle()` before; `state_dict` does.
+        """
+        inside: set[Tensor] = set()
+        for module in modules:
+            mine = set(module.parameters())
+            inside |= mine
+            places = {
+                slab: [i for i, param in enumerate(slab.params) if param in mine]
+                for slab in self.pager.slabs
+            }
+            module.register_forward_pre_hook(lambda *_, places=places: self._wait_for(places))
+        self._apart = {
+            slab: [i for i, param in enumerate(slab.params) if param not in inside]
+            for slab in self.pager.slabs
+        }
+        self._overlapping = True
+
+    def _wait_for(self, places: dict[Slab, list[int]]) -> None:
+        """Let torch's stream wait for updates under way, and let go of their gradients."""
+        for slab, numbers in places.items():
+            held = self._pending.get(slab)
+            waiting = [number for number in numbers if held and held[number] is not None]
+            if not held or not waiting:
+                continue
+            with self.pager.timed("exposed_ms", slab):
+                for number in waiting:
+                    slab.core.wait_for(number)
+                    held[number] = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; gradients that are to be zeroed in place are waited for first."""
+        if not set_to_none:
+            self.pager.settle()
+        super().zero_grad(set_to_none)
+
+    def _rules(
+        self, slab: Slab, grads: Sequence[Tensor | None]
+    ) -> tuple[list[tuple[float, float, float, float, float, int]], list[int]]:
+        """The scalars in use, and which of them each parameter has; counts the steps."""
+        numbers: dict[tuple[int, int], int] = {}
+        rule_of = []
+        for member, grad in zip(self._members_of(slab), grads, strict=True):
+            if grad is not None:
+                if not member.state:
+                    self.state[member.param] = member.state
+                member.state["step"] = member.state.get("step", 0) + 1
+            key = (member.group, member.state.get("step", 1))
+            rule_of.append(numbers.setdefault(key, len(numbers)))
+        rules = []
+        for index, step in numbers:
+            group = self.param_groups[index]
+            scalars = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
+            rules.append((*scalars, step))
+        return rules, rule_of
+
+    def _members_of(self, slab: Slab) -> list[_Member]:
+        """A slab's parameters with their groups and states: looking them up takes long."""
+        if slab not in self._members:
+            group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+            self._members[slab] = [
+                _Member(param, group_of[param], self.state[param] if param in self.state else {})
+                for param in slab.params
+            ]
+        return self._members[slab]
 
     def _grad_scale(self) -> dict[torch.device, Tensor]:
         """min(1, max_grad_norm / norm) as a one-element tensor on every device in use."""
@@ -76,49 +207,134 @@ class AdamW(torch.optim.Optimizer):
         scale = (self.max_grad_norm / (self.grad_norm.float() + 1e-6)).clamp(max=1.0).reshape(1)
         return {device: scale.to(device) for device in {grad.device for grad in grads}}
 
-    def _update(self, param: Tensor, group: dict, scale: Tensor | None) -> None:
-        state = self.state[param]
-        if not state:
-            state.update(self._fresh(param))
-        state["step"] += 1
-        scalars = AdamWScalars(
-            float(group["lr"]),
-            *group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            int(state["step"]),
-            scale,
-        )
-        grad = param.grad.contiguous()
-        if "state1" in state:
-            moments = (state["state1"], state["state2"], state["absmax1"], state["absmax2"])
-            adamw_8bit(param, grad, *moments, scalars)
-        else:
-            adamw(param, grad, state["exp_avg"], state["exp_avg_sq"], scalars)
+    def state_dict(self) -> dict[str, Any]:
+        """torch's layout of groups and states; the moments are CPU tensors, wherever they were.
 
-    def _fresh(self, param: Tensor) -> dict[str, Any]:
-        """Zero moments; code 127 is the signed map's zero, code 0 the unsigned map's."""
-        if self.state_kind == "fp32" or param.numel() < MIN_8BIT_SIZE:
-            zeros = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-            return {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-        codes = torch.zeros(param.shape, dtype=torch.uint8, device=param.device)
-        absmax = torch.zeros(-(-param.numel() // BLOCKSIZE), device=param.device)
-        return {
-            "step": 0,
-            "state1": torch.full_like(codes, 127),
-            "state2": codes,
-            "absmax1": absmax,
-            "absmax2": absmax.clone(),
-        }
+        A parameter's state has step and, of its shape, fp32 exp_avg and exp_avg_sq, or uint8
+        state1 and state2 with fp32 absmax1 and absmax2 [ceil(n / 256)]; none before its first step.
+        """
+        return self.export()
+
+    def export(self, layout: str = "halfbyte") -> dict[str, Any]:
+        """The state dict as "halfbyte", "torch" (torch.optim.AdamW) or "bitsandbytes" loads it.
+
+        8-bit moments are dequantized for torch. Raises ValueError for another layout.
+        """
+        if layout not in LAYOUTS:
+            raise ValueError(f"export: layout: expected one of {LAYOUTS}, got {layout!r}")
+        packed = super().state_dict()
+        numbers = {param: i for i, param in enumerate(self._params())}
+        for slab in self.pager.slabs:
+            for param, moments in zip(slab.params, slab.read(), strict=True):
+                state = packed["state"].get(numbers[param])
+                if state is not None:
+                    step = state["step"]
+                    packed["state"][numbers[param]] = {"step": step, **moments}
+        if layout != "halfbyte":
+            convert = _to_torch if layout == "torch" else _to_bitsandbytes
+            packed["state"] = {i: convert(state) for i, state in packed["state"].items()}
+        return packed
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments keep their own dtype (torch would cast codes to the param's)."""
-        super().load_state_dict(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for param, saved_id in zip(params, ids, strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            self.state[param] = {
-                key: value.to(param.device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in saved.items()
-            }
+        """Take over a state dict of this class, of torch.optim.AdamW or of bitsandbytes' AdamW.
+
+        Moments go straight to where the pages are; fp32 moments are quantized where this
+        optimizer keeps 8 bits, and the other way round. Raises ValueError when groups or shapes
+        do not fit, or for states of another kind of optimizer.
+        """
+        states = {number: _from_any(state) for number, state in state_dict["state"].items()}
+        ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = self._params()
+        if len(ids) != len(params):
+            raise ValueError(f"AdamW: expected the state of {len(params)} params, got {len(ids)}")
+        numbered = zip(params, ids, strict=True)
+        found = {param: states[number] for param, number in numbered if number in states}
+        values = [self._fitted(slab, found) for slab in self.pager.slabs]
+        steps = {number: {"step": state["step"]} for number, state in states.items()}
+        super().load_state_dict({**state_dict, "state": steps})
+        for param in params:
+            if param in found:
+                self.state[param] = {"step": found[param]["step"]}
+        self._members.clear()
+        for slab, moments in zip(self.pager.slabs, values, strict=True):
+            slab.write(moments)
+
+    def _fitted(
+        self, slab: Slab, found: dict[Tensor, dict[str, Any]]
+    ) -> dict[int, dict[str, Tensor]]:
+        """What a slab shall hold; fresh moments where nothing was saved."""
+        values = {}
+        for index, param in enumerate(slab.params):
+            moments = found.get(param)
+            if moments is None:
+                zeros = torch.zeros(param.shape)
+                moments = {"exp_avg": zeros, "exp_avg_sq": zeros}
+            shape = next(value for name, value in moments.items() if name != "step").shape
+            if shape.numel() != param.numel():
+                raise ValueError(
+                    f"AdamW: state: expected {list(param.shape)} for param {index} of its group, "
+                    f"got {list(shape)}"
+                )
+            values[index] = _as_8bit(moments) if slab.moments == "8bit" else _as_fp32(moments)
+        return values
+
+
+def _from_any(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of one parameter in this module's names."""
+    state = {**state, **state.get(WRAPPED, {})}
+    if "state1" in state and state["state1"].dtype != torch.uint8:
+        names = ("state1", "state2")
+    elif "state1" in state:
+        for name, signed in (("qmap1", True), ("qmap2", False)):
+            ours = dynamic_map(signed)
+            if name in state and not torch.equal(state[name].cpu().float(), ours):
+                raise ValueError(f"AdamW: {name}: expected the dynamic 8-bit map, got another")
+        if state["absmax1"].numel() != -(-state["state1"].numel() // BLOCKSIZE):
+            raise ValueError(
+                f"AdamW: absmax1: expected one scale a block of {BLOCKSIZE}, "
+                f"got {state['absmax1'].numel()} for {state['state1'].numel()} elements"
+            )
+        return {"step": int(state["step"])} | {
+            name: state[name] for name in ("state1", "state2", "absmax1", "absmax2")
+        }
+    elif "exp_avg" in state and "max_exp_avg_sq" not in state:
+        names = ("exp_avg", "exp_avg_sq")
+    else:
+        raise ValueError(
+            "AdamW: state: expected exp_avg and exp_avg_sq, or state1 and state2, got "
+            f"{sorted(state)}"
+        )
+    return {
+        "step": int(state["step"]),
+        "exp_avg": state[names[0]],
+        "exp_avg_sq": state[names[1]],
+    }
+
+
+def _as_fp32(state: dict[str, Any]) -> dict[str, Tensor]:
+    if "exp_avg" in state:
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+    m = dequantize_blockwise(state["state1"].cpu(), state["absmax1"].cpu(), signed=True)
+    v = dequantize_blockwise(state["state2"].cpu(), state["absmax2"].cpu(), signed=False)
+    return {"exp_avg": m, "exp_avg_sq": v}
+
+
+def _as_8bit(state: dict[str, Any]) -> dict[str, Tensor]:
+    if "state1" in state:
+        return {name: state[name] for name in ("state1", "state2", "absmax1", "absmax2")}
+    state1, absmax1 = quantize_blockwise(state["exp_avg"].cpu().float(), signed=True)
+    state2, absmax2 = quantize_blockwise(state["exp_avg_sq"].cpu().float(), signed=False)
+    return {"state1": state1, "state2": state2, "absmax1": absmax1, "absmax2": absmax2}
+
+
+def _to_torch(state: dict[str, Any]) -> dict[str, Any]:
+    return {"step": torch.tensor(float(state["step"])), **_as_fp32(state)}
+
+
+def _to_bitsandbytes(state: dict[str, Any]) -> dict[str, Any]:
+    if "exp_avg" in state:
+        return {"step": state["step"], "state1": state["exp_avg"], "state2": state["exp_avg_sq"]}
+    return {**state, "qmap1": dynamic_map(True), "qmap2": dynamic_map(False)}

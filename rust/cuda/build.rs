@@ -18,7 +18,7 @@ use nvcc::Nvcc;
 
 const FAMILIES: &[&str] = &[
     "adamw",
-    "adamw_8bit",
+    "cross_entropy",
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",

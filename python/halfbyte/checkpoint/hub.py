@@ -36,6 +36,11 @@ def download(repo_id: str) -> Path:
     return _snapshot(repo_id, [*SMALL_FILES, *sorted(weights)])
 
 
+def download_config(repo_id: str) -> Path:
+    """The config.json of `repo_id` in the hub's cache. Raises as `download` does."""
+    return _snapshot(repo_id, ["config.json"]) / "config.json"
+
+
 def _snapshot(repo_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from halfbyte import _core
 from halfbyte.checkpoint.bnb import companion_of, quantization_config
-from halfbyte.checkpoint.folder import PICKLE_HINT, PICKLES, Folder
+from halfbyte.checkpoint.folder import PICKLE_HINT, PICKLES, Folder, read_json
 from halfbyte.checkpoint.gguf import GGUF
 from halfbyte.checkpoint.header import TORCH_DTYPES
-from halfbyte.checkpoint.hub import HUB_ID, download
+from halfbyte.checkpoint.hub import HUB_ID, download, download_config
 from halfbyte.checkpoint.layout import EMBEDDING, HEAD, linear_layers, plan
 from halfbyte.checkpoint.source import Source, StoredTensor, new_staging
 from halfbyte.errors import CheckpointError, UnsupportedModelError
@@ -159,6 +159,22 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         f"{text}: expected a model folder, a .gguf file or a hub id such as 'owner/name', "
         "got a path where there is nothing"
     )
+
+
+def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
+    """The config of a model that `load` takes, without its weights: they need not be there.
+
+    path: also a config.json itself. Raises as `load` does.
+    """
+    text = os.fspath(path)
+    local = Path(text).expanduser()
+    if local.is_file() and local.suffix == ".json":
+        return DecoderConfig.from_dict(read_json(local))
+    if local.is_dir() and (local / "config.json").exists():
+        return DecoderConfig.from_dict(read_json(local / "config.json"))
+    if not local.exists() and HUB_ID.fullmatch(text) and local.suffix not in FILE_SUFFIXES:
+        return DecoderConfig.from_dict(read_json(download_config(text)))
+    return DecoderConfig.from_dict(open_source(path).config)
 
 
 FILE_SUFFIXES = (".gguf", ".safetensors", *PICKLES)

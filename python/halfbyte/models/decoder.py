@@ -14,6 +14,7 @@ from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.models.rope import RotaryEmbedding
+from halfbyte.offload import ActivationOffload
 from halfbyte.ops import cross_entropy, gemv, swiglu
 
 IGNORE = -100
@@ -60,7 +61,10 @@ class DecoderLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Token ids to the hidden states that the head reads."""
+    """Token ids to the hidden states that the head reads.
+
+    `offload`, if set, keeps the activations of checkpointed layers in host memory.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -71,10 +75,13 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim)
         self.windows = config.sliding_windows
+        self.offload: ActivationOffload | None = None
 
     def forward(self, ids: Tensor, cache: CacheStep | None, checkpointed: bool) -> Tensor:
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
+        if checkpointed and self.offload is not None:
+            return self.norm(self.offload.run(list(self.layers), x, step))
         for layer in self.layers:
             if checkpointed:
                 x = checkpoint(layer, x, step, use_reentrant=False)

@@ -1,6 +1,5 @@
 """Plain functions over torch tensors, registered so that torch.compile sees through them."""
 
-from halfbyte.ops.adamw import AdamWScalars, adamw, adamw_8bit
 from halfbyte.ops.cross_entropy import cross_entropy
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.gemm_4bit import gemm_4bit, gemm_4bit_group
@@ -14,12 +13,9 @@ from halfbyte.ops.rope import rope
 from halfbyte.ops.swiglu import swiglu
 
 __all__ = [
-    "AdamWScalars",
     "Nested",
     "QuantState",
     "add_rms_norm",
-    "adamw",
-    "adamw_8bit",
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_blockwise",

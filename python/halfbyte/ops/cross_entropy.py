@@ -5,9 +5,101 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halfbyte import _core
+from halfbyte.ops.library import define
+
 IGNORE = -100
-# fp32 logits of one chunk at most: 64 MiB, whatever the vocabulary.
+# A chunk's logits take this much, or more where that is still a tenth of all logits in fp32.
 CHUNK_BYTES = 64 << 20
+SHARE = 0.1
+TILE = 128  # rows of a tile of torch's matrix products
+ALIGNED = 8  # columns of logits, so that products of any vocabulary run at full speed
+
+
+def _softmax(logits: Tensor, labels: Tensor, vocab: int, divisor: Tensor | None) -> Tensor:
+    """Losses fp32 [rows]; with a divisor, logits [rows, >= vocab] become their sum's gradient."""
+    if logits.is_cuda:
+        losses = logits.new_empty(len(labels), dtype=torch.float32)
+        _core.cross_entropy(logits, labels, losses, vocab, divisor)
+        return losses
+    # On the CPU by torch, whose exponential is vectorized.
+    whole, keep = logits[:, :vocab], labels >= 0
+    x, index = whole.float(), labels.clamp(min=0).long()[:, None]
+    logsumexp = x.logsumexp(1, keepdim=True)
+    # where, not a product: a masked row may hold Inf or NaN.
+    losses = torch.where(keep, (logsumexp - x.gather(1, index))[:, 0], 0.0)
+    if divisor is not None:
+        x = x.sub_(logsumexp).exp_()
+        x.scatter_add_(1, index, torch.full_like(logsumexp, -1.0))
+        whole.copy_(x.masked_fill_(~keep[:, None], 0.0).div_(divisor))
+    return losses
+
+
+def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
+    """total [V, d] fp32 += grad^T hidden."""
+    if grad.dtype == torch.float32:
+        total.addmm_(grad.t(), hidden, beta=float(not first))
+    elif first:
+        total.copy_(grad.t() @ hidden)
+    else:
+        total.add_(grad.t() @ hidden)
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    divisor: Tensor,
+    of_hidden: bool,
+    of_weight: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, grad_hidden, grad_weight = _loss_fake(
+        hidden, weight, labels, divisor, of_hidden, of_weight, chunk
+    )
+    tokens, vocab = len(hidden), len(weight)
+    stride = -(-vocab // ALIGNED) * ALIGNED
+    buffer = hidden.new_empty(min(chunk, tokens), stride)
+    losses = hidden.new_zeros(tokens, dtype=torch.float32)
+    for start in range(0, tokens, chunk):
+        rows = slice(start, min(start + chunk, tokens))
+        h = hidden[rows]
+        whole = buffer[: len(h)]
+        logits = whole[:, :vocab]
+        torch.mm(h, weight.t(), out=logits)
+        wanted = of_hidden or of_weight
+        losses[rows] = _softmax(whole, labels[rows], vocab, divisor if wanted else None)
+        if of_hidden:
+            torch.mm(logits, weight, out=grad_hidden[rows])
+        if of_weight:
+            _accumulate(grad_weight, logits, h, first=start == 0)
+    if tokens == 0:
+        grad_weight.zero_()
+    loss.copy_(losses.sum())
+    return loss, grad_hidden, grad_weight
+
+
+def _loss_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    divisor: Tensor,
+    of_hidden: bool,
+    of_weight: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
+    shape = weight.shape if of_weight else (0,)
+    grad_weight = weight.new_empty(shape, dtype=torch.float32)
+    return hidden.new_empty((), dtype=torch.float32), grad_hidden, grad_weight
+
+
+define(
+    "cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor divisor, bool of_hidden, "
+    "bool of_weight, SymInt chunk) -> (Tensor, Tensor, Tensor)",
+    _loss,
+    _loss_fake,
+)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -15,42 +107,34 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, divisor, chunk):
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            h, target = hidden[rows], labels[rows]
-            logits = (h @ weight.t()).float()
-            keep = target != IGNORE
-            # What is out of range is masked, or has made the divisor NaN.
-            index = target.clamp(0, weight.shape[0] - 1).unsqueeze(1)
-            logsumexp = torch.logsumexp(logits, dim=1)
-            picked = logits.gather(1, index).squeeze(1)
-            # where, not a product: a masked row may hold Inf or NaN.
-            loss += torch.where(keep, logsumexp - picked, 0.0).sum()
-            if not (want_hidden or want_weight):
-                continue
-            grad = logits.sub_(logsumexp.unsqueeze(1)).exp_()
-            grad.scatter_add_(1, index, torch.full_like(picked, -1.0).unsqueeze(1))
-            grad = torch.where(keep.unsqueeze(1), grad, 0.0).div_(divisor).to(hidden.dtype)
-            if want_hidden:
-                grad_hidden[rows] = grad @ weight
-            if want_weight:
-                grad_weight += grad.t() @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss / divisor
+        # In fp16 small quotients would be lost: there the gradients are divided last.
+        late = divisor if hidden.dtype == torch.float16 else torch.ones_like(divisor)
+        loss, *grads = torch.ops.halfbyte.cross_entropy(
+            hidden, weight, labels, divisor / late, *ctx.needs_input_grad[:2], chunk
+        )
+        ctx.save_for_backward(*grads, late)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss / divisor[0]
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        *grads, late = ctx.saved_tensors
+        scale = grad_loss / late
+        scaled = [
+            # A scale of one dimension is multiplied in fp32 and rounded with the product.
+            torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype)) if wanted else None
+            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
+        return *scaled, None, None, None
+
+
+def _chunk_rows(hidden: Tensor, vocab: int) -> int:
+    """Tokens a chunk: a multiple of a tile, or as many as the bytes allow if they are fewer."""
+    allowed = CHUNK_BYTES // (4 * vocab)
+    # On the CPU the logits of a chunk are computed in fp32.
+    share = int(SHARE * 4 * hidden.shape[0]) // (hidden.element_size() if hidden.is_cuda else 4)
+    rows = max(allowed, share)
+    return rows // TILE * TILE or max(1, rows)
 
 
 def cross_entropy(
@@ -64,8 +148,9 @@ def cross_entropy(
 
     hidden: [T, d]; head_weight: [V, d], same dtype; labels: int64 [T], already shifted.
     num_items: the divisor (default: the number of labels that are not -100); with every label
-    masked the default loss is 0, not NaN. chunk: tokens a piece (default: so that fp32 logits
-    take at most 64 MiB). Returns an fp32 scalar, differentiable in hidden and head_weight.
+    masked the default loss is 0, not NaN. chunk: tokens a piece (default: so that their logits
+    take 64 MiB or a tenth of all logits in fp32). Returns an fp32 scalar, differentiable in hidden
+    and head_weight.
 
     Raises ValueError for shapes that do not fit, labels that are no row of the head and
     num_items <= 0, naming them. On a GPU and under torch.compile, which would have to wait for
@@ -81,9 +166,16 @@ def cross_entropy(
         )
     if num_items is None:
         num_items = (labels != IGNORE).sum().clamp(min=1)
-    divisor = _checked_divisor(labels, num_items, head_weight.shape[0])
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * head_weight.shape[0]))
-    return _CrossEntropy.apply(hidden, head_weight, labels, divisor, chunk)
+    vocab = head_weight.shape[0]
+    divisor = _checked_divisor(labels, num_items, vocab)
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(hidden.device, torch.float32).view(1)
+    else:
+        divisor = hidden.new_full((1,), divisor, dtype=torch.float32)
+    # What is out of range is masked, or has made the divisor NaN.
+    rows = torch.where(labels == IGNORE, -1, labels.clamp(0, vocab - 1)).int()
+    chunk = chunk or _chunk_rows(hidden, vocab)
+    return _CrossEntropy.apply(hidden, head_weight, rows, divisor, chunk)
 
 
 def _checked_divisor(labels: Tensor, num_items: Tensor | float, vocab: int) -> Tensor | float:

@@ -11,7 +11,7 @@ from halfbyte import _core
 from halfbyte.ops.library import define
 from halfbyte.ops.quant_state import BLOCKSIZES, NESTED_BLOCKSIZE, QUANT_TYPES, Nested, QuantState
 
-MEAN_CHUNK = 65536  # scales whose sum is one fp64 term of the offset
+MEAN_CHUNK = 65536  # scales whose mean is taken in 256 running sums, 2048 bytes
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -30,7 +30,7 @@ def _codes_fake(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Ten
 def _double(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = _double_fake(absmax)
     chunks = (absmax.numel() + MEAN_CHUNK - 1) // MEAN_CHUNK
-    _core.double_quantize(absmax, *out, absmax.new_empty(8 * chunks, dtype=torch.uint8))
+    _core.double_quantize(absmax, *out, absmax.new_empty(2048 * chunks, dtype=torch.uint8))
     return out
 
 

@@ -13,9 +13,6 @@ SLICES = 64  # partial sums of the weight's gradient
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.is_cpu and x.dtype == torch.float32:
-        # Adds the squares in the order of torch.mean, hence equals transformers to the bit.
-        return F.rms_norm(x, weight.shape, None, eps) * weight
     out = torch.empty_like(x)
     _core.rms_norm(x, weight, eps, out)
     return out
@@ -26,9 +23,6 @@ def _normed_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _added(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if x.is_cpu and x.dtype == torch.float32:
-        total = x + residual
-        return _normed(total, weight, eps), total
     out, total = torch.empty_like(x), torch.empty_like(x)
     _core.rms_norm(x, weight, eps, out, residual, total)
     return out, total
@@ -123,12 +117,15 @@ class _AddRmsNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension; differentiable in both.
 
-    x: [..., d], fp32, fp16 or bf16; weight: [d], x's dtype or fp32. Computed in fp32, rounded to
-    x's dtype before the weight and after it. Returns x's shape and dtype.
+    x: [..., d], fp32, fp16 or bf16 (on the CPU also fp64); weight: [d], x's dtype or fp32.
+    Computed in fp32, rounded to x's dtype before the weight and after it. Returns x's shape and
+    dtype.
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     x = _rows("rms_norm", x, weight)
+    if x.is_cpu:
+        return _by_torch(x, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, weight, eps)
     return torch.ops.halfbyte.rms_norm(x, weight, eps)
@@ -145,11 +142,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
             f"add_rms_norm: residual: expected {x.dtype} {list(x.shape)}, "
             f"got {residual.dtype} {list(residual.shape)}"
         )
+    if x.is_cpu:
+        total = x + residual
+        return _by_torch(total, weight, eps), total
     residual = residual.contiguous()
     tracked = x.requires_grad or residual.requires_grad or weight.requires_grad
     if torch.is_grad_enabled() and tracked:
         return _AddRmsNorm.apply(x, residual, weight, eps)
     return torch.ops.halfbyte.add_rms_norm(x, residual, weight, eps)
+
+
+def _by_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """On the CPU torch is as fast, and equals transformers to the bit."""
+    return (F.rms_norm(x, weight.shape, None, eps) * weight).to(x.dtype)
 
 
 def _rows(op: str, x: Tensor, weight: Tensor) -> Tensor:

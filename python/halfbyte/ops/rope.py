@@ -55,10 +55,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     q: [B, T, heads, head_dim], k: [B, T, kv_heads, head_dim], of any strides; cos, sin:
     [B or 1, T, 1, head_dim], the first half of sin negated; one dtype, fp32, fp16 or bf16. Equal to
-    torch's own result to the bit. Returns contiguous tensors.
+    torch's own result to the bit.
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
+    if q.is_cpu:
+        # The same bits, by loops of torch that use vectors.
+        half = q.shape[-1] // 2
+        return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
     q, k = _heads(q), _heads(k)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rope.apply(q, k, cos, sin)

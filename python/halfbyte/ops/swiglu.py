@@ -11,9 +11,6 @@ from halfbyte.ops.library import define
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
-    if gate.is_cpu:
-        # torch's exponential is vectorized.
-        return F.silu(gate) * up
     out = gate.new_empty(gate.shape)
     _core.swiglu(gate, up, out)
     return out
@@ -25,11 +22,6 @@ def _product_fake(gate: Tensor, up: Tensor) -> Tensor:
 
 def _gradients(grad: Tensor, gate: Tensor, up: Tensor, halves: bool) -> Tensor:
     grads = _gradients_fake(grad, gate, up, halves)
-    if gate.is_cpu:
-        of_gate, of_up = grads.unbind(1 if halves else 0)
-        torch.ops.aten.silu_backward(grad * up, gate, grad_input=of_gate)
-        torch.mul(grad, F.silu(gate), out=of_up)
-        return grads
     _core.swiglu_backward(grad, gate, up, grads, halves)
     return grads
 
@@ -87,6 +79,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(f"swiglu: gate: expected [..., 2 d], got {list(gate.shape)}")
+        if gate.is_cpu:
+            return _by_torch(*gate.chunk(2, dim=-1))
         both = _rows(gate)
         if torch.is_grad_enabled() and both.requires_grad:
             out = _SwigluOfHalves.apply(both)
@@ -95,10 +89,17 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         return out.view(*gate.shape[:-1], gate.shape[-1] // 2)
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"swiglu: up: expected {_described(gate)}, got {_described(up)}")
+    if gate.is_cpu:
+        return _by_torch(gate, up)
     rows = _rows(gate), _rows(up)
     tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     out = _Swiglu.apply(*rows) if tracked else torch.ops.halfbyte.swiglu(*rows)
     return out.view(gate.shape)
+
+
+def _by_torch(gate: Tensor, up: Tensor) -> Tensor:
+    """On the CPU, where torch's exponential is vectorized."""
+    return F.silu(gate) * up
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class TrainConfig:
     adam_betas: decay rates of AdamW's moments.
     adam_epsilon: of AdamW.
     optim: "fp32" or "8bit" AdamW state.
+    placement: where that state is kept: "auto", "device" or "host" memory.
     group_by_length: batch sequences of similar length together.
     gradient_checkpointing: keep one activation a layer and recompute the rest.
     seed: of the adapter's initial values and of dropout.
@@ -125,6 +126,7 @@ class TrainConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_epsilon: float = 1e-8
     optim: str = "fp32"
+    placement: str = "auto"
     group_by_length: bool = True
     gradient_checkpointing: bool = True
     seed: int = 42
@@ -213,6 +215,7 @@ def _check_choices(config: TrainConfig) -> None:
         "quant_type": QUANT_TYPES,
         "lr_scheduler_type": tuple(SCHEDULES),
         "optim": ("fp32", "8bit"),
+        "placement": ("auto", "device", "host"),
         "lora_bias": ("none", "all", "lora_only"),
         "dtype": (*DTYPES, *DTYPES.values()),
     }

@@ -29,6 +29,7 @@ from halfbyte.train.signals import StopRequest
 from halfbyte.train.world import World, join_world
 
 ADAPTER = "adapter"
+TRACE = "paging_trace.json"
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def _save(run: Run, rng: dict[str, Any]) -> None:
     """A checkpoint of everything that decides the next losses; `rng` is this rank's state."""
     folder = checkpoints.checkpoint_folder(run.output_dir, run.step)
     states = run.world.gather(rng)
+    run.optimizer.pager.settle()
 
     def write() -> None:
         run.monitor.sync()
@@ -250,11 +252,31 @@ def _step(run: Run, stop: StopRequest) -> bool:
         "learning_rate": lr,
         "tokens": run.tokens,
         "tokens_per_second": round(tokens / max(time.monotonic() - started, 1e-9), 1),
-        "memory_gb": round(peak_memory(run.world.device) / 1e9, 3),
+        "memory_gb": round(_peak_memory(run) / 1e9, 3),
+        **_paging(run),
     }
     run.history.append(row)
     run.monitor.row(row)
     return asked
+
+
+def _peak_memory(run: Run) -> int:
+    return max(peak_memory(run.world.device), run.optimizer.pager.peak_bytes())
+
+
+def _paging(run: Run) -> dict[str, Any]:
+    """What the pager did so far; nothing where all state lies in the device's own memory."""
+    if run.world.device.type != "cuda":
+        return {}
+    stats = run.optimizer.pager.stats()
+    return {
+        "state_on_host_gb": round(stats["host_bytes"] / 1e9, 3),
+        "evicted_gb": round(sum(stats["evicted_bytes"].values()) / 1e9, 3),
+        "offloaded_gb": round(stats["offloaded_bytes"] / 1e9, 3),
+        "update_ms": stats["update_ms"],
+        "exposed_ms": stats["exposed_ms"],
+        "ooms_absorbed": sum(stats["absorbed"].values()),
+    }
 
 
 def _measure(run: Run, stop: StopRequest) -> tuple[list[Tensor], Tensor, Tensor, bool]:
@@ -281,15 +303,20 @@ def _accumulate(run: Run) -> list[Tensor]:
     reaches the first gradient; it is taken out again in the parameters' own precision.
     """
     num_items = sum(run.rows[index].targets for index in run.batches.rows(run.step))
-    losses = []
+    pager, losses = run.optimizer.pager, []
+
+    def work(ids: Tensor, labels: Tensor) -> Tensor:
+        loss = run.model(ids, labels=labels, num_items=num_items / run.loss_scale).loss
+        loss.backward()
+        return loss.detach()
+
     for indices in run.batches.micro_batches(run.step, run.world.rank):
-        ids, labels = _batch(run, [run.rows[index] for index in indices])
+        batch = _batch(run, [run.rows[index] for index in indices])
         try:
-            loss = run.model(ids, labels=labels, num_items=num_items / run.loss_scale).loss
-            loss.backward()
+            loss = pager.micro_step(work, *batch, model=run.model)
         except torch.OutOfMemoryError as error:
-            raise _out_of_memory(run, ids) from error
-        losses.append(loss.detach() / run.loss_scale)
+            raise _out_of_memory(run, error) from error
+        losses.append(loss / run.loss_scale)
     if run.loss_scale != 1:
         for gradient in _gradients(run):
             gradient.div_(run.loss_scale)
@@ -301,11 +328,10 @@ def _batch(run: Run, rows: list[EncodedRow]) -> tuple[Tensor, Tensor]:
     return ids.to(run.world.device), labels.to(run.world.device)
 
 
-def _out_of_memory(run: Run, ids: Tensor) -> torch.OutOfMemoryError:
+def _out_of_memory(run: Run, error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
     return torch.OutOfMemoryError(
-        f"step {run.step + 1}: {list(ids.shape)} tokens do not fit in memory. hint: lower "
-        "per_device_batch_size and raise gradient_accumulation_steps, keep gradient_checkpointing "
-        "on, or shorten source_max_len, target_max_len or max_seq_len"
+        f"step {run.step + 1}: {error}. hint: keep gradient_checkpointing on, use optim='8bit' or "
+        "placement='auto', or shorten source_max_len, target_max_len or max_seq_len"
     )
 
 
@@ -424,7 +450,10 @@ def _write_adapter(run: Run, folder: Path) -> None:
 def _finish(run: Run, started: float) -> TrainResult:
     """Write the adapter and the curve, and sum the run up."""
     adapter_dir, curve = run.output_dir / ADAPTER, None
+    run.optimizer.pager.settle()
     run.monitor.close()
+    if run.world.main and run.world.device.type == "cuda":
+        run.optimizer.pager.write_trace(run.output_dir / TRACE)
     run.world.on_main(lambda: _write_adapter(run, adapter_dir))
     if run.world.main:
         curve = draw_curve(run.history, run.output_dir)
@@ -439,7 +468,7 @@ def _finish(run: Run, started: float) -> TrainResult:
         adapter_dir=adapter_dir,
         metrics_path=run.monitor.path,
         loss_curve=curve,
-        peak_memory_bytes=peak_memory(run.world.device),
+        peak_memory_bytes=_peak_memory(run),
         tokens=run.tokens,
         seconds=time.monotonic() - started,
         resumed_from=run.resumed_from,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from halfbyte import _core
 from halfbyte.checkpoint import load
 from halfbyte.data import (
     Batches,
@@ -32,6 +33,7 @@ from halfbyte.fingerprint import fingerprint
 from halfbyte.lora import LoraConfig, LoRALinear, adapter_parameters, adapter_tensors, inject
 from halfbyte.models import Decoder
 from halfbyte.optim import AdamW
+from halfbyte.plan import Setup, footprint
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.monitor import Monitor
 from halfbyte.train.world import World
@@ -125,7 +127,7 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
         model=model,
         base=base,
         parameters=parameters,
-        optimizer=_optimizer(config, parameters),
+        optimizer=_optimizer(config, world, model, parameters),
         rows=rows,
         eval_rows=eval_rows,
         report=report,
@@ -251,16 +253,30 @@ def _alphas(model: Decoder) -> list[float]:
     return sorted({layer.lora_alpha for layer in model.modules() if isinstance(layer, LoRALinear)})
 
 
-def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> AdamW:
+def _optimizer(
+    config: TrainConfig, world: World, model: Decoder, parameters: list[nn.Parameter]
+) -> AdamW:
     beta1, beta2 = config.adam_betas
-    return AdamW(
+    budget = _core.Pager.host_budget()
+    optimizer = AdamW(
         parameters,
         lr=config.learning_rate,
         betas=(beta1, beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         state=config.optim,
+        placement=config.placement,
+        # Ranks of one host share its memory.
+        host_limit=None if budget is None else budget // world.size,
     )
+
+    def first_estimate(tokens: int) -> int:
+        setup = Setup(seq=tokens, r=config.lora_r, optim=config.optim, quant_type=config.quant_type)
+        return footprint(model.config, setup).activations
+
+    optimizer.pager.predictor.estimate = first_estimate
+    optimizer.overlap(model.model.layers)
+    return optimizer
 
 
 def _dtype(model: Decoder) -> torch.dtype:

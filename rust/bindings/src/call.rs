@@ -2,7 +2,7 @@
 
 use halfbyte_core::{Backend, CpuBackend, Device, Error, Result};
 use halfbyte_cuda::CudaBackend;
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
@@ -13,6 +13,13 @@ pyo3::create_exception!(
     CudaError,
     PyRuntimeError,
     "The CUDA driver is missing, or one of its calls or a kernel failed."
+);
+
+pyo3::create_exception!(
+    halfbyte._core,
+    HostMemoryError,
+    PyMemoryError,
+    "Host memory for optimizer state could not be reserved or pinned."
 );
 
 /// Runs `work` on the backend of `device`, without the GIL; records it where this thread records.
@@ -36,12 +43,13 @@ where
 pub fn to_py_err(error: Error) -> PyErr {
     match error {
         Error::Cuda { .. } => CudaError::new_err(error.to_string()),
+        Error::HostMemory { .. } => HostMemoryError::new_err(error.to_string()),
         _ => PyValueError::new_err(error.to_string()),
     }
 }
 
 /// The handle of torch's current stream; torch's private accessor is several microseconds faster where it exists.
-fn current_stream(py: Python<'_>, ordinal: u32) -> PyResult<u64> {
+pub fn current_stream(py: Python<'_>, ordinal: u32) -> PyResult<u64> {
     static RAW_STREAM: PyOnceLock<Option<Py<PyAny>>> = PyOnceLock::new();
     let raw_stream = RAW_STREAM.get_or_try_init(py, || {
         let accessor = py.import("torch")?.getattr("_C")?.getattr_opt("_cuda_getCurrentRawStream")?;

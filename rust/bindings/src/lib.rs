@@ -2,6 +2,7 @@
 
 mod call;
 mod ops;
+mod pager;
 mod recording;
 mod tensor;
 
@@ -13,13 +14,15 @@ mod _core {
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
     #[pymodule_export]
-    use super::call::CudaError;
+    use super::call::{CudaError, HostMemoryError};
     #[pymodule_export]
     use super::ops::{
-        adamw, adamw_8bit, codebook, cpu_features, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
+        codebook, cpu_features, cross_entropy, cuda_build, cuda_status, dequantize_4bit, dequantize_blockwise,
         double_quantize, dynamic_map, gemm_4bit, gemv, gemv_4bit, gemv_4bit_group, paged_attention, quantize_4bit,
         quantize_blockwise, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward,
     };
+    #[pymodule_export]
+    use super::pager::Pager;
     #[pymodule_export]
     use super::recording::{Recording, record};
 }

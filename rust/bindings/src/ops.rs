@@ -1,8 +1,7 @@
 //! The functions of `halfbyte._core`; shapes, dtypes and errors are described in `_core.pyi`.
 
 use halfbyte_core::codebook as maps;
-use halfbyte_core::ops::adamw::{Adamw, AdamwScalars};
-use halfbyte_core::ops::adamw_8bit::Adamw8bit;
+use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
@@ -80,20 +79,20 @@ pub fn double_quantize(
     codes: Object<'_, '_>,
     nested_absmax: Object<'_, '_>,
     offset: Object<'_, '_>,
-    sums: Object<'_, '_>,
+    lanes: Object<'_, '_>,
 ) -> PyResult<()> {
     const OP: &str = "double_quantize";
     let absmax = Tensor::read(OP, "absmax", absmax)?;
     let codes = Tensor::read(OP, "codes", codes)?;
     let nested_absmax = Tensor::read(OP, "nested_absmax", nested_absmax)?;
     let offset = Tensor::read(OP, "offset", offset)?;
-    let sums = Tensor::read(OP, "sums", sums)?;
-    check_overlap(OP, &[&absmax], &[&codes, &nested_absmax, &offset, &sums])?;
+    let lanes = Tensor::read(OP, "lanes", lanes)?;
+    check_overlap(OP, &[&absmax], &[&codes, &nested_absmax, &offset, &lanes])?;
     // SAFETY: the outputs were checked for overlap.
     let (codes, nested_absmax, offset) = unsafe { (codes.as_mut(), nested_absmax.as_mut(), offset.as_mut()) };
     // SAFETY: as above.
-    let sums = unsafe { sums.as_mut() };
-    let args = DoubleQuantize::new(absmax.as_ref(), codes, nested_absmax, offset, sums).map_err(to_py_err)?;
+    let lanes = unsafe { lanes.as_mut() };
+    let args = DoubleQuantize::new(absmax.as_ref(), codes, nested_absmax, offset, lanes).map_err(to_py_err)?;
     call(py, absmax.device, |backend| backend.double_quantize(args))
 }
 
@@ -320,76 +319,28 @@ pub fn paged_attention(
 }
 
 #[pyfunction]
-#[pyo3(signature = (param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step, grad_scale=None))]
-pub fn adamw(
+#[pyo3(signature = (logits, labels, losses, vocab, divisor=None))]
+pub fn cross_entropy(
     py: Python<'_>,
-    param: Object<'_, '_>,
-    grad: Object<'_, '_>,
-    exp_avg: Object<'_, '_>,
-    exp_avg_sq: Object<'_, '_>,
-    lr: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    weight_decay: f64,
-    step: i64,
-    grad_scale: Option<Object<'_, '_>>,
+    logits: Object<'_, '_>,
+    labels: Object<'_, '_>,
+    losses: Object<'_, '_>,
+    vocab: i64,
+    divisor: Option<Object<'_, '_>>,
 ) -> PyResult<()> {
-    const OP: &str = "adamw";
-    let param = Tensor::read(OP, "param", param)?;
-    let grad = Tensor::read(OP, "grad", grad)?;
-    let exp_avg = Tensor::read(OP, "exp_avg", exp_avg)?;
-    let exp_avg_sq = Tensor::read(OP, "exp_avg_sq", exp_avg_sq)?;
-    let grad_scale = grad_scale.map(|scale| Tensor::read(OP, "grad_scale", scale)).transpose()?;
-    let read: Vec<&Tensor> = [&grad].into_iter().chain(&grad_scale).collect();
-    check_overlap(OP, &read, &[&param, &exp_avg, &exp_avg_sq])?;
-    let step = not_negative(OP, "step", step)? as u64;
-    let scalars = AdamwScalars { lr, beta1, beta2, eps, weight_decay, step };
-    let scale = grad_scale.as_ref().map(Tensor::as_ref);
+    const OP: &str = "cross_entropy";
+    let logits = Tensor::read(OP, "logits", logits)?;
+    let labels = Tensor::read(OP, "labels", labels)?;
+    let losses = Tensor::read(OP, "losses", losses)?;
+    let divisor = divisor.map(|divisor| Tensor::read(OP, "divisor", divisor)).transpose()?;
+    let read: Vec<&Tensor> = [&labels].into_iter().chain(&divisor).collect();
+    check_overlap(OP, &read, &[&logits, &losses])?;
+    let vocab = not_negative(OP, "vocab", vocab)?;
+    let divided = divisor.as_ref().map(Tensor::as_ref);
     // SAFETY: the outputs were checked for overlap.
-    let (weight, exp_avg, exp_avg_sq) = unsafe { (param.as_mut(), exp_avg.as_mut(), exp_avg_sq.as_mut()) };
-    let args = Adamw::new(weight, grad.as_ref(), exp_avg, exp_avg_sq, scalars, scale).map_err(to_py_err)?;
-    call(py, param.device, |backend| backend.adamw(args))
-}
-
-#[pyfunction]
-#[pyo3(signature = (param, grad, state1, state2, absmax1, absmax2, lr, beta1, beta2, eps, weight_decay, step, grad_scale=None))]
-pub fn adamw_8bit(
-    py: Python<'_>,
-    param: Object<'_, '_>,
-    grad: Object<'_, '_>,
-    state1: Object<'_, '_>,
-    state2: Object<'_, '_>,
-    absmax1: Object<'_, '_>,
-    absmax2: Object<'_, '_>,
-    lr: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    weight_decay: f64,
-    step: i64,
-    grad_scale: Option<Object<'_, '_>>,
-) -> PyResult<()> {
-    const OP: &str = "adamw_8bit";
-    let param = Tensor::read(OP, "param", param)?;
-    let grad = Tensor::read(OP, "grad", grad)?;
-    let state1 = Tensor::read(OP, "state1", state1)?;
-    let state2 = Tensor::read(OP, "state2", state2)?;
-    let absmax1 = Tensor::read(OP, "absmax1", absmax1)?;
-    let absmax2 = Tensor::read(OP, "absmax2", absmax2)?;
-    let grad_scale = grad_scale.map(|scale| Tensor::read(OP, "grad_scale", scale)).transpose()?;
-    let read: Vec<&Tensor> = [&grad].into_iter().chain(&grad_scale).collect();
-    check_overlap(OP, &read, &[&param, &state1, &state2, &absmax1, &absmax2])?;
-    let step = not_negative(OP, "step", step)? as u64;
-    let scalars = AdamwScalars { lr, beta1, beta2, eps, weight_decay, step };
-    let scale = grad_scale.as_ref().map(Tensor::as_ref);
-    // SAFETY: the outputs were checked for overlap.
-    let (weight, state1, state2) = unsafe { (param.as_mut(), state1.as_mut(), state2.as_mut()) };
-    // SAFETY: as above.
-    let (absmax1, absmax2) = unsafe { (absmax1.as_mut(), absmax2.as_mut()) };
-    let args = Adamw8bit::new(weight, grad.as_ref(), state1, state2, absmax1, absmax2, scalars, scale);
-    let args = args.map_err(to_py_err)?;
-    call(py, param.device, |backend| backend.adamw_8bit(args))
+    let (target, of_rows) = unsafe { (logits.as_mut(), losses.as_mut()) };
+    let args = CrossEntropy::new(target, labels.as_ref(), of_rows, divided, vocab).map_err(to_py_err)?;
+    call(py, logits.device, |backend| backend.cross_entropy(args))
 }
 
 #[pyfunction]

@@ -1,8 +1,7 @@
 //! The runtime's table of contents: what a device must be able to do.
 
 use crate::error::Result;
-use crate::ops::adamw::Adamw;
-use crate::ops::adamw_8bit::Adamw8bit;
+use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
@@ -29,8 +28,7 @@ pub trait Backend {
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
     fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()>;
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()>;
-    fn adamw(&self, args: Adamw<'_>) -> Result<()>;
-    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()>;
+    fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()>;
     fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()>;
     fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()>;
     fn rope(&self, args: Rope<'_>) -> Result<()>;

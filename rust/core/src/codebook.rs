@@ -136,19 +136,19 @@ const fn rank(thresholds: &[f32; 255], x: f32) -> u8 {
 }
 
 /// A table of ranks by the leading bits of a float: at most two thresholds lie inside one bucket.
-struct Buckets {
+pub struct Buckets {
     /// Padded with infinity.
-    thresholds: [f32; 256],
+    pub thresholds: [f32; 256],
     /// Rank at the lower end of each bucket, of positive and of negative values.
-    ranks: [[u8; BUCKETS]; 2],
+    pub ranks: [[u8; BUCKETS]; 2],
 }
 
 /// 2^-23: below the smallest threshold that is not zero.
-const MAGNITUDE_MIN: u32 = 0x3400_0000;
+pub const MAGNITUDE_MIN: u32 = 0x3400_0000;
 const MAGNITUDE_MAX: u32 = 1.0f32.to_bits();
 /// Leaves six bits of the mantissa.
-const BUCKET_SHIFT: u32 = 17;
-const BUCKETS: usize = ((MAGNITUDE_MAX - MAGNITUDE_MIN) >> BUCKET_SHIFT) as usize + 1;
+pub const BUCKET_SHIFT: u32 = 17;
+pub const BUCKETS: usize = ((MAGNITUDE_MAX - MAGNITUDE_MIN) >> BUCKET_SHIFT) as usize + 1;
 
 const fn buckets(ascending: &[f32; 255]) -> Buckets {
     let mut thresholds = [f32::INFINITY; 256];
@@ -169,8 +169,8 @@ const fn buckets(ascending: &[f32; 255]) -> Buckets {
     Buckets { thresholds, ranks }
 }
 
-static BUCKETS_SIGNED: Buckets = buckets(&NEAREST_SIGNED);
-static BUCKETS_UNSIGNED: Buckets = buckets(&NEAREST_UNSIGNED);
+pub static BUCKETS_SIGNED: Buckets = buckets(&NEAREST_SIGNED);
+pub static BUCKETS_UNSIGNED: Buckets = buckets(&NEAREST_UNSIGNED);
 
 impl Buckets {
     #[inline(always)]

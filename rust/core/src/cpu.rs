@@ -2,8 +2,7 @@
 
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::ops::adamw::Adamw;
-use crate::ops::adamw_8bit::Adamw8bit;
+use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
@@ -97,16 +96,6 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn adamw(&self, args: Adamw<'_>) -> Result<()> {
-        args.run_on_cpu();
-        Ok(())
-    }
-
-    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
-        args.run_on_cpu();
-        Ok(())
-    }
-
     fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
         args.run_on_cpu();
         Ok(())
@@ -128,6 +117,11 @@ impl Backend for CpuBackend {
     }
 
     fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()> {
         args.run_on_cpu();
         Ok(())
     }

@@ -21,6 +21,14 @@ pub enum Error {
     #[error("{op}: {name} must be {expected}, got {got}")]
     Argument { op: &'static str, name: &'static str, expected: &'static str, got: String },
 
+    /// Host memory that could not be reserved or pinned.
+    #[error(
+        "{need} bytes of host memory are needed for optimizer state, beside {held} held already, and {available} are \
+         available: {reason}. hint: free host memory, raise the limit of the container, use 8-bit state, or keep the \
+         state on the device"
+    )]
+    HostMemory { need: u64, held: u64, available: u64, reason: String },
+
     /// A failure of the CUDA driver or of a kernel; `what` names the call or the kernel with its launch dimensions.
     #[error("{what} failed on {device}: {message}")]
     Cuda { what: String, device: Device, message: String },

@@ -9,6 +9,7 @@ pub mod codebook;
 pub mod cpu;
 pub mod error;
 pub mod ops;
+pub mod pager;
 pub mod parallel;
 pub mod quant_state;
 pub mod simd;

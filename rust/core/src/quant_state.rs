@@ -139,29 +139,4 @@ impl Scales<'_> {
             }
         }
     }
-
-    /// `out[i]` is the scale of unit `first + i`, where a block is `blocksize / unit` units.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    pub fn fill(&self, first: usize, unit: usize, blocksize: usize, out: &mut [f32]) {
-        let shift = (blocksize / unit).trailing_zeros();
-        match *self {
-            Scales::Plain(absmax) if shift == 0 => out.copy_from_slice(&absmax[first..][..out.len()]),
-            Scales::Nested { codes, absmax, map, offset } if shift == 0 => {
-                let (codes, map) = (&codes[first..][..out.len()], &map[..256]);
-                // Up to the next nested scale, then from one to the next.
-                let head = (NESTED_BLOCKSIZE - first % NESTED_BLOCKSIZE).min(out.len());
-                let (out_head, out_rest) = out.split_at_mut(head);
-                let (codes_head, codes_rest) = codes.split_at(head);
-                let runs = out_rest.chunks_mut(NESTED_BLOCKSIZE).zip(codes_rest.chunks(NESTED_BLOCKSIZE));
-                let runs = std::iter::once((out_head, codes_head)).chain(runs);
-                for ((out, codes), &nested) in runs.zip(&absmax[first / NESTED_BLOCKSIZE..]) {
-                    for (scale, &code) in out.iter_mut().zip(codes) {
-                        *scale = map[code as usize] * nested + offset;
-                    }
-                }
-            }
-            _ => out.iter_mut().enumerate().for_each(|(i, scale)| *scale = self.get((first + i) >> shift)),
-        }
-    }
 }

@@ -93,27 +93,39 @@ impl Float for f32 {
     }
 }
 
-macro_rules! half_float {
-    ($type:ty, $dtype:expr) => {
-        impl Element for $type {
-            const DTYPE: DType = $dtype;
-        }
-
-        impl Float for $type {
-            #[inline(always)]
-            fn to_f32(self) -> f32 {
-                self.to_f32()
-            }
-            #[inline(always)]
-            fn from_f32(value: f32) -> Self {
-                <$type>::from_f32(value)
-            }
-        }
-    };
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
 }
 
-half_float!(f16, DType::F16);
-half_float!(bf16, DType::BF16);
+impl Float for f16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        f16::from_f32(value)
+    }
+}
+
+impl Element for bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+
+/// Without branches, unlike the conversions of bf16 itself, so that the compiler can use vectors.
+impl Float for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        let quiet = bits >> 16 | 0x40;
+        bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
+    }
+}
 
 /// Contiguous memory that is only read.
 #[derive(Debug, Clone, Copy)]

@@ -72,9 +72,9 @@ fn a_zero_block_keeps_its_zeros() {
 fn double_quantize(absmax: &[f32]) -> (Vec<u8>, Vec<f32>, f32) {
     let groups = absmax.len().div_ceil(256);
     let (mut codes, mut nested, mut offset) = (vec![0; absmax.len()], vec![0.0; groups], [f32::NAN]);
-    let mut sums = vec![0u64; absmax.len().div_ceil(65536)];
+    let mut lanes = vec![0u64; 256 * absmax.len().div_ceil(65536)];
     // SAFETY: any eight bytes are a u64 and the other way round.
-    let bytes = unsafe { sums.align_to_mut::<u8>().1 };
+    let bytes = unsafe { lanes.align_to_mut::<u8>().1 };
     let args = DoubleQuantize::new(
         TensorRef::from_slice(absmax),
         TensorMut::from_slice(&mut codes),

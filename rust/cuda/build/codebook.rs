@@ -3,8 +3,8 @@
 use std::fmt::Write;
 
 use halfbyte_core::codebook::{
-    DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, FP4, FP4_RANKS, INT4, INT4_RANKS, NEAREST_SIGNED, NEAREST_UNSIGNED, NF4,
-    NF4_RANKS, Ranks,
+    BUCKET_SHIFT, BUCKETS, BUCKETS_SIGNED, BUCKETS_UNSIGNED, DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, FP4, FP4_RANKS, INT4,
+    INT4_RANKS, MAGNITUDE_MIN, NEAREST_SIGNED, NEAREST_UNSIGNED, NF4, NF4_RANKS, Ranks,
 };
 use halfbyte_core::ops::quantize_4bit::ABSMAX_MIN;
 
@@ -27,6 +27,14 @@ pub fn header() -> String {
     );
     table("float DYNAMIC_MAP[2][256]", &[&DYNAMIC_UNSIGNED, &DYNAMIC_SIGNED].map(|row| floats(row)));
     table("float NEAREST_THRESHOLDS[2][255]", &[&NEAREST_UNSIGNED, &NEAREST_SIGNED].map(|row| floats(row)));
+    // Positive values by the unsigned map, then positive and negative ones by the signed map.
+    let ranks = [&BUCKETS_UNSIGNED.ranks[0], &BUCKETS_SIGNED.ranks[0], &BUCKETS_SIGNED.ranks[1]];
+    table(
+        &format!("uint8_t NEAREST_RANKS[3][{BUCKETS}]"),
+        &ranks.map(|row| format!("    {{{row:?}}}").replace(['[', ']'], "")),
+    );
+    let _ = writeln!(text, "constexpr int BUCKETS = {BUCKETS}, BUCKET_SHIFT = {BUCKET_SHIFT};");
+    let _ = writeln!(text, "constexpr uint32_t MAGNITUDE_MIN = {MAGNITUDE_MIN};");
     text
 }
 

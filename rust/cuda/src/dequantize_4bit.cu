@@ -5,8 +5,8 @@
 #include "overlap.cuh"
 
 constexpr int THREADS = 256;
-constexpr int GROUPS = 4; // 16-byte stores a thread, all their loads in flight at once
-constexpr int CTAS = 4;   // an SM, at least; left to choose, ptxas wants all of them on sm_80 and spills
+constexpr int GROUPS = 2; // 16-byte stores a thread, all their loads in flight at once
+constexpr int CTAS = 8;   // an SM: small tiles and all of its threads, so that few are left over at the end
 
 // The codes of one 16-byte store: eight (4 bytes) or four (2 bytes).
 template <int COUNT>
@@ -23,7 +23,7 @@ __device__ void dequantize_tile(const uint8_t* packed, const Absmax& absmax, T* 
     uint32_t codes[GROUPS];
     RawScale scales[GROUPS];
     packed += tile / 2, out += tile;
-    const int64_t first_block = tile >> log2_blocksize; // a tile is a whole number of blocks
+    const int64_t first_block = tile >> log2_blocksize; // of a tile and a block one divides the other
 #pragma unroll
     for (int j = 0; j < GROUPS; ++j) {
         const uint32_t i = (j * THREADS + threadIdx.x) * COUNT;

@@ -9,7 +9,7 @@ pub(crate) static FAMILY: Family = family!("dequantize_4bit", &KERNELS);
 
 pub(crate) const THREADS: u32 = 256;
 /// 16-byte stores a thread.
-pub(crate) const GROUPS: usize = 4;
+pub(crate) const GROUPS: usize = 2;
 
 pub(crate) fn launch(launcher: &Launcher, args: Dequantize4bit<'_>) -> Result<()> {
     let (n, dtype) = (args.out.numel(), args.out.dtype());

@@ -7,6 +7,7 @@
 #include "absmax.cuh"
 #include "codes.cuh"
 #include "memory.cuh"
+#include "overlap.cuh"
 #include "pair_table.cuh"
 #include "pipeline.cuh"
 

@@ -12,6 +12,7 @@
 #include "codes.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
+#include "overlap.cuh"
 #include "pair_table.cuh"
 #include "pipeline.cuh"
 

@@ -11,8 +11,8 @@
 #include "codes.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
+#include "overlap.cuh"
 #include "pair_table.cuh"
-#include "pipeline.cuh"
 
 constexpr int MAX_WARPS = 16;
 

@@ -150,7 +150,7 @@ fn device_state(ordinal: u32) -> Result<&'static DeviceState> {
 }
 
 /// Gives the calling thread its current context back when dropped: torch reads the current device from it.
-struct Bound {
+pub(crate) struct Bound {
     /// Null if the thread had none; absent if there is nothing to undo.
     previous: Option<sys::CUcontext>,
 }
@@ -240,7 +240,7 @@ fn relaxed_capture<T>(load: impl FnOnce() -> T) -> T {
     loaded
 }
 
-fn describe(error: DriverError) -> String {
+pub(crate) fn describe(error: DriverError) -> String {
     let name = error.error_name().map(|name| name.to_string_lossy().into_owned());
     let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
     match (name, text) {
@@ -272,6 +272,15 @@ impl Launcher {
 
     pub fn limits(&self) -> Limits {
         self.state.limits
+    }
+
+    /// Makes the device's context current on this thread, until dropped.
+    pub fn bind(&self) -> Result<Bound> {
+        Bound::to(&self.state.context).map_err(|error| self.error("binding the device", error))
+    }
+
+    pub fn error(&self, what: &str, error: DriverError) -> Error {
+        self.state.error(what.to_string(), error)
     }
 
     /// Queues one kernel. `args` are addresses of values that match the kernel's parameters one by one (`args!`),

@@ -4,8 +4,8 @@
 //! operation can be captured in a CUDA graph.
 
 mod adamw;
-mod adamw_8bit;
 mod args;
+mod cross_entropy;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
@@ -15,6 +15,7 @@ mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
 mod paged_attention;
+mod pager;
 mod quantize_4bit;
 mod quantize_blockwise;
 mod rms_norm;
@@ -24,8 +25,7 @@ mod swiglu;
 #[cfg(test)]
 mod tests;
 
-use halfbyte_core::ops::adamw::Adamw;
-use halfbyte_core::ops::adamw_8bit::Adamw8bit;
+use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
@@ -41,6 +41,7 @@ use halfbyte_core::ops::swiglu::{Swiglu, SwigluBackward};
 use halfbyte_core::{Backend, Error, Result};
 
 use launch::Launcher;
+pub use pager::CudaPages;
 
 /// What the embedded kernels were built by and for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,14 +124,6 @@ impl Backend for CudaBackend {
         paged_attention::launch(&self.launcher, args)
     }
 
-    fn adamw(&self, args: Adamw<'_>) -> Result<()> {
-        adamw::launch(&self.launcher, args)
-    }
-
-    fn adamw_8bit(&self, args: Adamw8bit<'_>) -> Result<()> {
-        adamw_8bit::launch(&self.launcher, args)
-    }
-
     fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
         rms_norm::launch(&self.launcher, args)
     }
@@ -149,5 +142,9 @@ impl Backend for CudaBackend {
 
     fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
         swiglu::launch_backward(&self.launcher, args)
+    }
+
+    fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()> {
+        cross_entropy::launch(&self.launcher, args)
     }
 }

@@ -1,7 +1,9 @@
 // Programmatic dependent launch: a kernel whose launch says that it overlaps may start before the one in front of it
-// has ended, and touches no memory before the wait.
+// has ended.
 #pragma once
 
+// By kernels that write nothing but activations. What makes weights (codes and scales) stays silent, so that whoever
+// has started early may read weights at once, and everything else after the wait.
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

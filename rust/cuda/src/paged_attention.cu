@@ -2,7 +2,7 @@
 // parts; a CTA takes a part of a tile of heads that share a key head, and the last CTA to arrive adds the parts in
 // order.
 #include "memory.cuh"
-#include "pipeline.cuh"
+#include "overlap.cuh"
 #include "reduce.cuh"
 
 constexpr int WARPS = 8;

@@ -1,4 +1,4 @@
-// What a pipeline in shared memory is made of: barriers, bulk copies, kernels that overlap (sm_90 and later).
+// What a pipeline in shared memory is made of: barriers and bulk copies (sm_90 and later).
 #pragma once
 #include <stdint.h>
 
@@ -55,18 +55,4 @@ __device__ inline void copy_box(void* to, const void* map, int column, int row, 
                  "[%4];" ::"r"(shared_address(to)),
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(&done))
                  : "memory");
-}
-
-// The next kernel of the stream may start as soon as there is room. Only kernels that write nothing but activations
-// may say this: whoever starts early reads weights before `wait_for_previous_kernel`, everything else after it.
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }

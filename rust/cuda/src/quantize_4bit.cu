@@ -4,10 +4,8 @@
 #include "overlap.cuh"
 
 constexpr int THREADS = 512;
-constexpr int GROUP = 8 * THREADS; // elements: a whole number of blocks of any legal size
-constexpr int GROUPS = 2;          // a CTA; their loads are in flight together
-constexpr int TILE = GROUPS * GROUP;
-constexpr int FP4 = 1; // as quant_type
+constexpr int TILE = 8 * THREADS; // elements of a CTA: a whole number of blocks of any legal size
+constexpr int FP4 = 1;            // as quant_type
 
 // A whole block multiplies by the reciprocal, the short last one divides.
 __device__ void scale8(float (&v)[8], float absmax, bool whole) {
@@ -38,51 +36,39 @@ __device__ void store_codes(uint8_t* packed, int64_t first, int64_t bytes, bool 
 template <typename T, typename Encoder>
 __device__ void quantize_tile(const T* x, uint8_t* packed, float* absmax, int64_t n, int log2_blocksize,
                               const Encoder& encoder, bool vector) {
-    const int64_t tile = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
-    float v[GROUPS][8];
+    const int64_t first = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
+    float v[8];
+    load8_or_zero(x, first, n, vector, v);
+    uint32_t largest = 0;
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j)
-        load8_or_zero(x, tile + j * GROUP, n, vector, v[j]);
-#pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
-        const int64_t first = tile + j * GROUP;
-        uint32_t largest = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            largest = max(largest, magnitude(v[j][i]));
-        largest = threads_max(largest, 1 << (log2_blocksize - 3));
-        const int64_t block = first >> log2_blocksize;
-        const bool opens_block = first == block << log2_blocksize;
-        if (opens_block && first < n)
-            absmax[block] = __uint_as_float(largest);
+    for (int i = 0; i < 8; ++i)
+        largest = max(largest, magnitude(v[i]));
+    largest = threads_max(largest, 1 << (log2_blocksize - 3));
+    const int64_t block = first >> log2_blocksize;
+    const bool opens_block = first == block << log2_blocksize;
+    if (opens_block && first < n)
+        absmax[block] = __uint_as_float(largest);
 
-        scale8(v[j], __uint_as_float(largest), (block + 1) << log2_blocksize <= n);
-        store_codes(packed, first / 2, (n + 1) / 2, vector, encoder.encode8(v[j]));
-    }
+    scale8(v, __uint_as_float(largest), (block + 1) << log2_blocksize <= n);
+    store_codes(packed, first / 2, (n + 1) / 2, vector, encoder.encode8(v));
 }
 
 // A whole tile of aligned tensors in blocks of 64.
 template <typename T>
 __device__ void quantize_tile64(const T* x, uint8_t* packed, float* absmax, const Binned4bit& encoder) {
-    const int64_t tile = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
-    Raw8<T> raw[GROUPS];
+    const int64_t first = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
+    Raw8<T> raw;
+    raw.load(x + first);
+    uint32_t largest = magnitude(raw);
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j)
-        raw[j].load(x + tile + j * GROUP);
-#pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
-        const int64_t first = tile + j * GROUP;
-        uint32_t largest = magnitude(raw[j]);
-#pragma unroll
-        for (int step = 4; step > 0; step /= 2)
-            largest = max(largest, __shfl_xor_sync(FULL_WARP, largest, step));
-        if (threadIdx.x % 8 == 0)
-            absmax[first / 64] = __uint_as_float(largest);
-        float v[8];
-        raw[j].unpack(v);
-        scale8(v, __uint_as_float(largest), true);
-        *reinterpret_cast<uint32_t*>(packed + first / 2) = encoder.encode8(v);
-    }
+    for (int step = 4; step > 0; step /= 2)
+        largest = max(largest, __shfl_xor_sync(FULL_WARP, largest, step));
+    if (threadIdx.x % 8 == 0)
+        absmax[first / 64] = __uint_as_float(largest);
+    float v[8];
+    raw.unpack(v);
+    scale8(v, __uint_as_float(largest), true);
+    *reinterpret_cast<uint32_t*>(packed + first / 2) = encoder.encode8(v);
 }
 
 template <typename T>
@@ -93,7 +79,6 @@ __device__ void quantize_4bit(const T* x,         // [n]
                               int log2_blocksize, // 5..12
                               int quant_type,     // row of the codebook tables
                               bool vector) {      // x is 16-byte, packed 4-byte aligned
-    let_next_kernel_start();
     wait_for_previous_kernel();
     const bool whole = vector && (int64_t(blockIdx.x) + 1) * TILE <= n;
     if (whole && log2_blocksize == 6 && quant_type != FP4)
@@ -105,7 +90,7 @@ __device__ void quantize_4bit(const T* x,         // [n]
 }
 
 #define QUANTIZE_4BIT(T, dtype)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) quantize_4bit_##dtype(                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize_4bit_##dtype(                                    \
         const T* x, uint8_t* packed, float* absmax, int64_t n, int log2_blocksize, int quant_type, bool vector) {      \
         quantize_4bit(x, packed, absmax, n, log2_blocksize, quant_type, vector);                                       \
     }

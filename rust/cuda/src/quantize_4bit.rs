@@ -8,8 +8,7 @@ const KERNELS: [&str; 3] = ["quantize_4bit_f32", "quantize_4bit_f16", "quantize_
 pub(crate) static FAMILY: Family = family!("quantize_4bit", &KERNELS);
 
 pub(crate) const THREADS: u32 = 512;
-pub(crate) const GROUPS: usize = 2;
-const TILE: usize = GROUPS * 8 * THREADS as usize;
+const TILE: usize = 8 * THREADS as usize;
 
 pub(crate) fn launch(launcher: &Launcher, args: Quantize4bit<'_>) -> Result<()> {
     let (x, n) = (args.x, args.x.numel());

@@ -42,19 +42,23 @@ __device__ inline uint32_t threads_max(uint32_t value, int group) {
     return value;
 }
 
-// Sum over `group` neighbouring threads, in all of them: a power of two <= 32, or the whole CTA of full warps.
-__device__ inline float threads_sum(float value, int group) {
+// Sums over `group` neighbouring threads, in all of them: a power of two <= 32, or the whole CTA of full warps.
+template <int COUNT>
+__device__ void threads_sum(float (&values)[COUNT], int group) {
     for (int step = min(group, 32) / 2; step > 0; step /= 2)
-        value += __shfl_xor_sync(FULL_WARP, value, step);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            values[i] += __shfl_xor_sync(FULL_WARP, values[i], step);
     if (group <= 32)
-        return value;
-    __shared__ float of_warp[32];
+        return;
+    __shared__ float of_warp[COUNT][32];
     __syncthreads(); // an earlier call's values have been read
-    if (lane_id() == 0)
-        of_warp[threadIdx.x / 32] = value;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (lane_id() == 0)
+            of_warp[i][threadIdx.x / 32] = values[i];
     __syncthreads();
-    value = 0.0f;
-    for (int i = 0; i < group / 32; ++i)
-        value += of_warp[i];
-    return value;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        values[i] = warp_sum(lane_id() < group / 32 ? of_warp[i][lane_id()] : 0.0f);
 }

@@ -86,7 +86,7 @@ __device__ float add_squares(float total, const Raw8<T>& raw) {
     raw.unpack(v);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-        total += v[i] * v[i];
+        total = fmaf(v[i], v[i], total);
     return total;
 }
 
@@ -109,37 +109,43 @@ __device__ void rms_norm(const T* x,        // [rows, columns]
                          T* sum,            // [rows, columns], null without a residual
                          T* out,            // [rows, columns]
                          float eps, Row row) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
-    // Two more rows are on their way while one is reduced.
-    Terms<T> now, coming;
-    now.load(row, x, residual, 0);
-    if (row.next().any())
-        coming.load(row.next(), x, residual, 0);
-    for (; row.any(); row = row.next()) {
-        Raw8<T> v = now.sum(row, sum, 0);
-        now = coming;
+    constexpr bool FITS = sizeof(W) == sizeof(T); // the weight beside three rows of terms
+    // One row, whose terms make room for those of the row after the next: loads stay in flight while sums are made.
+    const auto norm_row = [&](Terms<T>& terms) {
+        Raw8<T> v = terms.sum(row, sum, 0);
         if (const Row later = row.next().next(); later.any())
-            coming.load(later, x, residual, 0);
-        const Raw8<W> w = row.load_weight(weight, 0);
-        float total = add_squares(0.0f, v);
+            terms.load(later, x, residual, 0);
+        Raw8<W> w;
+        if (FITS)
+            w = row.load_weight(weight, 0);
+        float total[1] = {add_squares(0.0f, v)};
         for (int g = 1; row.column(g) < row.end(); ++g) {
             Terms<T> rest;
             rest.load(row, x, residual, g);
-            total = add_squares(total, rest.sum(row, sum, g));
+            total[0] = add_squares(total[0], rest.sum(row, sum, g));
         }
-        const float root = reciprocal_root(threads_sum(total, row.lanes), row.columns, eps);
+        threads_sum(total, row.lanes);
+        const float root = reciprocal_root(total[0], row.columns, eps);
         v.stay_packed();
+        if (!FITS)
+            w = row.load_weight(weight, 0);
         row.store(out, 0, normed(v, root, w));
         for (int g = 1; row.column(g) < row.end(); ++g)
             row.store(out, g, normed(row.load(sum == nullptr ? x : sum, g), root, row.load_weight(weight, g)));
+        row = row.next();
+    };
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    Terms<T> even, odd;
+    even.load(row, x, residual, 0);
+    if (row.next().any())
+        odd.load(row.next(), x, residual, 0);
+    while (row.any()) {
+        norm_row(even);
+        if (row.any())
+            norm_row(odd);
     }
 }
-
-// The two sums that the gradient of a row needs.
-struct Moments {
-    float squares, slope; // of x * x and of grad * weight * x
-};
 
 template <typename T>
 struct Gradient {
@@ -149,25 +155,27 @@ struct Gradient {
         x = row.load(x_from, group), grad = row.load(grad_from, group);
     }
 
+    // x * x and grad * weight * x.
     template <typename W>
-    __device__ void add_to(Moments& m, const Raw8<W>& weight) const {
+    __device__ void add_to(float (&sums)[2], const Raw8<W>& weight) const {
         float v[8], h[8], w[8];
         x.unpack(v), grad.unpack(h), weight.unpack(w);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            m.squares += v[i] * v[i];
-            m.slope += h[i] * w[i] * v[i];
+            sums[0] = fmaf(v[i], v[i], sums[0]);
+            sums[1] = fmaf(rounded<T>(h[i] * w[i]), v[i], sums[1]);
         }
     }
 
-    // grad * weight * root - x * shrink, and the gradient that reaches the sum by the residual stream.
+    // grad * weight * root - x * shrink, and the gradient that reaches the sum by the residual stream, rounded as torch
+    // rounds them.
     template <typename W>
     __device__ Raw8<T> of_x(float root, float shrink, const Raw8<W>& weight, const Raw8<T>& stream) const {
         float v[8], h[8], w[8], s[8];
         x.unpack(v), grad.unpack(h), weight.unpack(w), stream.unpack(s);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            h[i] = h[i] * w[i] * root - v[i] * shrink + s[i];
+            h[i] = rounded<T>(fmaf(rounded<T>(h[i] * w[i]), root, -v[i] * shrink)) + s[i];
         Raw8<T> out;
         out.pack(h);
         return out;
@@ -189,7 +197,6 @@ __device__ void rms_norm_backward(const T* grad,     // [rows, columns], of out
                                   float eps, Row row) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    Raw8<W> w = row.load_weight(weight, 0);
     Gradient<T> coming;
     coming.load(row, x, grad, 0);
     for (; row.any(); row = row.next()) {
@@ -197,19 +204,21 @@ __device__ void rms_norm_backward(const T* grad,     // [rows, columns], of out
         const Raw8<T> stream = load_or_zeros(row, grad_sum, 0);
         if (const Row next = row.next(); next.any())
             coming.load(next, x, grad, 0);
-        Moments m = {0.0f, 0.0f};
-        now.add_to(m, w);
+        float sums[2] = {};
+        now.add_to(sums, row.load_weight(weight, 0));
         for (int g = 1; row.column(g) < row.end(); ++g) {
             Gradient<T> rest;
             rest.load(row, x, grad, g);
-            rest.add_to(m, row.load_weight(weight, g));
+            rest.add_to(sums, row.load_weight(weight, g));
         }
-        const float root = reciprocal_root(threads_sum(m.squares, row.lanes), row.columns, eps);
-        const float shrink = threads_sum(m.slope, row.lanes) / float(row.columns) * root * root * root;
+        now.x.stay_packed(), now.grad.stay_packed();
+        threads_sum(sums, row.lanes);
+        const float root = reciprocal_root(sums[0], row.columns, eps);
+        const float shrink = sums[1] / float(row.columns) * root * root * root;
         if (roots != nullptr && row.first == 0 && row.row < row.rows)
             roots[row.row] = root;
-        now.x.stay_packed(), now.grad.stay_packed(), w.stay_packed();
-        row.store(grad_x, 0, now.of_x(root, shrink, w, stream));
+        row.store(grad_x, 0, now.of_x(root, shrink, row.load_weight(weight, 0), stream));
+#pragma unroll 1
         for (int g = 1; row.column(g) < row.end(); ++g) {
             Gradient<T> rest;
             rest.load(row, x, grad, g);
@@ -239,7 +248,7 @@ __device__ void rms_norm_partials(const T* grad,      // [rows, columns]
         const float root = roots[row];
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            total[i] += g[i] * rounded<T>(v[i] * root);
+            total[i] = fmaf(g[i], rounded<T>(v[i] * root), total[i]);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i)

@@ -22,7 +22,7 @@ macro_rules! sources {
 
 static SOURCES: &[Sources] = sources!(
     adamw,
-    adamw_8bit,
+    cross_entropy,
     dequantize_4bit,
     dequantize_blockwise,
     double_quantize,
@@ -84,15 +84,18 @@ fn constant(source: &str, name: &str) -> Option<usize> {
 fn launchers_and_kernels_agree_on_their_geometry() {
     let expected = [
         ("adamw", "THREADS", crate::adamw::THREADS as usize),
-        ("adamw", "PER_THREAD", crate::adamw::PER_THREAD),
-        ("adamw_8bit", "THREADS", crate::adamw_8bit::THREADS as usize),
-        ("adamw_8bit", "BLOCKSIZE", halfbyte_core::ops::adamw_8bit::STATE_BLOCKSIZE),
+        ("adamw", "BLOCK", halfbyte_core::ops::adamw::BLOCK),
+        ("adamw", "BLOCKS_PER_PAGE", halfbyte_core::ops::adamw::BLOCKS_PER_PAGE),
+        ("adamw", "SLICE", crate::adamw::SLICE),
+        ("adamw", "CTAS", crate::adamw::CTAS_PER_MULTIPROCESSOR),
+        ("cross_entropy", "THREADS", crate::cross_entropy::THREADS as usize),
         ("dequantize_4bit", "THREADS", crate::dequantize_4bit::THREADS as usize),
         ("dequantize_4bit", "GROUPS", crate::dequantize_4bit::GROUPS),
         ("dequantize_blockwise", "THREADS", crate::dequantize_blockwise::THREADS as usize),
         ("dequantize_blockwise", "PER_THREAD", crate::dequantize_blockwise::PER_THREAD),
         ("double_quantize", "THREADS", crate::double_quantize::THREADS as usize),
         ("double_quantize", "CHUNK", halfbyte_core::ops::double_quantize::MEAN_CHUNK),
+        ("double_quantize", "LANES", halfbyte_core::ops::double_quantize::MEAN_LANES),
         ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
         ("gemm_4bit", "LINE", crate::gemm_4bit::LINE),
         ("gemm_4bit", "MAX_SPLITS", crate::gemm_4bit::MAX_SPLITS),
@@ -112,7 +115,6 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
         ("paged_attention", "MAX_PARTS", halfbyte_core::ops::paged_attention::MAX_PARTS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
-        ("quantize_4bit", "GROUPS", crate::quantize_4bit::GROUPS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
         ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
         ("rms_norm", "MAX_THREADS_F32", crate::rms_norm::MAX_THREADS_F32),

@@ -31,8 +31,8 @@ pub struct DoubleQuantize<'a> {
     pub nested_absmax: TensorMut<'a>,
     /// f32 `[1]`
     pub offset: TensorMut<'a>,
-    /// u8 `[8 * ceil(nblocks / 65536)]`, room for the chunks' sums
-    pub sums: TensorMut<'a>,
+    /// u8 `[2048 * ceil(nblocks / 65536)]`, room for the sums of all lanes
+    pub lanes: TensorMut<'a>,
 }
 
 impl<'a> DoubleQuantize<'a> {
@@ -41,7 +41,7 @@ impl<'a> DoubleQuantize<'a> {
         codes: TensorMut<'a>,
         nested_absmax: TensorMut<'a>,
         offset: TensorMut<'a>,
-        sums: TensorMut<'a>,
+        lanes: TensorMut<'a>,
     ) -> Result<Self> {
         let (nblocks, device) = (absmax.numel(), absmax.device());
         let groups = nblocks.div_ceil(NESTED_BLOCKSIZE);
@@ -53,12 +53,12 @@ impl<'a> DoubleQuantize<'a> {
             .on(device, "absmax")?;
         arg(OP, "offset", offset.as_ref()).dtype(DType::F32)?.numel(1, "a scalar")?.on(device, "absmax")?;
         let chunks = nblocks.div_ceil(MEAN_CHUNK);
-        arg(OP, "sums", sums.as_ref())
+        arg(OP, "lanes", lanes.as_ref())
             .dtype(DType::U8)?
-            .numel(8 * chunks, "eight for 65536 blocks")?
+            .numel(8 * MEAN_LANES * chunks, "2048 for 65536 blocks")?
             .on(device, "absmax")?
             .aligned_to(8)?;
-        Ok(Self { absmax, codes, nested_absmax, offset, sums })
+        Ok(Self { absmax, codes, nested_absmax, offset, lanes })
     }
 }
 
@@ -95,7 +95,8 @@ fn quantize_group(scales: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
 
 /// Values whose sum is one term of the mean.
 pub const MEAN_CHUNK: usize = 65536;
-const MEAN_LANES: usize = 256;
+/// Running sums of a chunk.
+pub const MEAN_LANES: usize = 256;
 
 fn mean(values: &[f32]) -> f32 {
     if values.is_empty() {

@@ -42,8 +42,8 @@ impl<'a> Gemv<'a> {
     }
 }
 
-/// Weights of a chunk: some 5 us of work.
-const CHUNK_WEIGHTS: usize = 1 << 16;
+/// Weights of a chunk: some 30 us of work.
+const CHUNK_WEIGHTS: usize = 1 << 18;
 
 impl Gemv<'_> {
     pub(crate) fn run_on_cpu(self, simd: Simd) {

@@ -92,6 +92,9 @@ impl<'a> Gemv4bitGroup<'a> {
 /// Weights of a chunk, 2 us of work; fewer than two chunks are not worth a second thread (1 us while it spins).
 const CHUNK_WEIGHTS: usize = 1 << 15;
 
+/// More than one, for a thread that is late or slow.
+const CHUNKS_PER_THREAD: usize = 2;
+
 impl Gemv4bit<'_> {
     pub(crate) fn run_on_cpu(self, simd: Simd) {
         let GemvShape { m, n, k } = self.shape;
@@ -138,9 +141,10 @@ impl Gemv4bit<'_> {
     /// Splits the rows of W: `work(first, sums)` fills `sums` `[rows, M]` for the rows from `first` on.
     fn for_each_chunk(&self, sums: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
         let GemvShape { m, n, k } = self.shape;
-        // An equal number of chunks for each thread, since a small matrix has hardly more chunks than threads.
-        let chunks = (n * k / CHUNK_WEIGHTS).max(1);
-        let rows = if chunks == 1 { n } else { n.div_ceil(chunks.next_multiple_of(parallel::num_threads())) };
+        // An equal number for each thread, and few, because taking one costs a cache line from another core.
+        let threads = parallel::num_threads();
+        let chunks = (n * k / CHUNK_WEIGHTS).clamp(1, CHUNKS_PER_THREAD * threads);
+        let rows = if chunks == 1 { n } else { n.div_ceil(chunks.next_multiple_of(threads)) };
         let chunks = sums.chunks_mut(rows * m).enumerate();
         parallel::for_each(chunks, n.div_ceil(rows), |(chunk, sums)| work(chunk * rows, sums));
     }

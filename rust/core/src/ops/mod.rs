@@ -1,7 +1,7 @@
 //! One module an operation: the maths in words, checked arguments, the plain loop, SIMD siblings.
 
 pub mod adamw;
-pub mod adamw_8bit;
+pub mod cross_entropy;
 pub mod dequantize_4bit;
 pub mod dequantize_blockwise;
 pub mod double_quantize;

@@ -5,12 +5,12 @@
 //! root = 1 / sqrt(mean(sum^2) + eps)       fp32, of a row
 //! out  = rounded(sum * root) * weight      rounded to x's dtype, before the weight and after it
 //!
-//! h           = grad * weight
-//! grad_x      = h * root - sum * mean(h * sum) * root^3 + grad_sum
+//! h           = rounded(grad * weight)
+//! grad_x      = rounded(h * root - sum * mean(h * sum) * root^3) + grad_sum
 //! grad_weight = sum over rows of grad * rounded(sum * root)
 //! ```
 //!
-//! All in fp32; `grad_sum` is the gradient that reaches the sum by the residual stream, and `grad_x` also that of the
+//! All in fp32 between the roundings, which are torch's; `grad_sum` is the gradient that reaches the sum by the residual stream, and `grad_x` also that of the
 //! residual. A backend adds a row's squares in an order of its own, which depends on nothing but the shape.
 
 use crate::check::arg;
@@ -122,8 +122,8 @@ fn check_rows(op: &'static str, name: &'static str, x: TensorRef<'_>, weight: Te
     }
     let (columns, most) = (weight.numel(), i32::MAX as usize);
     let rows = x.numel().checked_div(columns).unwrap_or(usize::MAX);
-    if rows > most || columns > most || rows * columns != x.numel() {
-        let expected = "as long as a row of x, and both they and the rows at most 2^31 - 1";
+    if rows > most / 2 || columns > most || rows * columns != x.numel() {
+        let expected = "as long as a row of x, of which there are at most 2^30";
         return Err(Error::Argument {
             op,
             name: "weight",
@@ -190,7 +190,12 @@ fn reciprocal_root<T: Float>(row: &[T], eps: f32) -> f32 {
 }
 
 fn normed<T: Float>(x: T, root: f32) -> f32 {
-    T::from_f32(x.to_f32() * root).to_f32()
+    rounded::<T>(x.to_f32() * root)
+}
+
+/// What is left of a value once it has been stored as T.
+fn rounded<T: Float>(value: f32) -> f32 {
+    T::from_f32(value).to_f32()
 }
 
 const LANES: usize = 16;
@@ -254,12 +259,12 @@ fn row_gradient<T: Float, W: Float>(
     eps: f32,
 ) {
     let root = reciprocal_root(x, eps);
-    let scaled = |i: usize| grad[i].to_f32() * weight[i].to_f32();
+    let scaled = |i: usize| rounded::<T>(grad[i].to_f32() * weight[i].to_f32());
     let slope = lane_sum(x.len(), |i| scaled(i) * x[i].to_f32());
     let shrink = slope / x.len() as f32 * root * root * root;
     for (i, out) in grad_x.iter_mut().enumerate() {
         let by_stream = stream.map_or(0.0, |stream| stream[i].to_f32());
-        *out = T::from_f32(scaled(i) * root - x[i].to_f32() * shrink + by_stream);
+        *out = T::from_f32(rounded::<T>(scaled(i) * root - x[i].to_f32() * shrink) + by_stream);
     }
 }
 

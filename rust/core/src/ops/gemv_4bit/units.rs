@@ -102,11 +102,10 @@ unsafe fn tile_of_rows<V: Vector, const M: usize>(
     // SAFETY: the caller vouches for V's features, and the parts end at the row's end.
     unsafe {
         let mut totals = [[V::splat(0.0); M]; W_TILE];
-        let mut scales = [0.0; X_TILE / UNIT];
         for unit in (0..units_per_row).step_by(units_per_part) {
             let units = unit..units_per_row.min(unit + units_per_part);
             for (i, total) in totals[..rows].iter_mut().enumerate() {
-                add_units::<V, M>(weight, lines, first + i, units.clone(), &mut scales[..units.len()], total);
+                add_units::<V, M>(weight, lines, first + i, units.clone(), total);
             }
         }
         for (sums, total) in columns.sums.chunks_exact_mut(columns.m).zip(&totals) {
@@ -124,19 +123,18 @@ unsafe fn add_units<V: Vector, const M: usize>(
     lines: &[Line],
     row: usize,
     units: Range<usize>,
-    scales: &mut [f32],
     total: &mut [V::Register; M],
 ) {
     let stride = lines.len() / M * 16;
     let mut x: *const f32 = lines[units.start * (UNIT / 16)..].as_ptr().cast();
     let first = row * (weight.k / UNIT) + units.start;
     let packed = &weight.packed[first * (UNIT / 2)..][..units.len() * (UNIT / 2)];
-    weight.scales.fill(first, UNIT, weight.blocksize, scales);
+    let units_of_block = (weight.blocksize / UNIT).trailing_zeros();
     // SAFETY: the caller vouches for V's features; x walks through M rows of K floats, 64 a unit, in aligned lines.
     unsafe {
         let table = V::table(weight.table);
         let mut sums = *total;
-        for (bytes, &scale) in packed.chunks_exact(UNIT / 2).zip(&*scales) {
+        for (unit, bytes) in packed.chunks_exact(UNIT / 2).enumerate() {
             V::prefetch(bytes.as_ptr().wrapping_add(AHEAD));
             let mut partial = [V::splat(0.0); M];
             for step in 0..UNIT / 2 / V::LANES {
@@ -147,7 +145,7 @@ unsafe fn add_units<V: Vector, const M: usize>(
                     *partial = V::multiply_add(odd, V::load(x.add(V::LANES)), *partial);
                 }
             }
-            let scale = V::splat(scale);
+            let scale = V::splat(weight.scales.get((first + unit) >> units_of_block));
             for (sum, partial) in sums.iter_mut().zip(partial) {
                 *sum = V::multiply_add(partial, scale, *sum);
             }

@@ -1,0 +1,58 @@
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::normal;
+use halfbyte_core::ops::cross_entropy::CrossEntropy;
+use halfbyte_core::{Backend, CpuBackend, TensorMut, TensorRef};
+
+/// Four rows of seven columns, eight apart; the last two rows are masked.
+const LABELS: [i32; 4] = [0, 6, -1, 7];
+
+fn run(divisor: Option<f32>) -> (Vec<f32>, [f32; 4]) {
+    let (mut logits, mut losses) = (normal(32, 1), [f32::NAN; 4]);
+    let divisor = divisor.map(|divisor| [divisor]);
+    let args = CrossEntropy::new(
+        TensorMut::from_slice(&mut logits),
+        TensorRef::from_slice(&LABELS),
+        TensorMut::from_slice(&mut losses),
+        divisor.as_ref().map(|divisor| TensorRef::from_slice(divisor)),
+        7,
+    );
+    CpuBackend::new().cross_entropy(args.unwrap()).unwrap();
+    (logits, losses)
+}
+
+#[test]
+fn losses_and_the_gradient_of_their_sum() {
+    let before = normal(32, 1);
+    let (logits, losses) = run(None);
+    assert_eq!(logits, before);
+    let (gradient, again) = run(Some(2.0));
+    assert_eq!(losses, again);
+    assert_eq!(losses[2..], [0.0, 0.0]);
+    for (row, label) in [(0, 0), (1, 6)] {
+        let x = &before[8 * row..8 * row + 7];
+        let sum: f64 = x.iter().map(|&x| f64::from(x).exp()).sum();
+        assert!((f64::from(losses[row]) - (sum.ln() - f64::from(x[label]))).abs() < 1e-6);
+        for (i, &x) in x.iter().enumerate() {
+            let hit = if i == label { 1.0 } else { 0.0 };
+            let expected = (f64::from(x).exp() / sum - hit) / 2.0;
+            assert!((f64::from(gradient[8 * row + i]) - expected).abs() < 1e-6);
+        }
+    }
+    for row in 2..4 {
+        assert_eq!(gradient[8 * row..8 * row + 7], [0.0; 7]);
+    }
+    for row in 0..4 {
+        assert_eq!(gradient[8 * row + 7], before[8 * row + 7], "what lies between rows stays");
+    }
+}
+
+#[test]
+fn a_vocabulary_must_fit_its_rows() {
+    let (mut logits, mut losses) = (normal(32, 1), [0.0f32; 4]);
+    let targets = (TensorMut::from_slice(&mut logits), TensorMut::from_slice(&mut losses));
+    let error = CrossEntropy::new(targets.0, TensorRef::from_slice(&LABELS), targets.1, None, 9).unwrap_err();
+    assert!(error.to_string().contains("vocab must be as long as a row of logits"), "{error}");
+}
