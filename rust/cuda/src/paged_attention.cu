@@ -318,7 +318,7 @@ __device__ void paged_attention(const T* q,         // [B, heads, D]
 }
 
 #define PAGED_ATTENTION(name, L, G, VECTOR, T, dtype)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, G == 1 ? 3 : 1) paged_attention_##name##_##dtype(            \
+    extern "C" __global__ void __launch_bounds__(THREADS, VECTOR&& G == 1 ? 3 : 1) paged_attention_##name##_##dtype(   \
         const T* q, const T* k, const T* v, const T* cos, const T* sin, const int* tables, const int* lengths,         \
         T* keys, T* values, float* partials, int* arrived, T* out, Shape shape) {                                      \
         paged_attention<T, L, G, VECTOR>(q, k, v, cos, sin, tables, lengths, keys, values, partials, arrived, out,     \
