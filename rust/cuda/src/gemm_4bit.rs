@@ -74,9 +74,11 @@ fn plan(m: usize, n: usize, k: usize, multiprocessors: usize) -> Plan {
         |tile: &Tile, splits: usize| ctas(tile, splits).div_ceil(multiprocessors) as f64 * tile.cost / splits as f64;
     // Large clusters find room for themselves only where half of the device is free.
     let has_room = |tile: &Tile, splits: usize| splits < 4 || ctas(tile, splits) <= multiprocessors / 2;
+    // Of x no more than a tile that fits, or two of half its size; W would be read again for more of them.
+    let suits = |tile: &Tile| if m > 64 { tile.tokens >= 64 } else { tile.tokens == m.next_power_of_two().max(16) };
     let mut best = (f64::INFINITY, Plan { tile: 0, splits: 1 });
     for splits in [1, 2, MAX_SPLITS].into_iter().filter(|&splits| splits <= k / LINE) {
-        for (index, tile) in TILES.iter().enumerate().filter(|(_, tile)| has_room(tile, splits)) {
+        for (index, tile) in TILES.iter().enumerate().filter(|(_, tile)| suits(tile) && has_room(tile, splits)) {
             if time(tile, splits) < best.0 {
                 best = (time(tile, splits), Plan { tile: index, splits });
             }
