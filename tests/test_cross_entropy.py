@@ -90,13 +90,14 @@ def test_num_items_that_divide_nothing_are_refused(num_items):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("wrong", [dict(label=-1), dict(label=101), dict(num_items=0)])
 def test_on_a_gpu_what_is_out_of_range_makes_loss_and_gradients_nan(wrong):
     hidden, weight, labels = case("cuda")
     labels[3] = wrong.get("label", 3)
-    torch.cuda.set_sync_debug_mode("error")
+    items = torch.full((), wrong.get("num_items", 7), device="cuda")
     try:
-        items = torch.full((), wrong.get("num_items", 7), device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
         loss = cross_entropy(hidden, weight, labels, num_items=items)
     finally:
         torch.cuda.set_sync_debug_mode("default")
