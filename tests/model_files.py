@@ -133,3 +133,17 @@ def edit_json(path: Path, **changes: Any) -> None:
     fields = json.loads(path.read_text()) | changes
     fields = {name: value for name, value in fields.items() if value is not None}
     path.write_text(json.dumps(fields))
+
+
+def load_transformers(folder: Path, **options: Any):
+    """The folder as transformers loads it, computing in its own dtype.
+
+    On CPUs with instructions for bf16, bitsandbytes would multiply in bf16 whatever the dtype is.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model

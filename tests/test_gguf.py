@@ -13,7 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_files import CONFIG, linear_shapes, random_tensors, write_folder
+from model_files import (
+    CONFIG,
+    linear_shapes,
+    load_transformers,
+    random_tensors,
+    write_folder,
+)
 
 from halfbyte import Linear4bit, quantize_4bit
 from halfbyte.checkpoint import gguf as gguf_source
@@ -277,12 +283,12 @@ def test_the_suffix_may_be_in_capitals(tmp_path):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", ["llama", "qwen2 tied", "qwen3"])
 def test_transformers_loads_what_is_quantized_from_it(tmp_path, family):
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("transformers", reason="needs transformers")
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
     path = write_gguf(tmp_path / "m.gguf", FAMILIES[family], TYPES.Q8_0)
     out = quantize(path, tmp_path / "out", dtype=torch.float32, device="cpu", progress=False)
     model = load_cpu(path, "nf4")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
+    theirs = load_transformers(out)
     for name in linear_shapes(WIDE):
         weight = theirs.get_submodule(f"model.layers.0.{name}").weight
         expected = functional.dequantize_4bit(weight.data, weight.quant_state)

@@ -63,7 +63,10 @@ def test_forward_and_gradients(device, dtype, rows, columns, wide_weight):
     assert off <= 2 * torch.finfo(dtype).eps + 1e-7 * rows**0.5
 
     alone = rms_norm(total.detach(), weight.detach(), EPS)
-    assert torch.equal(alone, out)
+    close(alone, exact, 2)
+    # On the CPU 16-bit rows without a gradient are summed in another order.
+    if device.type == "cuda" or dtype == torch.float32:
+        assert torch.equal(alone, out)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

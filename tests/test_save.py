@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_files import CONFIG, random_tensors, write_folder
+from model_files import CONFIG, load_transformers, random_tensors, write_folder
 from safetensors.torch import load_file
 from tiny import write_tokenizer
 
@@ -492,12 +492,12 @@ def test_quantize_is_load_and_save(source, tmp_path):
 def test_transformers_loads_what_is_saved(
     tmp_path, quant_type, double_quant, dtype, shard_bytes
 ):  # fmt: skip
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("transformers", reason="needs transformers")
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
     source = write_folder(tmp_path / "source", config=WHOLE_BLOCKS)
     model = load_cpu(source, quant_type, double_quant=double_quant, dtype=dtype)
     save(model, tmp_path / "out", max_shard_bytes=shard_bytes)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    theirs = load_transformers(tmp_path / "out")
     for path, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
             weight = theirs.get_submodule(path).weight
@@ -531,9 +531,9 @@ FAMILIES = {
 
 def assert_transformers_reads_it_alike(folder, model) -> None:
     """Weights to the bit, and the logits of both with those weights in fp32."""
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("transformers", reason="needs transformers")
     functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    theirs = load_transformers(folder)
     names = {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
     assert names == {n for n, m in model.named_modules() if isinstance(m, Linear4bit)} != set()
     for path in names:
