@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import re
 import signal
@@ -458,3 +459,11 @@ def wait_until_ready(url: str) -> None:
             pass
         time.sleep(0.1)
     raise AssertionError("the server is not ready after a minute")
+
+
+def test_without_its_extra_the_server_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("halfbyte.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ImportError, match=r"uvicorn.*halfbyte\[serve\]"):
+        importlib.import_module("halfbyte.serve")
