@@ -154,6 +154,63 @@ pub fn gemv(py: Python<'_>, x: Object<'_, '_>, weight: Object<'_, '_>, out: Obje
     call(py, weight.device, |backend| backend.gemv(args))
 }
 
+/// What one weight W brings to a product x Wᵀ: codes, scales, and where the result goes.
+struct Weight {
+    packed: Tensor,
+    scales: BlockScales,
+    out: Tensor,
+    n: usize,
+}
+
+impl Weight {
+    fn read(
+        op: &str,
+        packed: Object<'_, '_>,
+        absmax: Object<'_, '_>,
+        nested_absmax: Option<Object<'_, '_>>,
+        nested_map: Option<Object<'_, '_>>,
+        offset: f32,
+        out: Object<'_, '_>,
+    ) -> PyResult<Self> {
+        let (_, n) = read_matrix(op, "out", out)?;
+        let packed = Tensor::read(op, "packed", packed)?;
+        let scales = BlockScales::read(op, absmax, nested_absmax, nested_map, offset)?;
+        Ok(Self { packed, scales, out: Tensor::read(op, "out", out)?, n })
+    }
+
+    fn inputs<'a>(&'a self, x: &'a Tensor) -> Vec<&'a Tensor> {
+        self.scales.and(&[x, &self.packed])
+    }
+}
+
+/// The rows x of a product, and how its weights are stored.
+struct Rows4bit {
+    x: Tensor,
+    m: usize,
+    k: usize,
+    quant_type: QuantType,
+    blocksize: usize,
+}
+
+impl Rows4bit {
+    fn read(op: &'static str, x: Object<'_, '_>, quant_type: &str, blocksize: i64) -> PyResult<Self> {
+        let (m, k) = read_matrix(op, "x", x)?;
+        let x = Tensor::read(op, "x", x)?;
+        let quant_type = QuantType::parse(op, quant_type).map_err(to_py_err)?;
+        Ok(Self { x, m, k, quant_type, blocksize: not_negative(op, "blocksize", blocksize)? })
+    }
+
+    /// # Safety
+    /// `check_overlap` has passed for the tensors of both.
+    unsafe fn times(&self, weight: &Weight) -> PyResult<Gemv4bit<'static>> {
+        let shape = GemvShape { m: self.m, n: weight.n, k: self.k };
+        let (x, packed, absmax) = (self.x.as_ref(), weight.packed.as_ref(), weight.scales.as_absmax());
+        // SAFETY: as the caller says.
+        let out = unsafe { weight.out.as_mut() };
+        Gemv4bit::new(x, packed, absmax, self.quant_type, self.blocksize, out, shape).map_err(to_py_err)
+    }
+}
+
 #[pyfunction]
 pub fn gemv_4bit(
     py: Python<'_>,
@@ -168,21 +225,12 @@ pub fn gemv_4bit(
     out: Object<'_, '_>,
 ) -> PyResult<()> {
     const OP: &str = "gemv_4bit";
-    let (m, k) = read_matrix(OP, "x", x)?;
-    let (_, n) = read_matrix(OP, "out", out)?;
-    let x = Tensor::read(OP, "x", x)?;
-    let packed = Tensor::read(OP, "packed", packed)?;
-    let scales = BlockScales::read(OP, absmax, nested_absmax, nested_map, offset)?;
-    let out = Tensor::read(OP, "out", out)?;
-    check_overlap(OP, &scales.and(&[&x, &packed]), &[&out])?;
-    let quant_type = QuantType::parse(OP, quant_type).map_err(to_py_err)?;
-    let blocksize = not_negative(OP, "blocksize", blocksize)?;
-    let (absmax, shape) = (scales.as_absmax(), GemvShape { m, n, k });
+    let rows = Rows4bit::read(OP, x, quant_type, blocksize)?;
+    let weight = Weight::read(OP, packed, absmax, nested_absmax, nested_map, offset, out)?;
+    check_overlap(OP, &weight.inputs(&rows.x), &[&weight.out])?;
     // SAFETY: the output was checked for overlap.
-    let target = unsafe { out.as_mut() };
-    let args = Gemv4bit::new(x.as_ref(), packed.as_ref(), absmax, quant_type, blocksize, target, shape);
-    let args = args.map_err(to_py_err)?;
-    call(py, packed.device, |backend| backend.gemv_4bit(args))
+    let args = unsafe { rows.times(&weight) }?;
+    call(py, weight.packed.device, |backend| backend.gemv_4bit(args))
 }
 
 #[pyfunction]
@@ -200,25 +248,16 @@ pub fn gemm_4bit(
     workspace: Object<'_, '_>,
 ) -> PyResult<()> {
     const OP: &str = "gemm_4bit";
-    let (m, k) = read_matrix(OP, "x", x)?;
-    let (_, n) = read_matrix(OP, "out", out)?;
-    let x = Tensor::read(OP, "x", x)?;
-    let packed = Tensor::read(OP, "packed", packed)?;
-    let scales = BlockScales::read(OP, absmax, nested_absmax, nested_map, offset)?;
-    let out = Tensor::read(OP, "out", out)?;
+    let rows = Rows4bit::read(OP, x, quant_type, blocksize)?;
+    let weight = Weight::read(OP, packed, absmax, nested_absmax, nested_map, offset, out)?;
     let workspace = Tensor::read(OP, "workspace", workspace)?;
-    check_overlap(OP, &scales.and(&[&x, &packed]), &[&out, &workspace])?;
-    let quant_type = QuantType::parse(OP, quant_type).map_err(to_py_err)?;
-    let blocksize = not_negative(OP, "blocksize", blocksize)?;
-    let shape = GemvShape { m, n, k };
+    check_overlap(OP, &weight.inputs(&rows.x), &[&weight.out, &workspace])?;
     // SAFETY: the outputs were checked for overlap.
-    let (target, scratch) = unsafe { (out.as_mut(), workspace.as_mut()) };
-    let product = Gemv4bit::new(x.as_ref(), packed.as_ref(), scales.as_absmax(), quant_type, blocksize, target, shape);
-    let args = product.and_then(|product| Gemm4bit::new(product, scratch)).map_err(to_py_err)?;
-    call(py, packed.device, |backend| backend.gemm_4bit(args))
+    let (product, scratch) = unsafe { (rows.times(&weight)?, workspace.as_mut()) };
+    let args = Gemm4bit::new(product, scratch).map_err(to_py_err)?;
+    call(py, weight.packed.device, |backend| backend.gemm_4bit(args))
 }
 
-/// What one weight brings to a product: codes, scales, and where the result goes.
 type Product<'py> = (
     Bound<'py, PyAny>,
     Bound<'py, PyAny>,
@@ -237,29 +276,17 @@ pub fn gemv_4bit_group(
     blocksize: i64,
 ) -> PyResult<()> {
     const OP: &str = "gemv_4bit_group";
-    let (m, k) = read_matrix(OP, "x", x)?;
-    let x = Tensor::read(OP, "x", x)?;
-    let quant_type = QuantType::parse(OP, quant_type).map_err(to_py_err)?;
-    let blocksize = not_negative(OP, "blocksize", blocksize)?;
+    let rows = Rows4bit::read(OP, x, quant_type, blocksize)?;
     let read = |(packed, absmax, nested_absmax, nested_map, offset, out): &Product<'_>| {
-        let scales = BlockScales::read(OP, absmax, nested_absmax.as_ref(), nested_map.as_ref(), *offset)?;
-        let (_, n) = read_matrix(OP, "out", out)?;
-        PyResult::Ok((Tensor::read(OP, "packed", packed)?, scales, Tensor::read(OP, "out", out)?, n))
+        Weight::read(OP, packed, absmax, nested_absmax.as_ref(), nested_map.as_ref(), *offset, out)
     };
     let weights = products.iter().map(read).collect::<PyResult<Vec<_>>>()?;
-    let inputs: Vec<_> = weights.iter().flat_map(|(packed, scales, ..)| scales.and(&[&x, packed])).collect();
-    check_overlap(OP, &inputs, &weights.iter().map(|(_, _, out, _)| out).collect::<Vec<_>>())?;
-    let mut products = Vec::with_capacity(weights.len());
-    for (packed, scales, out, n) in &weights {
-        let shape = GemvShape { m, n: *n, k };
-        // SAFETY: the outputs were checked for overlap.
-        let target = unsafe { out.as_mut() };
-        let product =
-            Gemv4bit::new(x.as_ref(), packed.as_ref(), scales.as_absmax(), quant_type, blocksize, target, shape);
-        products.push(product.map_err(to_py_err)?);
-    }
+    let inputs: Vec<_> = weights.iter().flat_map(|weight| weight.inputs(&rows.x)).collect();
+    check_overlap(OP, &inputs, &weights.iter().map(|weight| &weight.out).collect::<Vec<_>>())?;
+    // SAFETY: the outputs were checked for overlap.
+    let products = weights.iter().map(|weight| unsafe { rows.times(weight) }).collect::<PyResult<Vec<_>>>()?;
     let group = Gemv4bitGroup::new(products).map_err(to_py_err)?;
-    call(py, x.device, |backend| backend.gemv_4bit_group(group))
+    call(py, rows.x.device, |backend| backend.gemv_4bit_group(group))
 }
 
 #[pyfunction]
