@@ -8,7 +8,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from halfbyte.errors import CheckpointError
 from halfbyte.fingerprint import fingerprint
-from halfbyte.linear import Linear4bit
+from halfbyte.linear import Linear4bit, is_plain
+from halfbyte.ops import lora_4bit
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -121,7 +122,35 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features] in the base layer's output dtype."""
-        return self.adapt(x, self.base_layer(x))
+        plain = is_plain(self, self.base_layer)
+        outs = self.together(x, [self]) if plain else None
+        return self.adapt(x, self.base_layer(x)) if outs is None else outs[0]
+
+    def together(
+        self, x: Tensor, layers: Sequence[nn.Module], unread: bool = False
+    ) -> list[Tensor] | None:
+        """In training, the outputs of plain layers of one input in one node of the graph.
+
+        None where they have to be called one by one, and under torch.compile, which makes its own.
+        """
+        traced = torch.compiler.is_compiling()
+        if traced or not (self.training or torch.is_grad_enabled()):
+            return None
+        kind = self.scaling, self.dropout.p
+        if any(type(o) is not LoRALinear or (o.scaling, o.dropout.p) != kind for o in layers):
+            return None
+        drops = self.training and self.dropout.p > 0
+        bases = [layer.base_layer for layer in layers]
+        outs = lora_4bit(
+            x,
+            [(base.weight, base._state()) for base in bases],
+            [layer.lora_A.weight for layer in layers],
+            [layer.lora_B.weight for layer in layers],
+            self.scaling,
+            [layer.dropout(x) for layer in layers] if drops else (),
+            unread,
+        )
+        return [base._biased(y) for base, y in zip(bases, outs, strict=True)]
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """y = base(x) with the adapter's share added."""

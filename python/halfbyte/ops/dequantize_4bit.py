@@ -34,7 +34,7 @@ def _values_fake(
     return packed.new_empty(shape, dtype=dtype)
 
 
-define(
+_dequantize = define(
     "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, "
     "float offset, str quant_type, int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
     _values,
@@ -60,6 +60,6 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     dtype = dtype or state.dtype
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dequantize_4bit: dtype: expected fp32, fp16 or bf16, got {dtype}")
-    return torch.ops.halfbyte.dequantize_4bit(
+    return _dequantize(
         packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape, dtype
     )
