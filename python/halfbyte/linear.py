@@ -177,8 +177,8 @@ def project(x: Tensor, *layers: nn.Module, unread: bool = False) -> list[Tensor]
     """
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
     plain = all(map(is_plain, layers, bases))
-    together = getattr(layers[0], "together", None)
-    if plain and together is not None and (outs := together(x, layers, unread)) is not None:
+    together = getattr(type(layers[0]), "together", None)
+    if plain and together is not None and (outs := together(x, layers, bases, unread)) is not None:
         return outs
     if not x.is_cuda or not plain:
         return [layer(x) for layer in layers]

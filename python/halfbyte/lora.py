@@ -122,32 +122,34 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features] in the base layer's output dtype."""
-        plain = is_plain(self, self.base_layer)
-        outs = self.together(x, [self]) if plain else None
-        return self.adapt(x, self.base_layer(x)) if outs is None else outs[0]
+        base = self.base_layer
+        outs = self.together(x, [self], [base]) if is_plain(self, base) else None
+        return self.adapt(x, base(x)) if outs is None else outs[0]
 
+    @staticmethod
     def together(
-        self, x: Tensor, layers: Sequence[nn.Module], unread: bool = False
+        x: Tensor, layers: Sequence[nn.Module], bases: Sequence[nn.Module], unread: bool = False
     ) -> list[Tensor] | None:
         """In training, the outputs of plain layers of one input in one node of the graph.
 
         None where they have to be called one by one, and under torch.compile, which makes its own.
         """
-        traced = torch.compiler.is_compiling()
-        if traced or not (self.training or torch.is_grad_enabled()):
+        training = layers[0].training
+        if not (training or torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
-        kind = self.scaling, self.dropout.p
-        if any(type(o) is not LoRALinear or (o.scaling, o.dropout.p) != kind for o in layers):
+        if any(type(layer) is not LoRALinear for layer in layers):
             return None
-        drops = self.training and self.dropout.p > 0
-        bases = [layer.base_layer for layer in layers]
+        dropouts = [layer.dropout for layer in layers]
+        scaling, p = layers[0].scaling, dropouts[0].p
+        if any(layer.scaling != scaling for layer in layers) or any(d.p != p for d in dropouts):
+            return None
         outs = lora_4bit(
             x,
             [(base.weight, base._state()) for base in bases],
             [layer.lora_A.weight for layer in layers],
             [layer.lora_B.weight for layer in layers],
-            self.scaling,
-            [layer.dropout(x) for layer in layers] if drops else (),
+            scaling,
+            [dropout(x) for dropout in dropouts] if training and p > 0 else (),
             unread,
         )
         return [base._biased(y) for base, y in zip(bases, outs, strict=True)]

@@ -42,6 +42,13 @@ _dequantize = define(
 )
 
 
+def values(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    """dequantize_4bit of arguments that are known to fit."""
+    return _dequantize(
+        packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape, dtype
+    )
+
+
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """`codebook[code] * scale` in fp32, rounded once to `dtype` (default: state.dtype).
 
@@ -60,6 +67,4 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     dtype = dtype or state.dtype
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dequantize_4bit: dtype: expected fp32, fp16 or bf16, got {dtype}")
-    return _dequantize(
-        packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape, dtype
-    )
+    return values(packed, state, dtype)

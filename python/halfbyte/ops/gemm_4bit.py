@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _core
-from halfbyte.ops.dequantize_4bit import dequantize_4bit
+from halfbyte.ops.dequantize_4bit import values
 from halfbyte.ops.library import define
 from halfbyte.ops.quant_state import NESTED_BLOCKSIZE, Nested, QuantState
 from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
@@ -118,7 +118,7 @@ def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
         return out
     state = _state(*scales, quant_type, blocksize, (n, k))
     if x.is_cuda or _multiplies(x.dtype):
-        return torch.mm(x, dequantize_4bit(packed, state, x.dtype).t())
+        return torch.mm(x, values(packed, state, x.dtype).t())
     rows, out = x.float(), torch.empty(m, n)
     for part, weight in _pieces(packed, state):
         torch.mm(rows, weight.t(), out=out[:, part])
@@ -150,7 +150,7 @@ def _backward(grad_y: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     m, n = grad_y.shape
     state = _state(*scales, quant_type, blocksize, (n, k))
     if grad_y.is_cuda or _multiplies(grad_y.dtype):
-        return torch.mm(grad_y, dequantize_4bit(packed, state, grad_y.dtype))
+        return torch.mm(grad_y, values(packed, state, grad_y.dtype))
     rows, out = grad_y.float(), torch.zeros(m, k)
     for part, weight in _pieces(packed, state):
         out.addmm_(rows[:, part], weight)
