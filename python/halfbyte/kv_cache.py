@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ContextLengthError
+from halfbyte.ops.gemv_4bit_chain import COUNTERS
 from halfbyte.ops.paged_attention import BLOCK, paged_attention
 
 # What padding writes to, and what tables name past their end; it belongs to no sequence.
@@ -67,6 +68,8 @@ class KVCache:
         # Zeros, because a masked key still multiplies its value by zero, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device).unbind()
         self.values = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        # Of the launches whose CTAs wait for each other; a cache is used on one stream at a time.
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self.heads = config.num_attention_heads
         self.blocks = blocks
         self.device = self.keys[0].device

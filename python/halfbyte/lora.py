@@ -20,6 +20,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.fingerprint import fingerprint
 from halfbyte.linear import Linear4bit, is_plain
 from halfbyte.ops import lora_4bit
+from halfbyte.ops.gemv_4bit_chain import LowRank
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -158,6 +159,10 @@ class LoRALinear(nn.Module):
         """y = base(x) with the adapter's share added."""
         hidden = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype)) * self.scaling
         return add_product(y, hidden, self.lora_B.weight)
+
+    def low_rank(self, rows: int) -> LowRank:
+        """The adapter as a chain of products takes it."""
+        return LowRank(self.lora_A.weight, self.lora_B.weight, None, self.scaling)
 
     def delta(self) -> Tensor:
         """scaling * B A, fp32 [out_features, in_features]."""

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kv_cache import CacheStep
 from halfbyte.linear import project
+from halfbyte.models import chain
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
@@ -83,6 +84,8 @@ class Backbone(nn.Module):
     def forward(self, ids: Tensor, cache: CacheStep | None, checkpointed: bool) -> Tensor:
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
+        if chain.takes(self.layers, x, step):
+            return self.norm(chain.decode(self.layers, x, step))
         if checkpointed and self.offload is not None:
             return self.norm(self.offload.run(list(self.layers), x, step))
         if checkpointed and not x.requires_grad:

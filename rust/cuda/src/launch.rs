@@ -37,6 +37,8 @@ pub(crate) struct Geometry {
     pub shared: usize,
     /// The kernel itself waits for the one before it in the stream, so it may start before that has ended.
     pub overlaps: bool,
+    /// Its CTAs wait for each other, so all must run at once: the grid is no larger than the device holds.
+    pub together: bool,
 }
 
 /// One family's fatbin and the kernels that its launcher asks for.
@@ -315,8 +317,9 @@ impl Launcher {
         let _bound = Bound::to(&self.state.context).map_err(fail)?;
         let function = self.state.function(family, kernel)?;
         let overlaps = geometry.overlaps && self.state.limits.capability >= (9, 0);
-        let mut attributes = [clusters_of(cluster), overlap()];
-        let attributes = &mut attributes[usize::from(cluster == 1)..];
+        let wanted =
+            [(cluster > 1).then(|| clusters_of(cluster)), overlaps.then(overlap), geometry.together.then(cooperation)];
+        let mut attributes: Vec<_> = wanted.into_iter().flatten().collect();
         let config = sys::CUlaunchConfig {
             gridDimX: geometry.grid.0,
             gridDimY: geometry.grid.1,
@@ -327,7 +330,7 @@ impl Launcher {
             sharedMemBytes: geometry.shared as u32,
             hStream: self.stream as usize as sys::CUstream,
             attrs: attributes.as_mut_ptr(),
-            numAttrs: u32::from(cluster > 1) + u32::from(overlaps),
+            numAttrs: attributes.len() as u32,
         };
         // An `Arg` is one address, and the driver only reads what they point to.
         let args: *mut *mut c_void = args.as_mut_ptr().cast();
@@ -375,7 +378,13 @@ impl Launcher {
         threads: u32,
         args: &mut [Arg<'_>],
     ) -> Result<()> {
-        let geometry = Geometry { grid: (extent(ctas), 1, 1), block: (threads, 1, 1), shared: 0, overlaps: false };
+        let geometry = Geometry {
+            grid: (extent(ctas), 1, 1),
+            block: (threads, 1, 1),
+            shared: 0,
+            overlaps: false,
+            together: false,
+        };
         self.launch(family, kernel, geometry, args)
     }
 }
@@ -396,6 +405,15 @@ fn overlap() -> sys::CUlaunchAttribute {
     let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
     attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
+}
+
+/// All CTAs at once, or an error.
+fn cooperation() -> sys::CUlaunchAttribute {
+    // SAFETY: all zeros is a valid attribute.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+    attribute.value.cooperative = 1;
     attribute
 }
 
