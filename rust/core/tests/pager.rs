@@ -7,6 +7,7 @@ use halfbyte_core::TensorMut;
 use halfbyte_core::ops::adamw::{AdamwScalars, Address, Moments, PAGE_ELEMENTS, Slab, Target};
 use halfbyte_core::pager::simulated::{POISON, Simulated, Site, contents};
 use halfbyte_core::pager::{CpuPages, Pager};
+use rayon::prelude::*;
 
 const PAGES: usize = 7;
 const PAGES_PER_FRAME: usize = 2;
@@ -172,18 +173,9 @@ fn interleaving(device: Simulated) -> BTreeSet<Site> {
 
 #[test]
 fn no_interleaving_breaks_the_state() {
-    for seed in 0..2_000 {
+    (0..100_000).into_par_iter().for_each(|seed| {
         interleaving(simulated(seed));
-    }
-}
-
-/// `cargo test --release -p halfbyte-core --test pager -- --ignored`
-#[test]
-#[ignore = "takes long without optimization"]
-fn no_interleaving_of_a_hundred_thousand_breaks_the_state() {
-    for seed in 0..100_000 {
-        interleaving(simulated(seed));
-    }
+    });
 }
 
 /// Whether any of some interleavings goes wrong without the wait of a site.
