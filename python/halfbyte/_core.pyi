@@ -67,6 +67,9 @@ class Pager:
     def host_budget() -> int | None:
         """Bytes of host memory that may be reserved now; None where the system does not say."""
 
+    def is_near(self) -> bool:
+        """Whether the host memory is that of the NUMA node nearest to a CUDA device."""
+
     def frames(self) -> list[tuple[int, int, int, int, bool]]:
         """(first page, pages, bytes, address of its slot or 0, whether it is on the device)."""
 

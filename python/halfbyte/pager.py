@@ -462,6 +462,7 @@ class Pager:
             "device_bytes": on_device,
             "host_bytes": total - on_device,
             "pinned_bytes": total if self.placement != "device" else 0,
+            "pinned_near": bool(self.slabs) and all(slab.core.is_near() for slab in self.slabs),
             "evicted_bytes": dict(self._evicted),
             "restored_bytes": dict(self._restored),
             "zero_copy_bytes": sum(of[2] for of in moved),

@@ -84,6 +84,13 @@ impl Pager {
         host_budget()
     }
 
+    fn is_near(&self) -> bool {
+        match &mut *self.lock() {
+            AnyPager::Cpu(_) => false,
+            AnyPager::Cuda(pager) => pager.device().is_near(),
+        }
+    }
+
     fn frames(&self) -> Vec<FrameInfo> {
         fn info<D: PageDevice>(pager: &State<D>) -> Vec<FrameInfo> {
             let host = |frame: &Frame<D::Event>| frame.host().map_or(0, |host| host.cpu);

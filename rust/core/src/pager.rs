@@ -24,6 +24,7 @@
 mod budget;
 mod cpu;
 mod device;
+mod numa;
 pub mod schedule;
 pub mod simulated;
 

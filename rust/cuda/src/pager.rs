@@ -120,6 +120,11 @@ impl CudaPages {
         self.update as u64
     }
 
+    /// Whether all host memory was taken from the NUMA node nearest to the device.
+    pub fn is_near(&self) -> bool {
+        !self.extents.is_empty() && self.extents.iter().all(Extent::is_near)
+    }
+
     fn stream(&self, stream: Stream) -> sys::CUstream {
         match stream {
             Stream::Compute => self.compute,
@@ -150,7 +155,7 @@ impl CudaPages {
     /// Whether nothing more can be pinned, or only not so much.
     fn cannot_pin(&self, bytes: usize, error: DriverError) -> Error {
         let held = self.extents.iter().map(Extent::bytes).sum::<usize>() as u64;
-        let small = Extent::reserve(PROBE_BYTES, 0, None).is_ok_and(|probe| {
+        let small = Extent::reserve(PROBE_BYTES, 0, None, None).is_ok_and(|probe| {
             let memory = probe.address() as usize as *mut c_void;
             // SAFETY: the probe outlives its registration.
             unsafe { register(memory, probe.bytes()).and_then(|()| sys::cuMemHostUnregister(memory).result()) }.is_ok()
@@ -203,7 +208,7 @@ impl PageDevice for CudaPages {
 
     fn reserve(&mut self, bytes: usize) -> Result<HostMemory> {
         let held = self.extents.iter().map(Extent::bytes).sum();
-        let extent = Extent::reserve(bytes, held, self.limit)?;
+        let extent = Extent::reserve(bytes, held, self.limit, self.launcher.limits().numa_node)?;
         let memory = HostMemory { cpu: extent.address(), device: self.pin(&extent)? };
         self.extents.push(extent);
         Ok(memory)
