@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_rows
 
+from halfbyte import _core
+from halfbyte import offload as offload_module
 from halfbyte import pager as pager_module
 from halfbyte.lora import LoraConfig, adapter_parameters, inject
 from halfbyte.models import Decoder
@@ -166,12 +168,20 @@ def test_a_loop_of_ones_own(tmp_path):
     assert {"name", "ph", "ts", "dur", "pid", "tid"} <= events[0].keys()
 
 
+def host_pool(model, device):
+    """A pool of host memory beside an optimizer's state."""
+    optimizer = AdamW(adapter_parameters(model), placement="host")
+    return ActivationOffload(device, optimizer.pager.slabs[0].reserve)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_offloaded_activations_give_equal_gradients(device, dropout):
+def test_offloaded_activations_give_equal_gradients(device, dropout, monkeypatch):
+    # An activation of 12,288 bytes straddles blocks.
+    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 10_000)
     model = adapted(device, dropout, num_hidden_layers=5)
     (ids,) = batches(1, device=device)
     results = []
-    pool = ActivationOffload(device)
+    pool = host_pool(model, device)
     for offload in (None, pool, pool):
         model.model.offload = offload
         model.zero_grad()
@@ -180,8 +190,47 @@ def test_offloaded_activations_give_equal_gradients(device, dropout):
         results.append(gradients(model))
     for found in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
-    kept = [buffer for buffers in pool.free.values() for buffer in buffers]
-    assert len(kept) == 4, "all layers but the last, and the second pass used the buffers again"
+    assert pool.moved_bytes == 2 * 4 * 12_288, "all layers but the last"
+    assert pool.reserved_bytes == 50_000, "the second pass used the memory of the first"
+
+
+@pytest.mark.parametrize("blocks", range(6))
+def test_what_finds_no_host_memory_stays_on_the_device(device, monkeypatch, blocks):
+    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 10_000)
+    model = adapted(device, num_hidden_layers=5)
+    (ids,) = batches(1, device=device)
+    pool = host_pool(model, device)
+    reserve, calls = pool.reserve, []
+
+    def exhausted(nbytes):
+        calls.append(nbytes)
+        if len(calls) > blocks:
+            raise _core.HostMemoryError("none is left")
+        return reserve(nbytes)
+
+    monkeypatch.setattr(pool, "reserve", exhausted)
+    results = []
+    for offload in (None, pool):
+        model.model.offload = offload
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(ids, labels=ids).loss.backward()
+        results.append(gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert pool.moved_bytes == 12_288 * (10_000 * blocks // 12_288)
+
+
+def test_two_forwards_before_their_backwards_share_the_host_memory():
+    model = adapted(dropout=0.0, num_hidden_layers=3)
+    pool = host_pool(model, torch.device("cpu"))
+    results = []
+    for offload in (None, pool):
+        model.model.offload = offload
+        model.zero_grad()
+        losses = [model(ids, labels=ids).loss for ids in batches(2)]
+        sum(losses).backward()
+        results.append(gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("state", ["fp32", "8bit"])

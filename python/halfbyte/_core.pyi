@@ -67,6 +67,9 @@ class Pager:
     def host_budget() -> int | None:
         """Bytes of host memory that may be reserved now; None where the system does not say."""
 
+    def reserve(self, bytes: int) -> int:
+        """Address of more host memory, pinned until the pager goes; it counts in ``limit``."""
+
     def is_near(self) -> bool:
         """Whether the host memory is that of the NUMA node nearest to a CUDA device."""
 

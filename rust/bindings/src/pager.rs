@@ -84,6 +84,11 @@ impl Pager {
         host_budget()
     }
 
+    fn reserve(&self, py: Python<'_>, bytes: usize) -> PyResult<Address> {
+        let memory = self.run(py, |state| with_pager!(state, pager => pager.device().reserve(bytes)))?;
+        Ok(memory.cpu)
+    }
+
     fn is_near(&self) -> bool {
         match &mut *self.lock() {
             AnyPager::Cpu(_) => false,

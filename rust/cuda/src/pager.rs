@@ -166,9 +166,11 @@ impl CudaPages {
     }
 
     fn release(&mut self) -> std::result::Result<(), DriverError> {
+        // Not these streams alone: activations are copied to and from host memory on the caller's.
+        result::ctx::synchronize()?;
         for stream in [self.update, self.out, self.into] {
-            // SAFETY: they were created with this and nothing is queued any more after the first call.
-            unsafe { stream::synchronize(stream).and_then(|()| stream::destroy(stream)) }?;
+            // SAFETY: they were created with this and nothing is queued any more.
+            unsafe { stream::destroy(stream) }?;
         }
         for tables in self.tables.drain(..) {
             // SAFETY: allocated by malloc_host, and no copy from it is left.
