@@ -1,10 +1,11 @@
 """What paging costs: updates of host pages, whole training steps, and runs under a memory cap.
 
 update: the optimizer alone over a LoRA of rank r on all linear layers, beside torch's fused AdamW.
-grid: training steps with all state on the device and all of it in host memory.
-spikes: rare long batches under a cap that holds the state or them, but not both.
+grid: training steps with a share of the state in host memory, beside those with none.
+lengths: batches of mixed lengths under caps that lack a share of the state beside the longest.
 capped: a random model of LLaMA's shape trained under a cap, beside what `halfbyte plan` says.
-fit: the law of the grid's rows, overhead_ms = max(0, bytes / bandwidth - hidden) + k, and its plot.
+soak: memory held, over minutes of mixed lengths, moves of the state and snapshots.
+fit: the law of the grid's rows, overhead_ms = max(0, MB / bandwidth - hidden) + k, and its plot.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import argparse
 import gc
 import itertools
 import json
+import math
+import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 from bench import RESULTS, append_row, interleave, machine, time_row
@@ -30,6 +36,11 @@ from halfbyte.plan import Setup, footprint
 
 RATE = 2e-4
 CAPS = {"7b": 6, "33b": 24, "65b": 48}
+# batch, sequence, micro-batches a step
+GRID = [(1, 256, 1), (1, 512, 1), (1, 2048, 1), (4, 512, 1), (16, 512, 1), (1, 512, 4)]
+SHARES = (0.25, 0.5, 1.0)
+SPIKE = 8  # times the usual length
+MIXES = ("fixed", "lognormal", "spikes")
 
 
 class Training:
@@ -84,8 +95,9 @@ def seconds(run: Callable[[], None], rounds: int, steps: int = 3) -> float:
     return median(times)
 
 
-def write(row: dict) -> None:
-    print(row, flush=True)
+def write(bench: str, **fields: object) -> None:
+    row = {"bench": f"paging_{bench}", **machine(), **fields}
+    print(json.dumps(row), flush=True)
     append_row("paging", row)
 
 
@@ -107,59 +119,89 @@ def update(args: argparse.Namespace) -> None:
         moved = 2 * ours.pager.stats()["state_bytes"]
         fields = dict(model=args.shape, r=args.r, state=state, placement=placement)
         row = time_row("paging_update", times, **fields)
-        write(row | {"state_gb_per_s": round(moved / times["halfbyte"].median / 1e9, 1)})
+        row |= {"state_gb_per_s": round(moved / times["halfbyte"].median / 1e9, 1)}
+        write("update", **row)
         del ours
         gc.collect()
 
 
 def grid(args: argparse.Namespace) -> None:
     training = Training(args.shape, args.r)
-    shapes = [(1, 256), (1, 512), (1, 2048), (4, 512), (16, 512), (1, 8192)]
-    for (batch, seq), accumulation in itertools.product(shapes, (1, 4)):
-        if batch * seq * accumulation > args.most_tokens:
-            continue
-        for state in ("fp32", "8bit"):
-            found = {}
-            for placement in ("device", "host"):
-                optimizer = training.optimizer(state, placement)
-                run = training.step(optimizer, batch, seq, accumulation)
-                found[placement] = seconds(run, args.rounds)
-                nbytes = 2 * optimizer.pager.stats()["state_bytes"]
-                del run, optimizer
-                gc.collect()
+    for state in ("fp32", "8bit"):
+        optimizer = training.optimizer(state, "auto")
+        total = optimizer.pager.stats()["state_bytes"]
+        for batch, seq, accumulation in GRID:
+            if batch * seq * accumulation > args.most_tokens:
+                continue
+            run = training.step(optimizer, batch, seq, accumulation)
+            shares = SHARES if accumulation == 1 and batch * seq <= 512 else (1.0,)
+            optimizer.pager.restore()
             fields = dict(model=args.shape, r=args.r, state=state, batch=batch, seq=seq)
-            fields |= dict(accumulation=accumulation, bus_bytes=nbytes)
-            ms = {f"{name}_ms": round(1e3 * value, 3) for name, value in found.items()}
-            ratio = round(found["host"] / found["device"], 4)
-            write({"bench": "paging_grid", **machine(), **fields, **ms, "ratio": ratio})
+            fields |= dict(accumulation=accumulation, device_ms=milliseconds(run, args.rounds))
+            for share in shares:
+                on_host = total - optimizer.pager.stats()["device_bytes"]
+                optimizer.pager.evict(int(share * total) - on_host)
+                found = dict(share=share, host_ms=milliseconds(run, args.rounds))
+                nbytes = 2 * optimizer.pager.stats()["host_bytes"]
+                ratio = round(found["host_ms"] / fields["device_ms"], 4)
+                write("grid", **fields, **found, bus_bytes=nbytes, ratio=ratio)
+        del optimizer, run
+        gc.collect()
 
 
-def spikes(args: argparse.Namespace) -> None:
-    """Every 25th batch is eight times as long; the cap lacks half the state beside it."""
+def milliseconds(run: Callable[[], None], rounds: int) -> float:
+    return round(1e3 * seconds(run, rounds), 3)
+
+
+def mixed(mix: str, seq: int, steps: int) -> list[int]:
+    """Lengths of batches, the same ones for the same arguments."""
+    if mix == "fixed":
+        return [seq] * steps
+    if mix == "spikes":
+        return [SPIKE * seq if step % 25 == 24 else seq for step in range(steps)]
+    draw = random.Random(0).lognormvariate
+    drawn = [seq * draw(0.0, 0.7) for _ in range(steps)]
+    return [min(SPIKE * seq, max(64, 64 * round(length / 64))) for length in drawn]
+
+
+def lengths(args: argparse.Namespace) -> None:
     training = Training(args.shape, args.r)
-    before = torch.cuda.memory_allocated()
-    optimizer = training.optimizer("fp32", "device")
-    training.step(optimizer, 1, 8 * args.seq)()
-    peak, state = optimizer.pager.peak_bytes(), optimizer.pager.stats()["state_bytes"]
-    del optimizer
-    cap(peak - state // 2)
-    optimizer = training.optimizer("fp32", "auto")
-    short, long = (training.step(optimizer, 1, seq) for seq in (args.seq, 8 * args.seq))
-    times = []
-    for step in range(1, 101):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        (long if step % 25 == 0 else short)()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    usual = [t for step, t in enumerate(times, 1) if step % 25 not in (0, 1, 2, 3, 4, 5)]
-    after = [t for step, t in enumerate(times, 1) if step > 25 and step % 25 in (1, 2, 3, 4, 5)]
-    stats = optimizer.pager.stats()
-    fields = dict(model=args.shape, r=args.r, seq=args.seq, cap_gb=(peak - state // 2) / 1e9)
-    fields |= dict(base_gb=before / 1e9, usual_ms=median(usual), after_ms=median(after))
-    fields |= dict(spike_ms=median(times[24::25]), stats=stats)
-    write({"bench": "paging_spikes", **machine(), **fields})
-    cap(None)
+    for mix in MIXES:
+        run = mixed(mix, args.seq, args.steps)
+        optimizer = training.optimizer("fp32", "device")
+        training.step(optimizer, 1, max(run))()
+        peak, state = optimizer.pager.peak_bytes(), optimizer.pager.stats()["state_bytes"]
+        del optimizer
+        for margin in (0.0, *SHARES):
+            cap(peak + peak // 50 - int(margin * state))
+            optimizer = training.optimizer("fp32", "auto")
+            times = [stepwise(training.step(optimizer, 1, length)) for length in run]
+            of = [t for t, length in zip(times, run, strict=True) if length == max(run)]
+            stats = optimizer.pager.stats()
+            fields = dict(model=args.shape, r=args.r, seq=args.seq, mix=mix, margin=margin)
+            fields |= dict(steps=len(run), mean_ms=round(mean(times[1:]), 2))
+            fields |= dict(median_ms=round(median(times), 2), longest_ms=round(median(of), 2))
+            fields |= dict(tokens_per_s=round(sum(run[1:]) / sum(times[1:]) * 1e3, 1))
+            fields |= {f"{key}_gb": gigabytes(stats[f"{key}_bytes"]) for key in MOVES}
+            write("lengths", **fields, absorbed=stats["absorbed"])
+            del optimizer
+            cap(None)
+
+
+MOVES = ("evicted", "restored", "zero_copy", "offloaded")
+
+
+def gigabytes(nbytes: int | dict[str, int]) -> float:
+    return round((sum(nbytes.values()) if isinstance(nbytes, dict) else nbytes) / 1e9, 3)
+
+
+def stepwise(run: Callable[[], None]) -> float:
+    """Milliseconds of one step and of what it left to do."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
 
 
 def capped(args: argparse.Namespace) -> None:
@@ -168,16 +210,58 @@ def capped(args: argparse.Namespace) -> None:
     training = Training(args.shape, args.r)
     optimizer = training.optimizer(args.state, "auto")
     run = training.step(optimizer, args.batch, args.seq)
+    # The ladder is climbed in the first steps; what the rest take is what was planned.
+    run()
+    run()
+    offloaded = optimizer.pager.stats()["offloaded_bytes"]
     taken = seconds(run, args.rounds)
+    peak, stats = torch.cuda.max_memory_allocated(), optimizer.pager.stats()
     setup = Setup(seq=args.seq, batch=args.batch, r=args.r, optim=args.state)
-    planned, stats = footprint(config(args.shape), setup), optimizer.pager.stats()
-    on_device = planned.state * stats["device_bytes"] / max(1, stats["state_bytes"])
+    planned = footprint(config(args.shape), setup)
+    on_device = stats["device_bytes"]
+    if stats["offloaded_bytes"] > offloaded:
+        planned = planned.without_checkpoints(training.model.config.num_hidden_layers)
     fields = dict(model=args.shape, r=args.r, state=args.state, batch=args.batch, seq=args.seq)
     fields |= dict(cap_gb=limit, tokens_per_s=round(args.batch * args.seq / taken, 1))
-    fields |= dict(peak_gb=round(optimizer.pager.peak_bytes() / 1e9, 3))
-    fields |= dict(planned_gb=round((planned.without_state().peak + on_device) / 1e9, 3))
-    write({"bench": "paging_capped", **machine(), **fields, "stats": stats})
+    fields |= dict(peak_gb=gigabytes(peak), highest_gb=gigabytes(optimizer.pager.peak_bytes()))
+    fields |= dict(planned_gb=gigabytes(planned.without_state().peak + on_device))
+    write("capped", **fields, stats=stats)
     cap(None)
+
+
+def soak(args: argparse.Namespace) -> None:
+    """The same epoch of lengths again and again; what is held at its end must not grow."""
+    training = Training(args.shape, args.r)
+    optimizer = training.optimizer(args.state, "auto")
+    epoch, held = mixed("lognormal", args.seq, 50), []
+    end = time.monotonic() + 60 * args.minutes
+    while time.monotonic() < end:
+        for step, length in enumerate(epoch):
+            if step % 10 == 3:
+                optimizer.pager.evict(1 << 62)
+            if step % 10 == 8:
+                optimizer.pager.restore()
+            training.step(optimizer, 1, length)()
+        optimizer.state_dict()
+        held.append(memory_held(optimizer))
+    half = len(held) // 2
+    most = {
+        name: [max(one[name] for one in part) for part in (held[:half], held[half:])]
+        for name in held[0]
+    }
+    fields = dict(model=args.shape, r=args.r, state=args.state, seq=args.seq)
+    fields |= dict(minutes=args.minutes, steps=len(held) * len(epoch))
+    write("soak", **fields, most_in_each_half=most, absorbed=optimizer.pager.stats()["absorbed"])
+
+
+def memory_held(optimizer: optim.AdamW) -> dict[str, int]:
+    status = Path("/proc/self/status").read_text()
+    kib = {name: int(size) for name, size in re.findall(r"(\w+):\s*(\d+) kB", status)}
+    return {
+        "reserved": torch.cuda.memory_reserved(),
+        "pinned": optimizer.pager.stats()["pinned_bytes"],
+        "resident": kib["VmRSS"] << 10,
+    }
 
 
 def cap(nbytes: int | None) -> None:
@@ -188,59 +272,104 @@ def cap(nbytes: int | None) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, (nbytes or total) / total), 0)
 
 
-def law(rows: Iterable[dict]) -> tuple[float, float, float]:
-    """Bandwidth (GB/s), hidden share of the device step, and k (ms) that fit the rows best.
+class Law(NamedTuple):
+    """overhead_ms = max(0, MB / bandwidth - share * micro_batch_ms) + k.
 
-    overhead_ms = max(0, bytes / bandwidth - share * device_ms) + k, by a search over all three.
+    The update of pages in host memory runs beside the forward of the next step's first
+    micro-batch: that `share` of a micro-batch's time hides what takes MB / bandwidth.
     """
-    points = [(r["bus_bytes"] / 1e6, r["device_ms"], r["host_ms"] - r["device_ms"]) for r in rows]
 
-    def miss(candidate: tuple[float, float, float]) -> float:
-        bandwidth, share, k = candidate
-        law = ((max(0.0, mb / bandwidth - share * ms) + k, over) for mb, ms, over in points)
-        return sum((expected - over) ** 2 for expected, over in law)
+    bandwidth: float
+    share: float
+    k: float
 
-    bandwidths = [10 * 1.05**i for i in range(50)]
-    shares = [0.02 * i for i in range(51)]
-    return min(itertools.product(bandwidths, shares, [0.25 * i for i in range(-4, 21)]), key=miss)
+    def __call__(self, row: dict) -> float:
+        hidden = self.share * row["device_ms"] / row["accumulation"]
+        return max(0.0, row["bus_bytes"] / 1e6 / self.bandwidth - hidden) + self.k
+
+
+def least_squares(rows: list[dict]) -> Law:
+    """The law with the least sum of squares over the rows: `k` in closed form, the rest searched,
+    ever finer.
+    """
+
+    def of(bandwidth: float, share: float) -> tuple[float, Law]:
+        left = [overhead(row) - Law(bandwidth, share, 0.0)(row) for row in rows]
+        k = mean(left)
+        return sum((miss - k) ** 2 for miss in left), Law(bandwidth, share, k)
+
+    best = of(80.0, 0.25)[1]
+    for step in (1.3, 1.1, 1.03, 1.01):
+        bandwidths = [best.bandwidth * step**i for i in range(-10, 11)]
+        shares = [best.share + (step - 1) * i / 10 for i in range(-10, 11)]
+        candidates = itertools.product(bandwidths, (share for share in shares if share >= 0))
+        best = min(of(*candidate) for candidate in candidates)[1]
+    return best
+
+
+def overhead(row: dict) -> float:
+    return row["host_ms"] - row["device_ms"]
+
+
+def newest(rows: Iterable[dict]) -> list[dict]:
+    """The last row of each cell of the grid."""
+    key = itemgetter("gpu", "model", "state", "batch", "seq", "accumulation", "share")
+    return list({key(row): row for row in rows if row["bench"] == "paging_grid"}.values())
 
 
 def fit(args: argparse.Namespace) -> None:
     lines = (RESULTS / "paging.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["bench"] == "paging_grid"]
-    bandwidth, share, k = law(rows)
+    rows = newest(json.loads(line) for line in lines)
+    law = least_squares(rows)
+    misses = [law(row) - overhead(row) for row in rows]
+    rms = math.sqrt(mean(miss**2 for miss in misses))
     print(
-        f"overhead_ms = max(0, MB / {bandwidth:.1f} - {share:.2f} * device_ms) + {k:.2f}, "
-        f"over {len(rows)} rows"
+        f"overhead_ms = max(0, MB / {law.bandwidth:.1f} - {law.share:.3f} * micro_batch_ms) + "
+        f"{law.k:.2f}, over {len(rows)} rows; root mean square of the misses {rms:.2f} ms"
     )
-    draw(rows, args.plot)
+    draw(rows, law)
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(rows: list[dict], law: Law) -> None:
+    from matplotlib import pyplot as plt
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for model, state in sorted({(row["model"], row["state"]) for row in rows}):
-        mine = [row for row in rows if (row["model"], row["state"]) == (model, state)]
-        tokens = [row["batch"] * row["seq"] * row["accumulation"] for row in mine]
-        axes.scatter(tokens, [row["ratio"] for row in mine], label=f"{model}, {state} state")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens of an optimizer step")
-    axes.set_ylabel("step time, all state on the host / on the device")
-    axes.axhline(1.0, color="gray", linewidth=0.8)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure, (ratios, overheads) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    whole = [row for row in rows if row["share"] == 1]
+    for i, (model, state) in enumerate(sorted({(row["model"], row["state"]) for row in rows})):
+        label, marker = f"{model}, {state} state", "os"[state == "8bit"]
+        style = dict(marker=marker, s=18, color=f"C{i // 2}", alpha=1 if state == "fp32" else 0.5)
+
+        def mine(rows: list[dict], which: tuple[str, str] = (model, state)) -> list[dict]:
+            return [row for row in rows if (row["model"], row["state"]) == which]
+
+        tokens = [row["batch"] * row["seq"] * row["accumulation"] for row in mine(whole)]
+        ratios.scatter(tokens, [row["ratio"] for row in mine(whole)], label=label, **style)
+        points = [(law(row), overhead(row)) for row in mine(rows)]
+        overheads.scatter(*zip(*points, strict=True), **style)
+    ratios.set_xscale("log", base=2)
+    ratios.set(xlabel="tokens a step", ylabel="step, all state on the host / on the device")
+    ratios.axhline(1.0, color="gray", lw=0.8)
+    ratios.legend(fontsize=7)
+    ends = [min(map(law, rows)), max(map(law, rows))]
+    overheads.plot(ends, ends, color="gray", lw=0.8)
+    overheads.set(xlabel="ms a step by the law", ylabel="ms a step, measured")
+    for axes in (ratios, overheads):
+        axes.grid(alpha=0.3, lw=0.4)
+    figure.savefig(RESULTS / "paging.svg", metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    jobs = {"update": update, "grid": grid, "spikes": spikes, "capped": capped, "fit": fit}
+    jobs = {
+        "update": update,
+        "grid": grid,
+        "lengths": lengths,
+        "capped": capped,
+        "soak": soak,
+        "fit": fit,
+    }
     parser.add_argument("job", choices=jobs)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--r", type=int, default=64)
@@ -250,7 +379,8 @@ def main() -> None:
     parser.add_argument("--cap", type=float, help="GB; default: 6, 24, 48 for 7b, 33b, 65b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most-tokens", type=int, default=8192, help="of a step of the grid")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "paging.png")
+    parser.add_argument("--steps", type=int, default=75, help="of each run of `lengths`")
+    parser.add_argument("--minutes", type=float, default=10, help="of the soak")
     args = parser.parse_args()
     jobs[args.job](args)
 

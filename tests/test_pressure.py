@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from functools import partial
 
 import pytest
@@ -243,16 +244,35 @@ def test_updates_beside_the_forward_give_equal_results(device, state):
         optimizer = AdamW([*params, extra], 1e-2, state=state, placement="host", max_grad_norm=1.0)
         if overlapped:
             optimizer.overlap(model.model.layers)
+        late = torch.nn.Parameter(torch.ones(300, device=device))
+        optimizer.add_param_group({"params": [late]})
         for ids in batches(6, device=device):
             model(ids, labels=ids).loss.backward()
-            extra.grad = (extra.detach() * 0.1).sin()
+            for param in (extra, late):
+                param.grad = (param.detach() * 0.1).sin()
             optimizer.step()
             optimizer.zero_grad()
         optimizer.pager.settle()
         moments = optimizer.state_dict()["state"]
-        results.append([p.detach().cpu() for p in (*params, extra)] + [moments[0]["step"]])
+        params += [extra, late]
+        results.append([p.detach().cpu() for p in params] + [moments[0]["step"]])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b == 6
+
+
+def test_a_model_does_not_keep_its_optimizers():
+    model = adapted()
+    (ids,) = batches(1)
+    for _ in range(2):
+        optimizer = AdamW(adapter_parameters(model), 1e-2, placement="host")
+        optimizer.overlap(model.model.layers)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        gone = weakref.ref(optimizer), weakref.ref(optimizer.pager.slabs[0])
+        del optimizer
+        gc.collect()
+        assert [one() for one in gone] == [None, None]
+        assert not any(layer._forward_pre_hooks for layer in model.model.layers)
 
 
 def test_predictions_are_learnt_and_err_upwards():

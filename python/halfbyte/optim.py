@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
@@ -73,9 +75,10 @@ class AdamW(torch.optim.Optimizer):
         self._waiting: list[Tensor] | None = []
         self._members: dict[Slab, list[_Member]] = {}
         self._overlapping = False
-        # Gradients that an update under way reads, and the parameters of no module of `overlap`.
-        self._pending: dict[Slab, list[Tensor | None]] = {}
-        self._apart: dict[Slab, list[int]] = {}
+        # By number of the slab: gradients that an update under way reads, and the parameters of no
+        # module of `overlap`.
+        self._pending: dict[int, list[Tensor | None]] = {}
+        self._apart: dict[int, Sequence[int]] = {}
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         waiting, self._waiting = self._waiting, None
         self._place(waiting)
@@ -109,7 +112,7 @@ class AdamW(torch.optim.Optimizer):
         scale = self._grad_scale()
         self.pager.settle()
         self._pending.clear()
-        for slab in self.pager.slabs:
+        for number, slab in enumerate(self.pager.slabs):
             grads = [param.grad for param in slab.params]
             rules, rule_of = self._rules(slab, grads)
             grads = [None if grad is None else grad.contiguous() for grad in grads]
@@ -121,8 +124,9 @@ class AdamW(torch.optim.Optimizer):
                     timing.enter_context(self.pager.timed("exposed_ms", slab))
                 slab.core.step(slab.params, grads, rules, rule_of, factor, overlapped)
             if overlapped:
-                self._pending[slab] = [*grads, factor]
-                self._wait_for({slab: self._apart[slab]})
+                self._pending[number] = [*grads, factor]
+                # A group added after `overlap` belongs to none of its modules.
+                self._wait_for({number: self._apart.get(number, range(len(grads)))})
         self.pager.stepped()
         return loss
 
@@ -133,32 +137,40 @@ class AdamW(torch.optim.Optimizer):
         own parameters, and `step` for all others. Whatever else reads a parameter after `step`
         calls `pager.settle()` before; `state_dict` does.
         """
+        slabs = list(enumerate(self.pager.slabs))
         inside: set[Tensor] = set()
+        wait = WeakMethod(self._wait_for)
         for module in modules:
             mine = set(module.parameters())
             inside |= mine
             places = {
-                slab: [i for i, param in enumerate(slab.params) if param in mine]
-                for slab in self.pager.slabs
+                number: [i for i, param in enumerate(slab.params) if param in mine]
+                for number, slab in slabs
             }
-            module.register_forward_pre_hook(lambda *_, places=places: self._wait_for(places))
+            handle = module.register_forward_pre_hook(partial(_call_if_alive, wait, places))
+            # A model outlives its optimizers, which hold memory.
+            finalize(self, handle.remove)
         self._apart = {
-            slab: [i for i, param in enumerate(slab.params) if param not in inside]
-            for slab in self.pager.slabs
+            number: [i for i, param in enumerate(slab.params) if param not in inside]
+            for number, slab in slabs
         }
         self._overlapping = True
 
-    def _wait_for(self, places: dict[Slab, list[int]]) -> None:
-        """Let torch's stream wait for updates under way, and let go of their gradients."""
-        for slab, numbers in places.items():
-            held = self._pending.get(slab)
-            waiting = [number for number in numbers if held and held[number] is not None]
+    def _wait_for(self, places: dict[int, Sequence[int]]) -> None:
+        """Let torch's stream wait for updates under way, and let go of their gradients.
+
+        places: numbers of parameters by the number of their slab.
+        """
+        for number, params in places.items():
+            held = self._pending.get(number)
+            waiting = [param for param in params if held and held[param] is not None]
             if not held or not waiting:
                 continue
+            slab = self.pager.slabs[number]
             with self.pager.timed("exposed_ms", slab):
-                for number in waiting:
-                    slab.core.wait_for(number)
-                    held[number] = None
+                for param in waiting:
+                    slab.core.wait_for(param)
+                    held[param] = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; gradients that are to be zeroed in place are waited for first."""
@@ -280,6 +292,12 @@ class AdamW(torch.optim.Optimizer):
                 )
             values[index] = _as_8bit(moments) if slab.moments == "8bit" else _as_fp32(moments)
         return values
+
+
+def _call_if_alive(method: WeakMethod, argument: object, *_: object) -> None:
+    bound = method()
+    if bound is not None:
+        bound(argument)
 
 
 def _from_any(state: dict[str, Any]) -> dict[str, Any]:
