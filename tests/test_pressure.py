@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -424,3 +426,36 @@ def test_activations_follow_the_state_to_the_host(cap):
     stats = optimizer.pager.stats()
     assert stats["offloaded_bytes"] > 0 and found == losses, stats
     assert all(torch.equal(a, b) for a, b in zip(found_adapter, adapter, strict=True))
+
+
+@pytest.mark.gpu
+def test_memory_stays_flat(cap):
+    """A short soak: `benches/paging.py soak` does the same for as long as one likes."""
+    lengths = [512, 1536, 700, 4096, 512, 900, 2048, 1024]
+    held = []
+
+    class Watched(AdamW):
+        def step(self):
+            super().step()
+            if len(held) % 4 == 1:
+                self.pager.evict(1 << 62)
+            if len(held) % 4 == 3:
+                self.pager.restore()
+            if len(held) % len(lengths) == 0:
+                self.state_dict()
+            pinned = self.pager.stats()["pinned_bytes"]
+            held.append((torch.cuda.memory_reserved(), pinned, resident_bytes()))
+
+    train_lengths(lengths[:1], AdamW, r=256)
+    cap(torch.cuda.memory_allocated() + (1 << 30))
+    train_lengths(lengths * 20, Watched, r=256)
+    early, late = (
+        [max(sizes) for sizes in zip(*part, strict=True)] for part in (held[40:80], held[-40:])
+    )
+    assert late[0] <= early[0] and late[1] == early[1], (early, late)
+    assert late[2] <= early[2] + (16 << 20), (early, late)
+
+
+def resident_bytes():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s*(\d+) kB", status)[1]) << 10
