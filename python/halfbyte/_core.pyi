@@ -96,10 +96,10 @@ class Pager:
     ) -> None:
         """One step of AdamW (decay first) of every parameter that has a gradient.
 
-        params: float, contiguous, in the pager's order. grads: param's dtype and numel. rules:
-        (lr, beta1, beta2, eps, weight_decay, step counted from 1); rule_of: one of them for each
-        parameter. grad_scale: float32 [1], multiplies the gradients. Where a gradient is NaN or
-        infinite 8-bit moments become 0 and the weight stays.
+        params: float, contiguous, in the pager's order. grads: theirs, of their dtype and numel,
+        on their device. rules: (lr, beta1, beta2, eps, weight_decay, step counted from 1); rule_of:
+        one of them for each parameter. grad_scale: float32 [1], multiplies the gradients. Where a
+        gradient is NaN or infinite 8-bit moments become 0 and the weight stays.
 
         Torch's current stream waits for the update; with overlapped only when ``wait_for`` is
         called, until when gradients must stay.

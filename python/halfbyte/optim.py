@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -118,10 +117,8 @@ class AdamW(torch.optim.Optimizer):
             grads = [None if grad is None else grad.contiguous() for grad in grads]
             factor = scale.get(slab.device)
             overlapped = self._overlapping and slab.bytes_on_device < slab.nbytes
-            with ExitStack() as timing:
-                timing.enter_context(self.pager.timed("update_ms", slab, there=True))
-                if not overlapped:
-                    timing.enter_context(self.pager.timed("exposed_ms", slab))
+            timing = ("update_ms",) if overlapped else ("update_ms", "exposed_ms")
+            with self.pager.timed(slab, *timing, there=overlapped):
                 slab.core.step(slab.params, grads, rules, rule_of, factor, overlapped)
             if overlapped:
                 self._pending[number] = [*grads, factor]
@@ -167,7 +164,7 @@ class AdamW(torch.optim.Optimizer):
             if not held or not waiting:
                 continue
             slab = self.pager.slabs[number]
-            with self.pager.timed("exposed_ms", slab):
+            with self.pager.timed(slab, "exposed_ms"):
                 for param in waiting:
                     slab.core.wait_for(param)
                     held[param] = None
@@ -185,12 +182,14 @@ class AdamW(torch.optim.Optimizer):
         numbers: dict[tuple[int, int], int] = {}
         rule_of = []
         for member, grad in zip(self._members_of(slab), grads, strict=True):
+            state = member.state
+            step = state.get("step", 0)
             if grad is not None:
-                if not member.state:
-                    self.state[member.param] = member.state
-                member.state["step"] = member.state.get("step", 0) + 1
-            key = (member.group, member.state.get("step", 1))
-            rule_of.append(numbers.setdefault(key, len(numbers)))
+                if not state:
+                    self.state[member.param] = state
+                step = state["step"] = step + 1
+            # The scalars of what has no gradient are not used.
+            rule_of.append(numbers.setdefault((member.group, step or 1), len(numbers)))
         rules = []
         for index, step in numbers:
             group = self.param_groups[index]

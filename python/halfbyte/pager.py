@@ -439,9 +439,9 @@ class Pager:
         self._quiet = self._longest = 0
 
     @contextmanager
-    def timed(self, name: str, slab: Slab, there: bool = False) -> Iterator[None]:
-        """Count the time from here on torch's stream to the end, there or on the stream of updates:
-        "update_ms" is all of it, "exposed_ms" what torch's stream waits.
+    def timed(self, slab: Slab, *names: str, there: bool = False) -> Iterator[None]:
+        """Count the time from here on torch's stream to the end, there or on the stream of updates,
+        as "update_ms" (all of it), "exposed_ms" (what torch's stream waits) or both.
         """
         if slab.device.type != "cuda":
             yield
@@ -451,7 +451,8 @@ class Pager:
         begin.record(current)
         yield
         end.record(slab.update_stream if there else current)
-        self._spans[name].append((begin, end))
+        for name in names:
+            self._spans[name].append((begin, end))
 
     def peak_bytes(self) -> int:
         """Most bytes that torch had allocated at once: micro-batches reset torch's own count."""
