@@ -127,30 +127,48 @@ def update(args: argparse.Namespace) -> None:
 
 def grid(args: argparse.Namespace) -> None:
     training = Training(args.shape, args.r)
-    for state in ("fp32", "8bit"):
+    for state in args.states:
         optimizer = training.optimizer(state, "auto")
-        total = optimizer.pager.stats()["state_bytes"]
         for batch, seq, accumulation in GRID:
             if batch * seq * accumulation > args.most_tokens:
                 continue
             run = training.step(optimizer, batch, seq, accumulation)
-            shares = SHARES if accumulation == 1 and batch * seq <= 512 else (1.0,)
-            optimizer.pager.restore()
+            run()
             fields = dict(model=args.shape, r=args.r, state=state, batch=batch, seq=seq)
-            fields |= dict(accumulation=accumulation, device_ms=milliseconds(run, args.rounds))
+            fields |= dict(accumulation=accumulation)
+            shares = SHARES if (batch, seq, accumulation) == (1, 512, 1) else (1.0,)
             for share in shares:
-                on_host = total - optimizer.pager.stats()["device_bytes"]
-                optimizer.pager.evict(int(share * total) - on_host)
-                found = dict(share=share, host_ms=milliseconds(run, args.rounds))
-                nbytes = 2 * optimizer.pager.stats()["host_bytes"]
-                ratio = round(found["host_ms"] / fields["device_ms"], 4)
-                write("grid", **fields, **found, bus_bytes=nbytes, ratio=ratio)
+                write("grid", **fields, share=share, **paired(optimizer, run, share, args.rounds))
         del optimizer, run
         gc.collect()
 
 
-def milliseconds(run: Callable[[], None], rounds: int) -> float:
-    return round(1e3 * seconds(run, rounds), 3)
+def paired(
+    optimizer: optim.AdamW, run: Callable[[], None], share: float, rounds: int, steps: int = 2
+) -> dict[str, float]:
+    """Steps with all state on the device and with a share of it on the host, in turns, so that a
+    slow moment slows both; several are queued at a time, so that one may overlap the next.
+    """
+    pager = optimizer.pager
+    share_bytes = int(share * pager.stats()["state_bytes"])
+    places = {"device_ms": pager.restore, "host_ms": lambda: pager.evict(share_bytes)}
+    times: dict[str, list[float]] = {name: [] for name in places}
+    for name in list(places) * rounds:
+        places[name]()
+        run()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            run()
+        torch.cuda.synchronize()
+        times[name].append(1e3 * (time.perf_counter() - begin) / steps)
+    found = {name: round(median(values), 3) for name, values in times.items()}
+    ratios = [host / device for device, host in zip(*times.values(), strict=True)]
+    return found | {
+        "ratio": round(median(ratios), 4),
+        "best_ratio": round(min(times["host_ms"]) / min(times["device_ms"]), 4),
+        "bus_bytes": 2 * pager.stats()["host_bytes"],
+    }
 
 
 def mixed(mix: str, seq: int, steps: int) -> list[int]:
@@ -379,6 +397,7 @@ def main() -> None:
     parser.add_argument("--cap", type=float, help="GB; default: 6, 24, 48 for 7b, 33b, 65b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most-tokens", type=int, default=8192, help="of a step of the grid")
+    parser.add_argument("--states", nargs="+", choices=("fp32", "8bit"), default=["fp32", "8bit"])
     parser.add_argument("--steps", type=int, default=75, help="of each run of `lengths`")
     parser.add_argument("--minutes", type=float, default=10, help="of the soak")
     args = parser.parse_args()

@@ -69,10 +69,11 @@ def test_sizes_of_llama(size):
     assert eight.state / found.state == pytest.approx(2.03 / 8, rel=1e-3)
 
 
-def test_a_measured_peak_is_met():
-    # benches/results/journey.jsonl: one H200, 4 x 512 tokens, r = 64.
-    peak = footprint(config("7B"), Setup(seq=512, batch=4)).peak
-    assert peak / 1e9 == pytest.approx(6.986, rel=0.05)
+# GB of torch.cuda.max_memory_allocated in a step on an H200, 7B at r = 64, state on the host.
+@pytest.mark.parametrize("batch, measured", [(1, 5.403), (4, 5.654)])
+def test_a_measured_peak_is_met(batch, measured):
+    peak = footprint(config("7B"), Setup(seq=512, batch=batch)).without_state().peak
+    assert peak / 1e9 == pytest.approx(measured, rel=0.01)
 
 
 class Meter(TorchDispatchMode):

@@ -20,7 +20,7 @@ from halfbyte.lora import LoraConfig, adapter_parameters, inject
 from halfbyte.models import Decoder
 from halfbyte.offload import ActivationOffload
 from halfbyte.optim import AdamW
-from halfbyte.pressure import Predictor
+from halfbyte.pressure import Predictor, join_segments
 from halfbyte.train import TrainConfig, finetune
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -359,6 +359,7 @@ def cap():
 
     yield limit
     limit(1 << 60)
+    join_segments(False)
 
 
 @pytest.fixture

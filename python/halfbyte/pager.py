@@ -24,6 +24,7 @@ from halfbyte.pressure import (
     Predictor,
     RandomState,
     free_memory,
+    join_segments,
     total_memory,
 )
 
@@ -217,6 +218,7 @@ class Pager:
         self._absorbed: Counter[str] = Counter()
         self._offload: ActivationOffload | None = None
         self._offload_from: int | None = None
+        self._joined = False
         self._quiet = 0
         self._longest = 0
         self._peak = 0
@@ -378,9 +380,10 @@ class Pager:
         rung = None
         if self.evict(1 << 62, "out of memory") + gradients.to_host() > 0:
             rung = "state"
-        elif not tried and self.device.type == "cuda":
-            # What is cached in pieces comes back in one.
-            rung = "cache"
+        elif self.device.type == "cuda" and not self._joined:
+            # There may be enough in pieces: a long batch asks for what short ones have split.
+            rung, self._joined = "segments", True
+            join_segments()
         elif not offloaded and self._can_offload(shape, model):
             rung = "activations"
             tokens = math.prod(shape)

@@ -19,6 +19,8 @@ UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 UNITS |= {f"{unit}i": 1 << (10 * (i + 1)) for i, unit in enumerate("kmgt")}
 # The driver's context and the kernels' code, which torch does not count.
 CONTEXT = 600_000_000
+# What cuBLAS works in on current GPUs, for the forward's thread and for the backward's.
+CUBLAS = 2 * (32 << 20)
 STATE_BYTES = {"fp32": 8.0, "8bit": 2 + 8 / 256}
 # Vectors of a layer that its recomputed forward holds for the backward, in units of the hidden and
 # of the intermediate size, a token.
@@ -77,11 +79,13 @@ class Footprint:
     logits: int
     workspace: int
     earlier_gradients: int = 0
+    cublas: int = CUBLAS
 
     @property
     def fixed(self) -> int:
         """What is there whatever the batch, without the optimizer's state."""
-        return self.base + self.scales + self.embeddings + self.adapter + self.earlier_gradients
+        model = self.base + self.scales + self.embeddings + self.adapter
+        return model + self.earlier_gradients + self.cublas
 
     @property
     def activations(self) -> int:
@@ -228,7 +232,8 @@ def table(plan: Plan, setup: Setup, title: str):
         ),
         ("one layer recomputed", part.recompute, ""),
         ("logits of a chunk", part.logits, "while there are no gradients"),
-        ("dequantized weight", part.workspace, "the largest layer"),
+        ("dequantized weight", part.workspace, "the largest, or a gradient as large"),
+        ("cuBLAS", part.cublas, ""),
     )
     for name, nbytes, note in rows:
         if nbytes:
