@@ -105,8 +105,8 @@ class Pager:
         called, until when gradients must stay.
         """
 
-    def wait_for(self, param: int) -> None:
-        """Let torch's current stream wait for the last update of a parameter."""
+    def wait_for(self, params: list[int]) -> None:
+        """Let torch's current stream wait for the last update of parameters, by their numbers."""
 
     def wait_for_all(self) -> None:
         """Let torch's current stream wait for every update."""

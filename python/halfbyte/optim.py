@@ -165,9 +165,9 @@ class AdamW(torch.optim.Optimizer):
                 continue
             slab = self.pager.slabs[number]
             with self.pager.timed(slab, "exposed_ms"):
-                for param in waiting:
-                    slab.core.wait_for(param)
-                    held[param] = None
+                slab.core.wait_for(waiting)
+            for param in waiting:
+                held[param] = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; gradients that are to be zeroed in place are waited for first."""

@@ -157,11 +157,15 @@ impl Pager {
         self.run(py, run)
     }
 
-    fn wait_for(&self, py: Python<'_>, param: usize) -> PyResult<()> {
-        if param >= self.numels.len() {
-            return Err(PyValueError::new_err(format!("wait_for: param must be one of the pager's, got {param}")));
+    fn wait_for(&self, py: Python<'_>, params: Vec<usize>) -> PyResult<()> {
+        if let Some(param) = params.iter().find(|&&param| param >= self.numels.len()) {
+            let message = format!("wait_for: params must be numbers of the pager's, got {param}");
+            return Err(PyValueError::new_err(message));
         }
-        self.run(py, |state| with_pager!(state, pager => pager.wait_for(param)))
+        self.run(py, |state| {
+            let mut params = params.iter();
+            with_pager!(state, pager => params.try_for_each(|&param| pager.wait_for(param)))
+        })
     }
 
     fn wait_for_all(&self, py: Python<'_>) -> PyResult<()> {
