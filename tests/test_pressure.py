@@ -366,6 +366,7 @@ def cap():
 def deterministic(monkeypatch):
     """Attention's gradient without atomic additions: else no two runs are equal, capped or not."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
