@@ -5,7 +5,7 @@ grid: training steps with a share of the state in host memory, beside those with
 lengths: batches of mixed lengths under caps that lack a share of the state beside the longest.
 capped: a random model of LLaMA's shape trained under a cap, beside what `halfbyte plan` says.
 soak: memory held, over minutes of mixed lengths, moves of the state and snapshots.
-fit: the law of the grid's rows, overhead_ms = max(0, MB / bandwidth - hidden) + k, and its plot.
+fit: the law of the grid's rows, overhead_ms = slow * hidden + exposed + k, and its plot.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
-from statistics import mean, median
+from statistics import linear_regression, mean, median
 from typing import NamedTuple
 
 import torch
@@ -291,59 +291,67 @@ def cap(nbytes: int | None) -> None:
 
 
 class Law(NamedTuple):
-    """overhead_ms = max(0, MB / bandwidth - share * micro_batch_ms) + k.
+    """What a step takes longer, in ms: slow * hidden + exposed + k.
 
-    The update of pages in host memory runs beside the forward of the next step's first
-    micro-batch: that `share` of a micro-batch's time hides what takes MB / bandwidth.
+    The update of the pages in host memory takes MB / GB/s, as measured alone. It runs beside the
+    forward of the next step's first micro-batch, which is `share` of that micro-batch's time: as
+    much of it is hidden, and slows the forward by the part `slow` of its time; the rest is exposed.
     """
 
-    bandwidth: float
     share: float
+    slow: float
     k: float
 
+    def parts(self, row: dict) -> tuple[float, float]:
+        """Hidden and exposed ms."""
+        update = row["bus_bytes"] / 1e6 / row["gb_per_s"]
+        hidden = min(update, self.share * row["device_ms"] / row["accumulation"])
+        return hidden, update - hidden
+
     def __call__(self, row: dict) -> float:
-        hidden = self.share * row["device_ms"] / row["accumulation"]
-        return max(0.0, row["bus_bytes"] / 1e6 / self.bandwidth - hidden) + self.k
+        hidden, exposed = self.parts(row)
+        return self.slow * hidden + exposed + self.k
 
 
 def least_squares(rows: list[dict]) -> Law:
-    """The law with the least sum of squares over the rows: `k` in closed form, the rest searched,
-    ever finer.
-    """
+    """The law with the least sum of squares over the rows: a line for every share in question."""
 
-    def of(bandwidth: float, share: float) -> tuple[float, Law]:
-        left = [overhead(row) - Law(bandwidth, share, 0.0)(row) for row in rows]
-        k = mean(left)
-        return sum((miss - k) ** 2 for miss in left), Law(bandwidth, share, k)
+    def best(share: float) -> Law:
+        parts = [Law(share, 0.0, 0.0).parts(row) for row in rows]
+        left = [overhead(row) - exposed for row, (_, exposed) in zip(rows, parts, strict=True)]
+        return Law(share, *linear_regression([hidden for hidden, _ in parts], left))
 
-    best = of(80.0, 0.25)[1]
-    for step in (1.3, 1.1, 1.03, 1.01):
-        bandwidths = [best.bandwidth * step**i for i in range(-10, 11)]
-        shares = [best.share + (step - 1) * i / 10 for i in range(-10, 11)]
-        candidates = itertools.product(bandwidths, (share for share in shares if share >= 0))
-        best = min(of(*candidate) for candidate in candidates)[1]
-    return best
+    shares = [0.01 * i for i in range(2, 101)]
+    return min(map(best, shares), key=lambda law: rms_miss(law, rows))
+
+
+def rms_miss(law: Law, rows: list[dict]) -> float:
+    return math.sqrt(mean((law(row) - overhead(row)) ** 2 for row in rows))
 
 
 def overhead(row: dict) -> float:
     return row["host_ms"] - row["device_ms"]
 
 
-def newest(rows: Iterable[dict]) -> list[dict]:
-    """The last row of each cell of the grid."""
+def newest(rows: list[dict]) -> list[dict]:
+    """The last row of each cell of the grid, with the rate of an update alone."""
+    rates = {
+        (row["gpu"], row["state"]): row["state_gb_per_s"]
+        for row in rows
+        if row["bench"] == "paging_update" and row["placement"] == "host"
+    }
     key = itemgetter("gpu", "model", "state", "batch", "seq", "accumulation", "share")
-    return list({key(row): row for row in rows if row["bench"] == "paging_grid"}.values())
+    cells = {key(row): row for row in rows if row["bench"] == "paging_grid"}.values()
+    return [row | {"gb_per_s": rates[row["gpu"], row["state"]]} for row in cells]
 
 
 def fit(args: argparse.Namespace) -> None:
     lines = (RESULTS / "paging.jsonl").read_text().splitlines()
-    rows = newest(json.loads(line) for line in lines)
+    rows = newest([json.loads(line) for line in lines])
     law = least_squares(rows)
-    misses = [law(row) - overhead(row) for row in rows]
-    rms = math.sqrt(mean(miss**2 for miss in misses))
     print(
-        f"overhead_ms = max(0, MB / {law.bandwidth:.1f} - {law.share:.3f} * micro_batch_ms) + "
-        f"{law.k:.2f}, over {len(rows)} rows; root mean square of the misses {rms:.2f} ms"
+        f"hidden: up to {law.share:.2f} of a micro-batch; overhead_ms = {law.slow:.3f} * hidden + "
+        f"exposed + {law.k:.2f}; {len(rows)} rows, off by {rms_miss(law, rows):.2f} ms (rms)"
     )
     draw(rows, law)
 
