@@ -67,6 +67,12 @@ class Pager:
     def host_budget() -> int | None:
         """Bytes of host memory that may be reserved now; None where the system does not say."""
 
+    def reserve(self, bytes: int) -> int:
+        """Address of more host memory, pinned until the pager goes; it counts in ``limit``."""
+
+    def is_near(self) -> bool:
+        """Whether the host memory is that of the NUMA node nearest to a CUDA device."""
+
     def frames(self) -> list[tuple[int, int, int, int, bool]]:
         """(first page, pages, bytes, address of its slot or 0, whether it is on the device)."""
 
@@ -90,17 +96,17 @@ class Pager:
     ) -> None:
         """One step of AdamW (decay first) of every parameter that has a gradient.
 
-        params: float, contiguous, in the pager's order. grads: param's dtype and numel. rules:
-        (lr, beta1, beta2, eps, weight_decay, step counted from 1); rule_of: one of them for each
-        parameter. grad_scale: float32 [1], multiplies the gradients. Where a gradient is NaN or
-        infinite 8-bit moments become 0 and the weight stays.
+        params: float, contiguous, in the pager's order. grads: theirs, of their dtype and numel,
+        on their device. rules: (lr, beta1, beta2, eps, weight_decay, step counted from 1); rule_of:
+        one of them for each parameter. grad_scale: float32 [1], multiplies the gradients. Where a
+        gradient is NaN or infinite 8-bit moments become 0 and the weight stays.
 
         Torch's current stream waits for the update; with overlapped only when ``wait_for`` is
         called, until when gradients must stay.
         """
 
-    def wait_for(self, param: int) -> None:
-        """Let torch's current stream wait for the last update of a parameter."""
+    def wait_for(self, params: list[int]) -> None:
+        """Let torch's current stream wait for the last update of parameters, by their numbers."""
 
     def wait_for_all(self) -> None:
         """Let torch's current stream wait for every update."""
