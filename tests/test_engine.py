@@ -28,6 +28,7 @@ from halfbyte.errors import (
 from halfbyte.kv_cache import block_bytes
 from halfbyte.prefill import CHUNK
 from halfbyte.prefix_cache import PrefixCache
+from halfbyte.scheduler import Scheduler
 
 
 def budget(model, blocks: int) -> int:
@@ -506,6 +507,23 @@ def test_many_random_requests(model, count):
         engine._advance_once()
     assert all(request.done for _, _, request in live)
     assert finished > count / 3 and refused > 0 and fully_free(engine)
+
+
+def test_a_reply_is_not_done_before_its_last_text_is_there(model, monkeypatch):
+    """Who fetches on another thread would go away without it."""
+    seen, leave = [], Scheduler._leave
+
+    def leaving(scheduler, request):
+        leave(scheduler, request)
+        seen.append((request.reply.finish_reason, request.done))
+
+    monkeypatch.setattr(Scheduler, "_leave", leaving)
+    engine = Engine(model, max_batch=2)
+    engine.generate(["ab", "cd"], max_new_tokens=3)
+    stream = engine.stream("ef")
+    stream.close()
+    assert seen == [("length", False), ("length", False), ("cancelled", False)]
+    assert stream._request.done
 
 
 # --- threads and tasks -----------------------------------------------------------------------

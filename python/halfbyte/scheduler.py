@@ -23,10 +23,10 @@ from halfbyte.sampling import NOT_FINITE, Kind, Sampled, Sampling
 class Request:
     """A prompt on its way to its reply.
 
-    pieces: text that became certain and was not fetched yet. root: what its cached prefix depends
-    on beside its tokens. error: why the reply ended with "error". listener: called, on the thread
-    that steps, after pieces came or the reply ended. cancelled: set it from any thread; the next
-    step ends the reply.
+    pieces: text that became certain and was not fetched yet. done: whether the reply has ended and
+    its last text is among the pieces. root: what its cached prefix depends on beside its tokens.
+    error: why the reply ended with "error". listener: called, on the thread that steps, after
+    pieces came or the reply ended. cancelled: set it from any thread; the next step ends the reply.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Request:
         self.root = root
         self.adapter = adapter
         self.pieces: deque[str] = deque()
+        self.done = reply.finish_reason is not None
         self.error: Exception | None = None
         self.listener: Callable[[], object] | None = None
         self.cancelled = False
@@ -53,10 +54,6 @@ class Request:
         self.blocks: list[int] = []
         self.prefilled = 0
         self.sampled = 0
-
-    @property
-    def done(self) -> bool:
-        return self.reply.finish_reason is not None
 
     @property
     def most_blocks(self) -> int:
@@ -215,7 +212,7 @@ class Scheduler:
                 self._end(request, "error")
                 continue
             piece = request.reply.accept(token, _logprobs(sampled, place, token, request))
-            if request.done:
+            if request.reply.finish_reason is not None:
                 self._leave(request)
             _tell(request, piece)
 
@@ -257,6 +254,7 @@ class Scheduler:
 def _tell(request: Request, piece: str) -> None:
     if piece:
         request.pieces.append(piece)
+    request.done = request.reply.finish_reason is not None
     if request.listener is not None and (piece or request.done):
         request.listener()
 

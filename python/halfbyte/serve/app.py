@@ -34,6 +34,7 @@ from halfbyte.serve.schema import (
 log = logging.getLogger("halfbyte.serve")
 PAGE = Path(__file__).with_name("page.html")
 Parsed = TypeVar("Parsed", bound=BaseModel)
+JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 NO_STATS = Stats(*(0 for _ in Stats._fields))
 
 
@@ -333,7 +334,7 @@ async def _events(answer: Answer, replies: Replies, body: Body) -> AsyncIterator
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {JSON.encode(data)}\n\n"
 
 
 def _log(answer: Answer, replies: Replies) -> None:
