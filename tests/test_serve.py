@@ -250,6 +250,28 @@ def test_many_at_once(server, client):
     assert idle(server[0])
 
 
+def test_json_replies(server, client):
+    pytest.importorskip("llguidance", reason="needs the extra `json`")
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema |= {"additionalProperties": False}
+    named = {"name": "answer", "schema": schema, "strict": True}
+    options = {"response_format": {"type": "json_schema", "json_schema": named}, "seed": 3}
+    got = client.chat.completions.create(model="red", messages=HELLO, **options)
+    assert got.choices[0].finish_reason == "stop"
+    assert type(json.loads(got.choices[0].message.content)["ok"]) is bool
+    stream = client.chat.completions.create(model="red", messages=HELLO, stream=True, **options)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == got.choices[0].message.content
+    options = {"response_format": {"type": "json_object"}, "max_tokens": 40}
+    got = client.chat.completions.create(model="tiny", messages=HELLO, **options)
+    assert got.choices[0].message.content.lstrip().startswith("{")
+    named["schema"] = {"not": {}}
+    options = {"response_format": {"type": "json_schema", "json_schema": named}}
+    with pytest.raises(openai.BadRequestError, match="json_schema: Unimplemented keys"):
+        client.chat.completions.create(model="tiny", messages=HELLO, **options)
+    assert idle(server[0])
+
+
 # --- limits ----------------------------------------------------------------------------------
 
 
@@ -263,7 +285,9 @@ def test_many_at_once(server, client):
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "at most 512 tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
@@ -293,6 +317,7 @@ FIELDS = [
     "model", "messages", "prompt", "n", "stream", "temperature", "top_p", "top_k", "min_p", "seed",
     "stop", "stop_token_ids", "max_tokens", "min_tokens", "logit_bias", "logprobs", "top_logprobs",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "stream_options",
+    "response_format",
 ]  # fmt: skip
 
 

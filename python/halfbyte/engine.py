@@ -9,6 +9,7 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from halfbyte.adapters import Adapter
 from halfbyte.errors import ContextLengthError
+from halfbyte.grammar import Vocabulary
 from halfbyte.kv_cache import KVCache, block_bytes, blocks_for
 from halfbyte.models import Decoder
 from halfbyte.models.config import token_ids
@@ -251,8 +253,9 @@ class Engine:
     ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
-        Raises ValueError for token ids that the model does not have, ContextLengthError for a
-        prompt longer than the model's context or the cache, AdapterNotFoundError, QueueFullError.
+        Raises ValueError for token ids that the model does not have and for a JSON schema that is
+        not supported, ContextLengthError for a prompt longer than the model's context or the cache,
+        AdapterNotFoundError, QueueFullError, ImportError where an extra is missing.
         """
         ids = checked_prompt(self.model, prompt)
         for name in ("stop_ids", "logit_bias"):
@@ -265,7 +268,10 @@ class Engine:
         text = None
         if self.model.tokenizer is not None or sampling.stop:
             text = ReplyText(tokenizer_of(self.model, "stop strings"), sampling.stop)
-        reply = Reply(len(ids), ends, sampling.max_new_tokens, context, text)
+        grammar = None
+        if sampling.json_schema is not None:
+            grammar = self._vocabulary.grammar(sampling.json_schema, self._scheduler.cache.device)
+        reply = Reply(len(ids), ends, sampling.max_new_tokens, context, text, grammar)
         adapters = self._scheduler.decode.adapters
         chosen = None if adapter is None else adapters.acquire(adapter)
         root = (self._generation, chosen and chosen.generation)
@@ -282,6 +288,11 @@ class Engine:
         if chosen is not None:
             adapters.release(chosen)
         return request
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        tokenizer = tokenizer_of(self.model, "json_schema")
+        return Vocabulary(tokenizer, self.model.config.vocab_size, eos_ids(self.model))
 
     def run(self, requests: Sequence[Request]) -> None:
         """Work until all these requests are done. Raises the first one's error, if any has one."""
