@@ -217,9 +217,10 @@ class Scheduler:
     def _draw(self) -> None:
         """Launch the second part of a step, now that all tokens before are known."""
         self.undrawn = False
-        for request in [r for r in self.running if r.reply.grammar is not None]:
+        for request in list(self.running):
             try:
-                request.reply.grammar.fill()
+                if request.reply.grammar is not None:
+                    request.reply.grammar.fill()
             except ValueError as error:
                 request.error = error
                 self._end(request, "error")
