@@ -7,7 +7,7 @@ import random
 import torch
 from test_generate import tiny
 
-from halfbyte import Engine, Linear4bit, Sampling
+from halfbyte import Engine, Linear4bit, LoraConfig, Sampling, lora
 from halfbyte.kv_cache import block_bytes
 
 
@@ -76,3 +76,23 @@ def all_at_once(engine: Engine, work) -> list[list[int]]:
     requests = [engine.submit(prompt, sampling) for prompt, sampling in work]
     engine.run(requests)
     return [request.reply.tokens for request in requests]
+
+
+ADAPTERS = {
+    "one": LoraConfig(r=4, lora_alpha=8),
+    "two": LoraConfig(r=9, lora_alpha=5, target_modules=["q_proj", "down_proj"]),
+    "head": LoraConfig(r=2, lora_alpha=16, use_rslora=True, target_modules=["lm_head", "v_proj"]),
+}
+
+
+def write_adapters(folder, tokenizer) -> tuple[dict, dict]:
+    """Folders of ADAPTERS for base models, and a model that carries each."""
+    carriers = {}
+    for seed, (name, config) in enumerate(ADAPTERS.items()):
+        rng = torch.Generator().manual_seed(seed)
+        made = lora.inject(base_model(tokenizer), config, rng)
+        for parameter in lora.adapter_parameters(made):
+            parameter.data.normal_(0, 0.3, generator=rng)
+        lora.save_adapter(made, folder / name)
+        carriers[name] = made
+    return {name: folder / name for name in ADAPTERS}, carriers

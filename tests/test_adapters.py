@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from engines import base_model, fully_free
+from engines import ADAPTERS, base_model, fully_free, write_adapters
 from test_generate import byte_tokenizer, tiny  # noqa: F401
 
 from halfbyte import Engine, LoraConfig, Sampling, lora
 from halfbyte.errors import AdapterNotFoundError, CheckpointError, QueueFullError
 
-ADAPTERS = {
-    "one": LoraConfig(r=4, lora_alpha=8),
-    "two": LoraConfig(r=9, lora_alpha=5, target_modules=["q_proj", "down_proj"]),
-    "head": LoraConfig(r=2, lora_alpha=16, use_rslora=True, target_modules=["lm_head", "v_proj"]),
-}
-
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, byte_tokenizer):  # noqa: F811
-    """A base's folder-like maker, adapters over it, and a model that carries each."""
-    folder = tmp_path_factory.mktemp("adapters")
-    carriers = {}
-    for seed, (name, config) in enumerate(ADAPTERS.items()):
-        rng = torch.Generator().manual_seed(seed)
-        made = lora.inject(base_model(byte_tokenizer), config, rng)
-        for parameter in lora.adapter_parameters(made):
-            parameter.data.normal_(0, 0.3, generator=rng)
-        lora.save_adapter(made, folder / name)
-        carriers[name] = made
-    return {name: folder / name for name in ADAPTERS}, carriers
+    return write_adapters(tmp_path_factory.mktemp("adapters"), byte_tokenizer)
 
 
 def test_rows_use_their_own_adapters(adapters, byte_tokenizer):  # noqa: F811

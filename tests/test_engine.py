@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import random
 import threading
@@ -23,8 +24,9 @@ from test_generate import byte_tokenizer, tiny  # noqa: F401
 from tiny import tiny_folder
 
 import halfbyte
-from halfbyte import Engine, LoraConfig, lora
+from halfbyte import Engine, LoraConfig, Sampling, lora, optim
 from halfbyte.capture import Captured
+from halfbyte.engine import eos_ids
 from halfbyte.errors import ContextLengthError
 
 
@@ -74,6 +76,40 @@ def test_a_model_in_training_is_sampled_between_steps(model):
     assert not engine.stale
     lora.merge(model, torch.float32)
     assert engine.stale
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_what_is_served(shared, tmp_path, device):
+    """200 greedy tokens, in the model itself and by name over its base, are the forward's."""
+    path = shared / "models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+    base = halfbyte.load(path, device=device, dtype=torch.float32, progress=False)
+    model = lora.inject(copy.deepcopy(base), LoraConfig(r=8), torch.Generator().manual_seed(0))
+    optimizer = optim.AdamW(lora.adapter_parameters(model), lr=2e-3)
+    ids = model.tokenizer.encode(
+        "Half a byte is a nibble, and a nibble holds one of sixteen values."
+    )
+    prompt = model.tokenizer.encode("Half a byte is")
+    untrained = Engine(model, max_batch=1).generate(prompt, max_new_tokens=20).token_ids
+    model.train()
+    batch = torch.tensor([ids], device=device)
+    for _ in range(4):
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sampling = Sampling(max_new_tokens=200, logit_bias={i: -1e4 for i in eos_ids(model)})
+    served = Engine(model, max_batch=1).generate(prompt, sampling).token_ids
+    assert len(served) == 200 and served[:20] != untrained
+    # The training forward itself: in training mode, with gradients.
+    whole = torch.tensor([[*prompt, *served]], device=device)
+    logits = model(whole).logits[0, len(prompt) - 1 : -1]
+    assert logits.requires_grad
+    logits[:, sorted(eos_ids(model))] -= 1e4
+    assert logits.argmax(-1).tolist() == served
+    lora.save_adapter(model, tmp_path / "adapter")
+    named = Engine(base, {"mine": tmp_path / "adapter"}, max_batch=2)
+    both = [named.submit(prompt, sampling, name) for name in ("mine", None)]
+    named.run(both)
+    assert both[0].reply.tokens == served != both[1].reply.tokens
 
 
 # --- limits and ends -------------------------------------------------------------------------

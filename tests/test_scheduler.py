@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import random
+import resource
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from engines import (
+    ADAPTERS,
     all_at_once,
     base_model,
     budget,
@@ -15,13 +21,14 @@ from engines import (
     fully_free,
     gpu_work,
     requests_of,
+    write_adapters,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import byte_tokenizer, tiny  # noqa: F401
 
 from halfbyte import Engine, Sampling
-from halfbyte.errors import QueueFullError
+from halfbyte.errors import AdapterNotFoundError, ContextLengthError, QueueFullError
 from halfbyte.prefill import CHUNK
 from halfbyte.prefix_cache import PrefixCache
 from halfbyte.scheduler import Scheduler
@@ -212,37 +219,84 @@ def test_numbers_that_are_not_finite_end_their_own_request(model):
     assert len(good.reply.tokens) == 5 and fully_free(engine)
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_many_random_requests(model, count):
-    """Cancels, bad input and all settings; nothing is lost, nothing is mixed up."""
+def check_invariants(engine: Engine) -> None:
+    """Every block and row has the holders that it should have."""
+    scheduler = engine._scheduler
+    prefixes, active = scheduler.prefixes, [*scheduler.running, *scheduler.prefilling]
+    held = {block for request in active for block in request.blocks}
+    assert len(active) <= scheduler.max_batch
+    assert prefixes.held == len(held) and 0 not in held
+    assert held.isdisjoint(prefixes._free) and held.isdisjoint(prefixes._unheld)
+    assert not any(request.blocks for request in scheduler.waiting)
+    users = Counter(r.adapter for r in [*active, *scheduler.waiting] if r.adapter is not None)
+    assert all(adapter.users == users[adapter] for adapter in scheduler.decode.adapters._places)
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def odd_sampling(rng: random.Random, sampling: Sampling) -> Sampling:
+    """Now and then with a schema, where grammars can be had."""
+    if importlib.util.find_spec("llguidance") is None or rng.random() < 0.9:
+        return sampling
+    schema = rng.choice([{"type": "boolean"}, {"enum": [1, "é", None]}, {"type": "object"}])
+    return replace(sampling, json_schema=schema)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_random_requests(byte_tokenizer, tmp_path, count):  # noqa: F811
+    """Cancels, bad input, adapters that change and all settings: nothing is lost or mixed up."""
     rng = random.Random(4)
-    engine = Engine(model, max_batch=4, kv_budget=budget(model, 24), max_waiting=6)
-    expected: dict[tuple, list[int]] = {}
-    live, finished, refused = [], 0, 0
-    for prompt, sampling in requests_of(rng, count):
-        if rng.random() < 0.05:
-            with pytest.raises(ValueError):
-                engine.submit([*prompt, 10_000], sampling)
+    folders, carriers = write_adapters(tmp_path, byte_tokenizer)
+    bare = base_model(byte_tokenizer)
+    model = base_model(byte_tokenizer)
+    engine = Engine(model, folders, max_batch=4, kv_budget=budget(model, 24), max_waiting=6)
+    live, ends, compared, early = [], Counter(), 0, 0.0
+    for i, (prompt, sampling) in enumerate(requests_of(rng, count)):
+        sampling, name = odd_sampling(rng, sampling), rng.choice([None, None, *ADAPTERS])
         try:
-            live.append((tuple(prompt), sampling, engine.submit(prompt, sampling)))
-        except QueueFullError:
-            refused += 1
-        for _ in range(rng.randrange(4)):
+            if rng.random() < 0.05:
+                engine.submit([*prompt, 10_000], sampling)
+            if rng.random() < 0.05:
+                engine.submit([1] * 300, sampling)
+            live.append((name, engine.submit(prompt, sampling, rng.choice([name] * 19 + ["gone"]))))
+        except (QueueFullError, ContextLengthError, AdapterNotFoundError, ValueError) as error:
+            ends[type(error).__name__] += 1
+        for _ in range(rng.randrange(5)):
             engine._advance_once()
+            check_invariants(engine)
         if live and rng.random() < 0.1:
-            live[rng.randrange(len(live))][2].cancelled = True
-        for entry in [entry for entry in live if entry[2].done]:
+            rng.choice(live)[1].cancelled = True
+        if i % 50 == 49:
+            changed = rng.choice([*ADAPTERS])
+            engine.unload_adapter(changed)
+            engine.load_adapter(changed, folders[changed])
+        for entry in [entry for entry in live if entry[1].done]:
             live.remove(entry)
-            prompt, sampling, request = entry
-            finished += 1
-            if request.reply.finish_reason != "cancelled" and len(expected) < 40:
-                alone = Engine(model, max_batch=1).generate(list(prompt), sampling)
-                assert request.reply.tokens == alone.token_ids
-                expected[prompt, sampling.seed] = alone.token_ids
+            name, request = entry
+            ends[request.reply.finish_reason] += 1
+            if request.reply.finish_reason != "cancelled" and compared < 60:
+                compared += 1
+                alone = Engine(carriers.get(name, bare), max_batch=1)
+                alone = alone.generate(request.prompt, request.sampling)
+                assert (alone.token_ids, alone.text) == (
+                    request.reply.tokens,
+                    request.reply.text.given,
+                )
+        if i == count // 4:
+            early = resident_mb()
     while engine._scheduler.busy:
         engine._advance_once()
-    assert all(request.done for _, _, request in live)
-    assert finished > count / 3 and refused > 0 and fully_free(engine)
+        check_invariants(engine)
+    assert all(request.done for _, request in live)
+    assert ends["length"] + ends["stop"] > count / 4 and ends["error"] == 0
+    for name in ("QueueFullError", "ContextLengthError", "AdapterNotFoundError", "ValueError"):
+        assert ends[name] > 0, name
+    assert fully_free(engine) and all(a.users == 0 for a in engine.adapters.values())
+    assert resident_mb() - early < 20
 
 
 def test_a_reply_is_not_done_before_its_last_text_is_there(model, monkeypatch):
