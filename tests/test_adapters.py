@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from engines import ADAPTERS, base_model, fully_free, write_adapters
 from test_generate import byte_tokenizer, tiny  # noqa: F401
@@ -106,6 +109,28 @@ def test_adapters_that_do_not_fit_are_refused(adapters, byte_tokenizer, tmp_path
     lora.save_adapter(saved, tmp_path / "saved")
     with pytest.raises(CheckpointError, match="only LoRA matrices can be served"):
         Engine(base_model(byte_tokenizer), adapters={"x": tmp_path / "saved"})
+
+
+def test_a_rank_that_the_files_do_not_have(adapters, byte_tokenizer, tmp_path):  # noqa: F811
+    folders, _ = adapters
+    shutil.copytree(folders["one"], tmp_path / "one")
+    config = tmp_path / "one/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 8}))
+    engine = Engine(base_model(byte_tokenizer))
+    expected = r"one: .*lora_A.weight: expected rank 8 by adapter_config.json, got 4 in \[4, \d+\]"
+    with pytest.raises(CheckpointError, match=expected):
+        engine.load_adapter("one", tmp_path / "one")
+    with pytest.raises(CheckpointError, match=expected):
+        lora.load_adapter(base_model(byte_tokenizer), tmp_path / "one")
+    assert engine.adapters == {} and engine.generate([1], max_new_tokens=2).token_ids
+
+
+def test_an_adapter_of_another_base_is_warned_of(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    other = base_model(byte_tokenizer)
+    other.model.norm.weight.data[0] += 1
+    with pytest.warns(UserWarning, match="one: .*another base"):
+        Engine(other, adapters={"one": folders["one"]})
 
 
 def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811

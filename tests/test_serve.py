@@ -339,6 +339,53 @@ def test_fuzzed_bodies_are_answered(url, chat, changes, dropped):
         assert response.json()["error"]["message"]
 
 
+SCHEMAS = st.recursive(
+    st.sampled_from(
+        [
+            {},
+            {"type": "boolean"},
+            {"type": "integer"},
+            {"type": ["string", "null"]},
+            {"enum": [1, ""]},
+        ]
+    ),
+    lambda inner: st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(["object", "array", "string", "number", "bogus", 3]),
+            "properties": st.dictionaries(st.text(max_size=3), inner, max_size=3),
+            "required": st.lists(st.text(max_size=3), max_size=2),
+            "additionalProperties": st.booleans() | inner,
+            "items": inner,
+            "anyOf": st.lists(inner, max_size=3),
+            "minItems": st.integers(-1, 3),
+            "maxLength": st.integers(-1, 3),
+            "pattern": st.text(alphabet="a(*)[]\\+^$", max_size=6),
+            "minimum": st.floats(allow_nan=False, allow_infinity=False),
+            "$ref": st.sampled_from(["#", "#/x", "http://a"]),
+            "const": JSON,
+        },
+    ),
+    max_leaves=5,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(schema=SCHEMAS)
+def test_fuzzed_schemas_are_answered(url, schema):
+    pytest.importorskip("llguidance", reason="needs the extra `json`")
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "response_format": asked}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+    if response.status_code != 200:
+        assert response.status_code == 400, response.text
+        assert "json_schema" in response.json()["error"]["message"]
+    elif (choice := response.json()["choices"][0])["finish_reason"] == "stop":
+        json.loads(choice["message"]["content"])
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{" * 5000])
 def test_what_is_no_json_object_is_refused(url, content):
     for path in ("chat/completions", "completions", "load_lora_adapter"):
