@@ -16,7 +16,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
+from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 from statistics import median, quantiles
 from string import ascii_lowercase
@@ -29,21 +30,25 @@ from journey import SHAPES, random_model
 from halfbyte.checkpoint import default_device
 from halfbyte.engine import Engine
 from halfbyte.models import Decoder
+from halfbyte.sampling import Sampling
 from halfbyte.serve.app import Service, create_app
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.server import make_engine
 from halfbyte.tokenizer import Tokenizer
 
 PROCESSES = 4
+# Longer than any reply here.
+SCHEMA = {"type": "string", "minLength": 1 << 16}
 
 
 def tokenizer(vocab_size: int) -> Tokenizer:
-    """Every token is a text of one to four letters."""
+    """The printable characters, then words of two to four letters."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    words = ("".join(word) for n in (1, 2, 3, 4) for word in product(ascii_lowercase, repeat=n))
-    vocab = {word: i for i, word in zip(range(vocab_size), words, strict=False)}
+    words = ("".join(word) for n in (2, 3, 4) for word in product(ascii_lowercase, repeat=n))
+    texts = chain(map(chr, range(ord("!"), ord("~") + 1)), words)
+    vocab = {text: i for i, text in zip(range(vocab_size), texts, strict=False)}
     backend = Backend(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -132,6 +137,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--json", type=int, default=0, help="also so many rows with a schema")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -151,20 +157,29 @@ def main() -> None:
             engine.refresh()
             return clients.ask(prompts, args.tokens)
 
+        def with_json() -> float:
+            engine.refresh()
+            start = time.perf_counter()
+            settings = [Sampling(max_new_tokens=args.tokens)] * args.streams
+            settings[: args.json] = [replace(settings[0], json_schema=SCHEMA)] * args.json
+            engine.run([engine.submit(*work) for work in zip(prompts, settings, strict=True)])
+            return time.perf_counter() - start
+
+        works = {"halfbyte": served, "the engine alone": lambda: (alone(), [])}
+        if args.json:
+            works[f"the engine, {args.json} of them JSON"] = lambda: (with_json(), [])
         # The first two rounds capture the steps.
-        rounds = [(alone(), served()) for _ in range(args.rounds + 2)][2:]
+        rounds = [{name: work() for name, work in works.items()} for _ in range(args.rounds + 2)]
         clients.close()
-    own = summary([took for took, _ in rounds])
-    server = summary([took for _, (took, _) in rounds])
-    between = [gap for _, (_, gaps) in rounds for gap in gaps]
+    times = {name: summary([one[name][0] for one in rounds[2:]]) for name in works}
+    between = [gap for one in rounds[2:] for gap in one["halfbyte"][1]]
     middle, worst = median(between), quantiles(between, n=100)[98]
     fields = {"dtype": "bf16", "model": f"llama-{args.shape}", "batch": args.streams}
     fields |= {"seq": args.prompt, "new_tokens": args.tokens}
-    times = {"halfbyte": server, "the engine alone": own}
     row = rate_row("serving", args.streams * args.tokens, times, **fields)
     row |= {"inter_token_us": round(middle * 1e6), "inter_token_p99_us": round(worst * 1e6)}
-    share = own.median / server.median
-    print(f"serving {fields}: {row['tokens_per_s']} tokens/s, {share:.1%} of the engine's")
+    share = times["the engine alone"].median / times["halfbyte"].median
+    print(f"serving {fields}: {row['tokens_per_s']} tokens/s, {share:.1%} of {row['peers']}")
     print(f"between tokens: median {middle * 1e3:.2f} ms, p99 {worst * 1e3:.2f} ms")
     append_row("serving", row)
 
