@@ -156,6 +156,10 @@ fn device_state(ordinal: u32) -> Result<&'static DeviceState> {
 }
 
 /// Gives the calling thread its current context back when dropped: torch reads the current device from it.
+///
+/// A thread without a context is on device 0 to torch, whose primary context the CUDA runtime would make current at
+/// its next call. That one is left current, as torch's matrix products warn where a thread, autograd's for one, has
+/// none.
 pub(crate) struct Bound {
     /// Null if the thread had none; absent if there is nothing to undo.
     previous: Option<sys::CUcontext>,
@@ -163,12 +167,15 @@ pub(crate) struct Bound {
 
 impl Bound {
     fn to(context: &CudaContext) -> std::result::Result<Self, DriverError> {
-        if result::ctx::get_current()? == Some(context.cu_ctx()) {
+        let previous = result::ctx::get_current()?;
+        if previous == Some(context.cu_ctx()) {
             return Ok(Self { previous: None });
         }
-        let bound = Self::restoring()?;
         context.bind_to_thread()?;
-        Ok(bound)
+        if previous.is_none() && context.ordinal() == 0 {
+            return Ok(Self { previous: None });
+        }
+        Ok(Self { previous: Some(previous.unwrap_or(ptr::null_mut())) })
     }
 
     /// Binds nothing, restores what is current now.
