@@ -105,8 +105,13 @@ def start_up(model: Decoder, args: argparse.Namespace) -> None:
         Engine(model, max_batch=1).generate(list(range(1, 17)), max_new_tokens=tokens)
         return time.perf_counter() - start
 
-    first, more = (median(seconds(tokens) for _ in range(3)) for tokens in (1, 32))
-    print(f"from Engine(...) to token 1: {first * 1e3:.0f} ms, to token 32: {more * 1e3:.0f} ms")
+    first, more = (summary([seconds(tokens) for _ in range(3)]) for tokens in (1, 32))
+    fields = {"dtype": "bf16", "model": f"llama-{args.shape}", "batch": 1, "seq": 16}
+    row = time_row("start_up", {"halfbyte": first}, us_32=round(more.median * 1e6), **fields)
+    print(
+        f"from Engine(...) to token 1: {row['us'] / 1000:.0f} ms, to 32: {row['us_32'] / 1000:.0f}"
+    )
+    append_row("decode", row)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ LEVELS = [
     {"scheduler"},
     {"decode", "prefill"},
     {"adapters", "capture"},
-    {"sampling", "reply", "prefix_cache"},
+    {"sampling", "reply", "prefix_cache", "grammar"},
     {"checkpoint", "data", "optim", "pager", "plan", "pressure"},
     {"lora", "fingerprint", "models"},
     {"linear", "kv_cache", "offload", "recording", "tokenizer"},

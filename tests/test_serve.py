@@ -250,6 +250,28 @@ def test_many_at_once(server, client):
     assert idle(server[0])
 
 
+def test_json_replies(server, client):
+    pytest.importorskip("llguidance", reason="needs the extra `json`")
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema |= {"additionalProperties": False}
+    named = {"name": "answer", "schema": schema, "strict": True}
+    options = {"response_format": {"type": "json_schema", "json_schema": named}, "seed": 3}
+    got = client.chat.completions.create(model="red", messages=HELLO, **options)
+    assert got.choices[0].finish_reason == "stop"
+    assert type(json.loads(got.choices[0].message.content)["ok"]) is bool
+    stream = client.chat.completions.create(model="red", messages=HELLO, stream=True, **options)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == got.choices[0].message.content
+    options = {"response_format": {"type": "json_object"}, "max_tokens": 40}
+    got = client.chat.completions.create(model="tiny", messages=HELLO, **options)
+    assert got.choices[0].message.content.lstrip().startswith("{")
+    named["schema"] = {"not": {}}
+    options = {"response_format": {"type": "json_schema", "json_schema": named}}
+    with pytest.raises(openai.BadRequestError, match="json_schema: Unimplemented keys"):
+        client.chat.completions.create(model="tiny", messages=HELLO, **options)
+    assert idle(server[0])
+
+
 # --- limits ----------------------------------------------------------------------------------
 
 
@@ -263,7 +285,9 @@ def test_many_at_once(server, client):
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "at most 512 tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
@@ -293,6 +317,7 @@ FIELDS = [
     "model", "messages", "prompt", "n", "stream", "temperature", "top_p", "top_k", "min_p", "seed",
     "stop", "stop_token_ids", "max_tokens", "min_tokens", "logit_bias", "logprobs", "top_logprobs",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "stream_options",
+    "response_format",
 ]  # fmt: skip
 
 
@@ -312,6 +337,53 @@ def test_fuzzed_bodies_are_answered(url, chat, changes, dropped):
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         assert response.json()["error"]["message"]
+
+
+SCHEMAS = st.recursive(
+    st.sampled_from(
+        [
+            {},
+            {"type": "boolean"},
+            {"type": "integer"},
+            {"type": ["string", "null"]},
+            {"enum": [1, ""]},
+        ]
+    ),
+    lambda inner: st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(["object", "array", "string", "number", "bogus", 3]),
+            "properties": st.dictionaries(st.text(max_size=3), inner, max_size=3),
+            "required": st.lists(st.text(max_size=3), max_size=2),
+            "additionalProperties": st.booleans() | inner,
+            "items": inner,
+            "anyOf": st.lists(inner, max_size=3),
+            "minItems": st.integers(-1, 3),
+            "maxLength": st.integers(-1, 3),
+            "pattern": st.text(alphabet="a(*)[]\\+^$", max_size=6),
+            "minimum": st.floats(allow_nan=False, allow_infinity=False),
+            "$ref": st.sampled_from(["#", "#/x", "http://a"]),
+            "const": JSON,
+        },
+    ),
+    max_leaves=5,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(schema=SCHEMAS)
+def test_fuzzed_schemas_are_answered(url, schema):
+    pytest.importorskip("llguidance", reason="needs the extra `json`")
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "response_format": asked}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+    if response.status_code != 200:
+        assert response.status_code == 400, response.text
+        assert "json_schema" in response.json()["error"]["message"]
+    elif (choice := response.json()["choices"][0])["finish_reason"] == "stop":
+        json.loads(choice["message"]["content"])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{" * 5000])

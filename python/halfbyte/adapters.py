@@ -194,7 +194,7 @@ class Adapters:
                 "Hint: the adapter belongs to another base model"
             )
         a, b = tensors[f"{name}.lora_A.weight"], tensors.get(f"{name}.lora_B.weight")
-        rank = a.shape[0]
+        rank = lora._rank(folder, name, fields, a)
         expected = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
         for kind, value in {"lora_A": a, "lora_B": b}.items():
             if value is None or tuple(value.shape) != expected[kind]:

@@ -76,6 +76,10 @@ class DecodeStep:
         self.arrived = cache.arrivals(rows)
         self.adapters = Adapters(model, rows)
         self.steps: dict[Variant, Captured[Sampled]] = {}
+        # A step in two parts, and what passes from the first to the second.
+        self.logits: Tensor | None = None
+        self.forwards: dict[tuple[int, bool], Captured[None]] = {}
+        self.draws: dict[tuple[int, Kind], Captured[Sampled]] = {}
         self._pool = pool
 
     def place(
@@ -108,24 +112,57 @@ class DecodeStep:
         """Let a row's sequence run in another row."""
         for state in (self.tables, self.tokens, self.positions, self.lengths, self.running):
             state[target].copy_(state[source])
+        if self.logits is not None:
+            self.logits[target].copy_(self.logits[source])
         self.sampling.move(source, target)
         self.adapters.move(source, target)
         self.remove(source)
 
     def launch(self, rows: int, kind: Kind, adapted: bool = False) -> Results:
         """Queue one step of the first `rows` rows; adapted: whether some row uses an adapter."""
-        key = Variant(next(size for size in BUCKETS if size >= rows), kind, adapted)
+        key = Variant(_bucket(rows), kind, adapted)
         if key not in self.steps:
             work = partial(self._run, *key)
             self.steps[key] = Captured(work, self.cache.device, self._pool)
         return self.to_host(self.steps[key]())
 
+    def forward(self, rows: int, adapted: bool = False) -> None:
+        """Queue the first part of a step: all but the tokens, which `draw` gives."""
+        key = _bucket(rows), adapted
+        if key not in self.forwards:
+            work = partial(self._keep, *key)
+            self.forwards[key] = Captured(work, self.cache.device, self._pool)
+        self.forwards[key]()
+
+    def draw(self, rows: int, kind: Kind) -> Results:
+        """Queue the second part, of those first rows that are still there."""
+        key = _bucket(rows), kind
+        if key not in self.draws:
+            work = partial(self._draw, *key)
+            self.draws[key] = Captured(work, self.cache.device, self._pool)
+        return self.to_host(self.draws[key]())
+
     def rearrange(self) -> None:
         """Follow adapters that came or went; what was captured with the old ones is dropped."""
         self.adapters.arrange()
         self.steps = {key: step for key, step in self.steps.items() if not key.adapted}
+        self.forwards = {key: forward for key, forward in self.forwards.items() if not key[1]}
 
     def _run(self, rows: int, kind: Kind, adapted: bool) -> Sampled:
+        return self._sample(self._logits(rows, adapted), kind)
+
+    def _keep(self, rows: int, adapted: bool) -> None:
+        logits = self._logits(rows, adapted)
+        if self.logits is None:
+            self.logits = logits.new_empty(len(self.tokens), logits.shape[-1])
+        self.logits[:rows].copy_(logits)
+
+    def _draw(self, rows: int, kind: Kind) -> Sampled:
+        assert self.logits is not None
+        return self._sample(self.logits[:rows], kind)
+
+    def _logits(self, rows: int, adapted: bool) -> Tensor:
+        """Those of each row's next token, whose position the row takes."""
         part = slice(0, rows)
         step = CacheStep(
             cache=self.cache,
@@ -138,7 +175,11 @@ class DecodeStep:
             logits = self.model(self.tokens[part, None], cache=step, last_only=True).logits
         self.positions[part].add_(self.running[part])
         self.lengths[part].add_(self.running[part])
-        sampled = self.sampling.sample(logits[:, 0], self.positions[part], 0, kind)
+        return logits[:, 0]
+
+    def _sample(self, logits: Tensor, kind: Kind) -> Sampled:
+        part = slice(0, len(logits))
+        sampled = self.sampling.sample(logits, self.positions[part], 0, kind)
         self.tokens[part].copy_(sampled.tokens.clamp(min=0))
         return sampled
 
@@ -155,6 +196,10 @@ class DecodeStep:
         arrived = torch.cuda.Event()
         arrived.record()
         return Results(host, arrived)
+
+
+def _bucket(rows: int) -> int:
+    return next(size for size in BUCKETS if size >= rows)
 
 
 def _pinned(x: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from halfbyte.adapters import Adapter
 from halfbyte.errors import ContextLengthError
-from halfbyte.kv_cache import KVCache, block_bytes, blocks_for
+from halfbyte.grammar import Vocabulary
+from halfbyte.kv_cache import KVCache, block_bytes, blocks_for, check_kv_dtype
 from halfbyte.models import Decoder
 from halfbyte.models.config import token_ids
 from halfbyte.ops.paged_attention import BLOCK
@@ -75,8 +77,9 @@ class Stream:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         try:
-            async for piece in self._engine.arrivals(self._request):
-                yield piece
+            async for item in self._engine.arrivals([self._request]):
+                if item is not None and item[1] is not None:
+                    yield item[1]
         finally:
             self._request.cancelled = True
 
@@ -115,7 +118,8 @@ class Engine:
     batch. max_batch: sequences that run at once, at most 32; others wait. kv_budget: bytes for
     keys and values; default: what max_batch sequences of the model's whole context need, but at
     most 80 % of the free device memory (1 GiB on the CPU). max_waiting: requests that may wait
-    before QueueFullError; None: any number.
+    before QueueFullError; None: any number. kv_dtype: "int8" keeps keys and values in 8 bits, so
+    that the budget holds nearly twice the tokens (see KVCache); None: in the model's dtype.
 
     Not bound to a thread: whoever waits for a reply drives the engine, and an async caller has it
     driven by a thread of its own.
@@ -128,14 +132,16 @@ class Engine:
         max_batch: int = MAX_BATCH,
         kv_budget: int | None = None,
         max_waiting: int | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
+        check_kv_dtype(kv_dtype)
         if not 1 <= max_batch <= MAX_BATCH:
             raise ValueError(f"max_batch: expected 1 to {MAX_BATCH}, got {max_batch!r}")
         self.model = model
         embedding = model.model.embed_tokens.weight
         self._weights = _addresses(model)
         most = max_batch * blocks_for(model.config.max_position_embeddings)
-        each = block_bytes(model.config, embedding.dtype)
+        each = block_bytes(model.config, embedding.dtype, kv_dtype)
         budget = _default_budget(embedding.device) if kv_budget is None else kv_budget
         if budget < each:
             raise ValueError(
@@ -143,7 +149,11 @@ class Engine:
             )
         with torch.inference_mode():
             cache = KVCache(
-                model.config, 1 + min(most, budget // each), embedding.dtype, embedding.device
+                model.config,
+                1 + min(most, budget // each),
+                embedding.dtype,
+                embedding.device,
+                kv_dtype,
             )
             self._scheduler = Scheduler(model, cache, max_batch, max_waiting)
         # Prefixes of other generations are not found, also those that running requests leave.
@@ -236,7 +246,7 @@ class Engine:
         """The Completion of one prompt, awaited; cancelling the task cancels the request."""
         request = self.submit(prompt, replace(sampling or Sampling(), **overrides), adapter)
         try:
-            async for _ in self.arrivals(request):
+            async for _ in self.arrivals([request]):
                 pass
         finally:
             request.cancelled = True
@@ -250,8 +260,9 @@ class Engine:
     ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
-        Raises ValueError for token ids that the model does not have, ContextLengthError for a
-        prompt longer than the model's context or the cache, AdapterNotFoundError, QueueFullError.
+        Raises ValueError for token ids that the model does not have and for a JSON schema that is
+        not supported, ContextLengthError for a prompt longer than the model's context or the cache,
+        AdapterNotFoundError, QueueFullError, ImportError where an extra is missing.
         """
         ids = checked_prompt(self.model, prompt)
         for name in ("stop_ids", "logit_bias"):
@@ -264,7 +275,10 @@ class Engine:
         text = None
         if self.model.tokenizer is not None or sampling.stop:
             text = ReplyText(tokenizer_of(self.model, "stop strings"), sampling.stop)
-        reply = Reply(len(ids), ends, sampling.max_new_tokens, context, text)
+        grammar = None
+        if sampling.json_schema is not None:
+            grammar = self._vocabulary.grammar(sampling.json_schema, self._scheduler.cache.device)
+        reply = Reply(len(ids), ends, sampling.max_new_tokens, context, text, grammar)
         adapters = self._scheduler.decode.adapters
         chosen = None if adapter is None else adapters.acquire(adapter)
         root = (self._generation, chosen and chosen.generation)
@@ -272,14 +286,20 @@ class Engine:
         try:
             if not request.done:
                 self._scheduler.submit(request)
+                self._work.set()
+                return request
         except Exception:
-            reply.finish("error")
-            raise
-        finally:
-            if request.done and chosen is not None:
+            if chosen is not None:
                 adapters.release(chosen)
-        self._work.set()
+            raise
+        if chosen is not None:
+            adapters.release(chosen)
         return request
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        tokenizer = tokenizer_of(self.model, "json_schema")
+        return Vocabulary(tokenizer, self.model.config.vocab_size, eos_ids(self.model))
 
     def run(self, requests: Sequence[Request]) -> None:
         """Work until all these requests are done. Raises the first one's error, if any has one."""
@@ -344,29 +364,42 @@ class Engine:
         with self._lock:
             self._scheduler.reap()
 
-    async def arrivals(self, request: Request) -> AsyncIterator[str]:
-        """The pieces of a request's text as they come, made by a thread of the engine's own."""
+    async def arrivals(
+        self, requests: Sequence[Request], beat: float | None = None
+    ) -> AsyncGenerator[tuple[int, str | None] | None, None]:
+        """The text of requests as it comes, made by a thread of the engine's own.
+
+        Yields (place of a request, text), (place, None) when its reply has ended, and None from
+        time to time where nothing comes, at least every `beat` seconds. Raises a request's error.
+        """
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:
-            # A loop that was closed meanwhile has no one to tell.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(arrived.set)
+            # Who was told and has not looked yet will find this too.
+            if not arrived.is_set():
+                # A loop that was closed meanwhile has no one to tell.
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(arrived.set)
 
-        request.listener = tell
+        for request in requests:
+            request.listener = tell
         self._drive()
-        while True:
-            arrived.clear()
-            # Whoever is slower than the engine gets several pieces as one.
-            if text := "".join(request.pieces.popleft() for _ in range(len(request.pieces))):
-                yield text
-            if request.done and not request.pieces:
-                break
-            if request.pieces:
-                continue
-            await arrived.wait()
-        if request.error is not None:
-            raise request.error
+        beating = beat and loop.create_task(_beat(arrived, beat))
+        left = dict(enumerate(requests))
+        try:
+            while left:
+                arrived.clear()
+                nothing = True
+                for item in _fetch(left):
+                    nothing = False
+                    yield item
+                if nothing and beat:
+                    yield None
+                if left:
+                    await arrived.wait()
+        finally:
+            if beating:
+                beating.cancel()
 
     def _drive(self) -> None:
         """Have a thread of its own step the engine from now on."""
@@ -376,6 +409,26 @@ class Engine:
                 target=_drive, args=(weakref.ref(self),), name="halfbyte-engine", daemon=True
             )
             self._driver.start()
+
+
+def _fetch(left: dict[int, Request]) -> Iterator[tuple[int, str | None]]:
+    """What has come of the requests that are left; those that have ended leave."""
+    for place, request in list(left.items()):
+        done = request.done
+        # Whoever is slower than the engine gets several pieces as one.
+        if text := "".join(request.pieces.popleft() for _ in range(len(request.pieces))):
+            yield place, text
+        if done:
+            if request.error is not None:
+                raise request.error
+            del left[place]
+            yield place, None
+
+
+async def _beat(arrived: asyncio.Event, seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        arrived.set()
 
 
 def _drive(reference: weakref.ref[Engine]) -> None:

@@ -421,7 +421,7 @@ def load_adapter(
     _compare_base(folder, model, base_record)
     model.requires_grad_(False)
     for name in targets:
-        rank = tensors[f"{name}.lora_A.weight"].shape[0]
+        rank = _rank(folder, name, fields, tensors[f"{name}.lora_A.weight"])
         alpha = _pattern_value(fields.get("alpha_pattern"), name, config.lora_alpha)
         _wrap(model, name, rank, alpha, config)
     for name in _saved_names(model, config.modules_to_save or []):
@@ -489,6 +489,17 @@ def _check_target(model: nn.Module, name: str, folder: Path) -> None:
             f"{folder / WEIGHTS_FILE}: {name}: the model has no such linear layer. "
             "Hint: the adapter belongs to another base model"
         )
+
+
+def _rank(folder: Path, name: str, fields: Mapping[str, Any], a: Tensor) -> int:
+    """The rank of a layer by its lora_A, which has to be the one that the config names."""
+    rank = _pattern_value(fields.get("rank_pattern"), name, fields["r"])
+    if a.shape[0] != rank:
+        raise CheckpointError(
+            f"{folder}: {name}.lora_A.weight: expected rank {rank} by {CONFIG_FILE}, got "
+            f"{a.shape[0]} in {list(a.shape)}. Hint: config and weights are of two adapters"
+        )
+    return rank
 
 
 def _pattern_value(patterns: Mapping[str, float] | None, name: str, default: float) -> float:

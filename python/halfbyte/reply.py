@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from halfbyte.grammar import Grammar
 from halfbyte.tokenizer import Detokenizer
 
 
@@ -93,6 +94,7 @@ class Reply:
     """The tokens that answer a prompt of `prompt_tokens` tokens, and their text if there is one.
 
     ends: ids that end the reply. limit: most tokens. context: most tokens with the prompt's.
+    grammar: what the tokens must follow; the reply ends where it is complete.
     finish_reason: None until it is "stop" (an end or a stop string), "length", "context",
     "cancelled" or "error".
     """
@@ -104,12 +106,14 @@ class Reply:
         limit: int,
         context: int,
         text: ReplyText | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.ends = ends
         self.limit = limit
         self.context = context
         self.text = text
+        self.grammar = grammar
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason = "context" if prompt_tokens >= context else None
@@ -138,6 +142,8 @@ class Reply:
             self.logprobs.append(logprobs)
         piece = self.text.push(token) if self.text else ""
         if self.text and self.text.stops.cut is not None:
+            return piece + self.finish("stop")
+        if self.grammar is not None and self.grammar.accept(token):
             return piece + self.finish("stop")
         if len(self.tokens) == self.limit:
             return piece + self.finish("length")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ NOT_FINITE = -1
 class Sampling:
     """How tokens are chosen and when to stop.
 
-    Order: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, temperature, top_k,
-    top_p, min_p, then a draw from the fp32 probabilities that are left. temperature 0 takes the
-    largest penalized logit and skips the rest.
+    Order: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, json_schema,
+    temperature, top_k, top_p, min_p, then a draw from the fp32 probabilities that are left.
+    temperature 0 takes the largest penalized logit that is allowed and skips the rest.
 
     temperature: divides the logits; 0 is greedy.
     top_k: keeps the k most likely tokens; 0 is off.
@@ -43,6 +43,8 @@ class Sampling:
     logit_bias: added to the logits of these token ids.
     logprobs: how many alternatives to report with each token's log-probability, at most 20; None
         reports nothing.
+    json_schema: the reply is JSON that this schema allows, and ends where it is complete;
+        {"type": "object"} allows any object. Needs the extra `json`.
 
     Raises ValueError naming the field that is out of range.
     """
@@ -63,6 +65,9 @@ class Sampling:
         default_factory=dict, metadata={"python_only": True}, hash=False
     )
     logprobs: int | None = field(default=None, metadata={"python_only": True})
+    json_schema: Mapping[str, Any] | None = field(
+        default=None, metadata={"python_only": True}, hash=False
+    )
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < math.inf, "temperature", ">= 0", self.temperature)
@@ -90,6 +95,11 @@ class Sampling:
         if self.logprobs is not None:
             _require_int(self.logprobs, "logprobs", 0)
             _require(self.logprobs <= MAX_LOGPROBS, "logprobs", "<= 20", self.logprobs)
+        if self.json_schema is not None:
+            schema = self.json_schema
+            _require(isinstance(schema, Mapping), "json_schema", "a mapping", schema)
+            least = self.min_new_tokens
+            _require(least == 0, "min_new_tokens", "0 beside json_schema", least)
 
     @property
     def penalizes(self) -> bool:
@@ -101,7 +111,7 @@ class Sampling:
         draws = self.temperature > 0
         filters = draws and (self.top_k, self.top_p, self.min_p) != (0, 1, 0)
         edits = self.penalizes or bool(self.logit_bias) or self.min_new_tokens > 0
-        return Kind(draws, filters, edits, self.logprobs is not None)
+        return Kind(draws, filters, edits, self.logprobs is not None, self.json_schema is not None)
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -121,6 +131,7 @@ class Kind(NamedTuple):
     filters: bool = False
     edits: bool = False
     logprobs: bool = False
+    masked: bool = False
 
     def __or__(self, other: Kind) -> Kind:  # type: ignore[override]
         return Kind(*(a or b for a, b in zip(self, other, strict=True)))
@@ -249,6 +260,8 @@ class SamplingRows:
         # top_k, the seed's key and the position of the first token that may be an end.
         self.integers = torch.zeros(rows, 3, dtype=torch.int64, device=device)
         self.edits: Edits | None = None
+        # Of each row, a bit for each token that may come next.
+        self.masks: Tensor | None = None
 
     def set(
         self,
@@ -270,11 +283,20 @@ class SamplingRows:
             self.edits = Edits.empty(len(self.scalars), self.vocab_size, self.scalars.device)
         if self.edits is not None:
             self.edits.set(row, sampling.logit_bias, prompt, reply, ends)
+        if self.masks is not None:
+            self.masks[row].fill_(-1)
+
+    def allow(self, row: int, mask: Tensor) -> None:
+        """Let a row's next token be one of those that its grammar's mask (on the CPU) allows."""
+        if self.masks is None:
+            self.masks = self.integers.new_full((len(self.integers), len(mask)), -1).int()
+        self.masks[row].copy_(mask, non_blocking=True)
 
     def move(self, source: int, target: int) -> None:
         """Copy a row's settings and tokens to another row."""
-        for table in (self.scalars, self.integers, *(self.edits or ())):
-            table[target].copy_(table[source])
+        for table in (self.scalars, self.integers, *(self.edits or ()), self.masks):
+            if table is not None:
+                table[target].copy_(table[source])
 
     def sample(self, logits: Tensor, positions: Tensor, first: int, kind: Kind) -> Sampled:
         """The next token of rows `first` on, from their logits [B, V].
@@ -289,6 +311,8 @@ class SamplingRows:
         if edits is not None:
             early = positions < self.integers[part, 2]
             scores = edits.apply(logits, self.scalars[part, 3:], early)
+        if self.masks is not None and kind.masked:
+            scores = scores.masked_fill(~_bits(self.masks[part], scores.shape[-1]), -math.inf)
         # The largest is NaN if any is.
         tokens = scores.argmax(-1)
         finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
@@ -319,6 +343,12 @@ class SamplingRows:
         target = uniform(keys, positions)[:, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
         return best.where(greedy, drawn.clamp(max=scores.shape[-1] - 1))
+
+
+def _bits(masks: Tensor, count: int) -> Tensor:
+    """bool [B, count] of int32 [B, words], lowest bits first."""
+    bits = torch.arange(32, dtype=torch.int32, device=masks.device)
+    return ((masks[:, :, None] >> bits) & 1).flatten(1)[:, :count].bool()
 
 
 def filtered(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ from halfbyte.sampling import NOT_FINITE, Kind, Sampled, Sampling
 class Request:
     """A prompt on its way to its reply.
 
-    pieces: text that became certain and was not fetched yet. root: what its cached prefix depends
-    on beside its tokens. error: why the reply ended with "error". listener: called, on the thread
-    that steps, after pieces came or the reply ended. cancelled: set it from any thread; the next
-    step ends the reply.
+    pieces: text that became certain and was not fetched yet. done: whether the reply has ended and
+    its last text is among the pieces. root: what its cached prefix depends on beside its tokens.
+    error: why the reply ended with "error". listener: called, on the thread that steps, after
+    pieces came or the reply ended. cancelled: set it from any thread; the next step ends the reply.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Request:
         self.root = root
         self.adapter = adapter
         self.pieces: deque[str] = deque()
+        self.done = reply.finish_reason is not None
         self.error: Exception | None = None
         self.listener: Callable[[], object] | None = None
         self.cancelled = False
@@ -53,10 +54,6 @@ class Request:
         self.blocks: list[int] = []
         self.prefilled = 0
         self.sampled = 0
-
-    @property
-    def done(self) -> bool:
-        return self.reply.finish_reason is not None
 
     @property
     def most_blocks(self) -> int:
@@ -76,7 +73,9 @@ class Scheduler:
 
     Each `step` reads at most one chunk of a prompt and gives every running sequence one token. A
     request starts when the blocks that it may ever need are free, so none is ever put back. On
-    CUDA a step is launched before the one before it is read.
+    CUDA a step is launched before the one before it is read. Where a request follows a grammar, a
+    step is launched in two parts: the forward, which needs no more than the tokens on the device,
+    then the choice of tokens, for which the host makes masks while the forward runs.
 
     Raises ContextLengthError for a request that no empty cache could hold, QueueFullError when
     `max_waiting` requests wait already.
@@ -103,6 +102,8 @@ class Scheduler:
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []
         self.pending: deque[Pending] = deque()
+        # Whether a step's first part was launched, whose tokens wait for what grammars allow.
+        self.undrawn = False
 
     def submit(self, request: Request) -> None:
         """Queue a request, from any thread."""
@@ -130,12 +131,16 @@ class Scheduler:
     def step(self) -> None:
         """Launch one step of everything that can go on, then read the one before it."""
         self.reap()
+        if self.undrawn:
+            self._draw()
         self._admit()
         if self.prefilling:
             self._prefill(self.prefilling[0])
         # Without lookahead a first token is read before anyone gets another.
         launched = self._decode() if self.lookahead or not self.pending else False
-        while len(self.pending) > (self.lookahead if launched else 0):
+        # What grammars allow next depends on all tokens so far, which are read meanwhile.
+        ahead = self.lookahead if launched and not self.undrawn else 0
+        while len(self.pending) > ahead:
             self._read(self.pending.popleft())
 
     @torch.inference_mode()
@@ -145,6 +150,7 @@ class Scheduler:
         After a step that was not finished no one knows what the cache holds.
         """
         requests = [*self.waiting, *self.prefilling, *self.running]
+        self.undrawn = False
         for row in range(self.max_batch):
             self.decode.remove(row)
         for queue in (self.pending, self.waiting, self.prefilling, self.running):
@@ -182,6 +188,8 @@ class Scheduler:
         row, position = len(self.running), len(request.prompt)
         rows, ends = self.decode.sampling, sorted(request.reply.ends)
         rows.set(row, request.sampling, request.seed, request.prompt, (), ends)
+        if request.reply.grammar is not None:
+            rows.allow(row, request.reply.grammar.mask)
         place = torch.full((1,), position, device=self.cache.device)
         sampled = rows.sample(logits, place, row, request.kind)
         self.decode.place(row, request.blocks, sampled.tokens, position, request.adapter)
@@ -194,13 +202,38 @@ class Scheduler:
         """Launch a step if some sequence can take a token more than it has been given."""
         if all(request.sampled >= request.reply.most_tokens for request in self.running):
             return False
-        kind = reduce(Kind.__or__, {request.kind for request in self.running})
+        kind = self._kind()
         for request in self.running:
             request.sampled += 1
         adapted = any(request.adapter is not None for request in self.running)
+        if kind.masked:
+            self.decode.forward(len(self.running), adapted)
+            self.undrawn = True
+            return True
         results = self.decode.launch(len(self.running), kind, adapted)
         self.pending.append(Pending(results, list(enumerate(self.running))))
         return True
+
+    def _draw(self) -> None:
+        """Launch the second part of a step, now that all tokens before are known."""
+        self.undrawn = False
+        for request in list(self.running):
+            try:
+                if request.reply.grammar is not None:
+                    request.reply.grammar.fill()
+            except ValueError as error:
+                request.error = error
+                self._end(request, "error")
+        if not self.running:
+            return
+        for row, request in enumerate(self.running):
+            if request.reply.grammar is not None:
+                self.decode.sampling.allow(row, request.reply.grammar.mask)
+        results = self.decode.draw(len(self.running), self._kind())
+        self.pending.append(Pending(results, list(enumerate(self.running))))
+
+    def _kind(self) -> Kind:
+        return reduce(Kind.__or__, {request.kind for request in self.running})
 
     def _read(self, pending: Pending) -> None:
         """Wait for a step's tokens and hand them out; a sequence that has ended drops its own."""
@@ -215,7 +248,7 @@ class Scheduler:
                 self._end(request, "error")
                 continue
             piece = request.reply.accept(token, _logprobs(sampled, place, token, request))
-            if request.done:
+            if request.reply.finish_reason is not None:
                 self._leave(request)
             _tell(request, piece)
 
@@ -257,6 +290,7 @@ class Scheduler:
 def _tell(request: Request, piece: str) -> None:
     if piece:
         request.pieces.append(piece)
+    request.done = request.reply.finish_reason is not None
     if request.listener is not None and (piece or request.done):
         request.listener()
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from halfbyte.checkpoint.header import TORCH_DTYPES, read_header
-from halfbyte.checkpoint.source import Source, StoredTensor, read_bytes
+from halfbyte.checkpoint.source import Source, Staging, StoredTensor
 from halfbyte.errors import CheckpointError
 from halfbyte.tokenizer import Tokenizer
 
@@ -53,9 +53,9 @@ class Folder(Source):
             return "Hint: pass the .gguf file itself"
         return "Hint: pass the folder that holds config.json and the safetensors files"
 
-    def pieces(self, tensor: StoredTensor, staging: Tensor) -> Iterator[Tensor]:
+    def pieces(self, tensor: StoredTensor, staging: Staging) -> Iterator[Tensor]:
         dtype = TORCH_DTYPES[tensor.dtype]
-        for part in read_bytes(tensor, staging, dtype.itemsize):
+        for part in staging.read(tensor, dtype.itemsize):
             yield part.view(dtype)
 
     def tokenizer(self) -> Tokenizer | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.gguf_metadata import Metadata
-from halfbyte.checkpoint.source import Source, StoredTensor, read_bytes
+from halfbyte.checkpoint.source import Source, Staging, StoredTensor
 from halfbyte.errors import CheckpointError, UnsupportedModelError
 from halfbyte.models.rope import RopeConfig, inverse_frequencies
 from halfbyte.tokenizer import Tokenizer
@@ -81,17 +81,17 @@ class GGUF(Source):
         self.config = self._config()
         self.generation_config = self._generation_config()
 
-    def pieces(self, tensor: StoredTensor, staging: Tensor) -> Iterator[Tensor]:
+    def pieces(self, tensor: StoredTensor, staging: Staging) -> Iterator[Tensor]:
         from gguf import GGML_QUANT_SIZES
         from gguf.quants import dequantize
 
         kind = self.types[tensor.dtype]
         unit = GGML_QUANT_SIZES[kind][1]
-        for part in read_bytes(tensor, staging[:PIECE_BYTES], unit):
+        for part in staging.read(tensor, unit, PIECE_BYTES):
             yield torch.from_numpy(dequantize(part.numpy(), kind))
 
     def read(
-        self, tensor: StoredTensor, dtype: torch.dtype, device: torch.device, staging: Tensor
+        self, tensor: StoredTensor, dtype: torch.dtype, device: torch.device, staging: Staging
     ) -> Tensor:
         value = super().read(tensor, dtype, device, staging)
         heads = self._interleaved_heads(tensor.name)

@@ -21,7 +21,7 @@ from halfbyte.checkpoint.gguf import GGUF
 from halfbyte.checkpoint.header import TORCH_DTYPES
 from halfbyte.checkpoint.hub import HUB_ID, download, download_config
 from halfbyte.checkpoint.layout import EMBEDDING, HEAD, linear_layers, plan
-from halfbyte.checkpoint.source import Source, StoredTensor, new_staging
+from halfbyte.checkpoint.source import Source, Staging, StoredTensor
 from halfbyte.errors import CheckpointError, UnsupportedModelError
 from halfbyte.linear import Linear4bit
 from halfbyte.models import Decoder, DecoderConfig
@@ -204,7 +204,7 @@ class _Filling:
         self.tied = self.model.config.tie_word_embeddings
         self.four_bit = self._swap_linears(stored)
         self.waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        self.staging = new_staging(device)
+        self.staging = Staging(device)
 
     def _swap_linears(self, stored: dict[str, Any] | None) -> set[str]:
         """Put empty 4-bit layers in place; returns the names of their weights."""

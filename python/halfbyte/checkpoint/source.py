@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,10 @@ from torch import Tensor
 from halfbyte.errors import CheckpointError
 from halfbyte.tokenizer import Tokenizer
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
+# One thread reads the page cache slower than a GPU takes what it read.
+READERS = 8
+SHARE_BYTES = PIECE_BYTES // READERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,48 +56,84 @@ class Source(ABC):
     float_dtypes: tuple[str, ...]
 
     @abstractmethod
-    def pieces(self, tensor: StoredTensor, staging: Tensor) -> Iterator[Tensor]:
-        """Successive flat parts of `tensor` on the CPU, each valid until the next is asked for."""
+    def pieces(self, tensor: StoredTensor, staging: Staging) -> Iterator[Tensor]:
+        """Successive flat parts of `tensor` on the CPU.
+
+        Each is valid until the next is asked for, and for what was queued on the device by then.
+        """
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer; None if the source has none."""
 
     def read(
-        self, tensor: StoredTensor, dtype: torch.dtype, device: torch.device, staging: Tensor
+        self, tensor: StoredTensor, dtype: torch.dtype, device: torch.device, staging: Staging
     ) -> Tensor:
         """`tensor` cast to `dtype` on `device`; beside it only `staging` is held on the host."""
         out = torch.empty(tensor.shape, dtype=dtype, device=device)
         flat, start = out.view(-1), 0
         for piece in self.pieces(tensor, staging):
-            flat[start : start + piece.numel()].copy_(piece)
+            flat[start : start + piece.numel()].copy_(piece, non_blocking=True)
             start += piece.numel()
         return out
 
 
-def new_staging(device: torch.device) -> Tensor:
-    """A host buffer that tensors pass through; pinned for CUDA, which copies from it directly."""
-    return torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+class Staging:
+    """Two host buffers that tensors pass through in turn: one is filled while one is copied from.
 
-
-def read_bytes(tensor: StoredTensor, staging: Tensor, unit: int) -> Iterator[Tensor]:
-    """The bytes of `tensor` in file order, as uint8 views of `staging` of whole `unit`s.
-
-    Raises CheckpointError when the file ends too early.
+    Pinned for CUDA, which copies from them directly.
     """
-    view = staging.numpy().data
-    step = len(view) // unit * unit
-    done = 0
-    with open(tensor.file, "rb") as file:
-        file.seek(tensor.offset)
-        while done < tensor.nbytes:
-            want = min(step, tensor.nbytes - done)
-            got = file.readinto(view[:want])
-            if got != want:
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._device = device
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="halfbyte-read")
+        self._buffers = cycle(
+            (
+                torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=on_gpu),
+                torch.cuda.Event() if on_gpu else None,
+            )
+            for _ in range(2)
+        )
+
+    def read(self, tensor: StoredTensor, unit: int, most: int = PIECE_BYTES) -> Iterator[Tensor]:
+        """The bytes of `tensor` in file order, as uint8 [n] of whole `unit`s, n at most `most`.
+
+        Each piece is valid as long as `Source.pieces` says.
+
+        Raises CheckpointError when the file ends too early.
+        """
+        step = min(most, PIECE_BYTES) // unit * unit
+        for done in range(0, tensor.nbytes, step):
+            buffer, copied = next(self._buffers)
+            if copied is not None:
+                copied.synchronize()
+            piece = buffer[: min(step, tensor.nbytes - done)]
+            got = self._fill(tensor.file, tensor.offset + done, piece.numpy().data)
+            if got != len(piece):
                 raise CheckpointError(
                     f"{tensor.file}: tensor {tensor.name}: expected {tensor.nbytes} bytes, "
                     f"got {done + got} before the end of the file. Hint: the file is truncated, "
                     "download it again"
                 )
-            yield staging[:want]
-            done += want
+            yield piece
+            if copied is not None:
+                copied.record(torch.cuda.current_stream(self._device))
+
+    def _fill(self, file: Path, offset: int, view: memoryview) -> int:
+        """Read from `offset` on, a share a thread; how many bytes there were."""
+
+        def share(start: int) -> int:
+            with open(file, "rb", buffering=0) as stream:
+                stream.seek(offset + start)
+                return _read_all(stream, view[start : start + SHARE_BYTES])
+
+        return sum(self._readers.map(share, range(0, len(view), SHARE_BYTES)))
+
+
+def _read_all(stream: io.FileIO, view: memoryview) -> int:
+    """A raw read may stop early; 0 says that the file ends."""
+    done = 0
+    while done < len(view) and (got := stream.readinto(view[done:])):
+        done += got
+    return done

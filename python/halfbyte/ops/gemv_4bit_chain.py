@@ -1,4 +1,4 @@
-"""gemv_4bit_chain: 4-bit products of a few rows, each of what the one before made, in one launch."""
+"""gemv_4bit_chain: 4-bit products of a few rows, each of the one before, in one launch."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ from halfbyte.serve.schema import (
 log = logging.getLogger("halfbyte.serve")
 PAGE = Path(__file__).with_name("page.html")
 Parsed = TypeVar("Parsed", bound=BaseModel)
+JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 NO_STATS = Stats(*(0 for _ in Stats._fields))
 
 
@@ -246,16 +247,15 @@ async def _answer(
     adapter = service.adapter(engine, body.model)
     requests: list[Any] = []
     try:
-        for prompt in _prompts(engine, body):
-            for choice in range(body.n):
-                requests.append(engine.submit(prompt, body.sampling(choice), adapter))
+        # Long prompts and grammars take their time, in which others are to be served.
+        await asyncio.to_thread(_submit, engine, body, adapter, requests)
     except QueueFullError as error:
         _cancel(requests)
         raise ApiError(429, str(error), "rate_limit_error", headers={"Retry-After": "1"}) from None
     except AdapterNotFoundError as error:
         _cancel(requests)
         raise ApiError(404, str(error), "not_found_error", "model", "model_not_found") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         _cancel(requests)
         raise ApiError(400, str(error)) from None
     replies = Replies(engine, requests, service.metrics, service.config.request_timeout)
@@ -266,6 +266,13 @@ async def _answer(
     await _until_gone(request, replies.whole())
     _log(answer, replies)
     return JSONResponse(answer.whole(replies.usage()))
+
+
+def _submit(engine: Engine, body: Body, adapter: str | None, requests: list[Any]) -> None:
+    """Add the requests that a body asks for, as far as they can be submitted."""
+    for prompt in _prompts(engine, body):
+        for choice in range(body.n):
+            requests.append(engine.submit(prompt, body.sampling(choice), adapter))
 
 
 def _prompts(engine: Engine, body: Body) -> list[Any]:
@@ -333,7 +340,7 @@ async def _events(answer: Answer, replies: Replies, body: Body) -> AsyncIterator
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {JSON.encode(data)}\n\n"
 
 
 def _log(answer: Answer, replies: Replies) -> None:

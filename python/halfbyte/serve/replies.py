@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 
@@ -31,6 +30,7 @@ class Replies:
         self.started = time.monotonic()
         self.deadline = self.started + timeout
         self.first_text: float | None = None
+        self.last_text: list[float | None] = [None] * len(requests)
 
     def usage(self) -> dict[str, int]:
         # Choices of one prompt share it.
@@ -44,45 +44,32 @@ class Replies:
         }
 
     async def __aiter__(self) -> AsyncGenerator[tuple[int, str | None] | None, None]:
-        queue: asyncio.Queue[tuple[int, str | None] | Exception] = asyncio.Queue()
-        tasks = [
-            asyncio.create_task(self._forward(choice, request, queue))
-            for choice, request in enumerate(self.requests)
-        ]
+        beat = min(KEEP_ALIVE, self.deadline - self.started)
+        arrivals = self.engine.arrivals(self.requests, beat)
+        sent = self.started
         try:
-            open_choices = len(tasks)
-            while open_choices:
-                left = self.deadline - time.monotonic()
-                try:
-                    item = await asyncio.wait_for(queue.get(), max(0.0, min(left, KEEP_ALIVE)))
-                except asyncio.TimeoutError:
-                    if time.monotonic() >= self.deadline:
-                        raise Timeout from None
-                    yield None
-                    continue
-                if isinstance(item, Exception):
-                    raise item
-                open_choices -= item[1] is None
-                yield item
+            async for item in arrivals:
+                now = time.monotonic()
+                if now >= self.deadline:
+                    raise Timeout
+                if item is not None:
+                    self._time(*item, now)
+                if item is not None or now - sent >= KEEP_ALIVE:
+                    sent = now
+                    yield item
         finally:
             self.cancel()
-            for task in tasks:
-                task.cancel()
+            await arrivals.aclose()
             self._count()
 
-    async def _forward(self, choice: int, request: Request, queue: asyncio.Queue) -> None:
-        last = self.started
-        try:
-            async for piece in self.engine.arrivals(request):
-                now = time.monotonic()
-                first = last == self.started
-                (self.metrics.first_token if first else self.metrics.between).observe(now - last)
-                self.first_text = self.first_text or now - self.started
-                last = now
-                queue.put_nowait((choice, piece))
-            queue.put_nowait((choice, None))
-        except Exception as error:
-            queue.put_nowait(error)
+    def _time(self, choice: int, text: str | None, now: float) -> None:
+        if text is None:
+            return
+        last = self.last_text[choice]
+        kind = self.metrics.first_token if last is None else self.metrics.between
+        kind.observe(now - (self.started if last is None else last))
+        self.first_text = self.first_text or now - self.started
+        self.last_text[choice] = now
 
     async def whole(self) -> None:
         """Wait for all of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,28 @@ MOST_CHOICES = 8
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    """name, description and strict change nothing: a reply always follows its schema."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    # The field's own name is taken by pydantic.
+    given: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        """Raises ValueError where there is to be one and is none."""
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise ValueError("response_format.json_schema: expected a schema, got none")
+            return self.json_schema.given
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class Body(BaseModel):
@@ -43,7 +65,7 @@ class Body(BaseModel):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def alternatives(self) -> int | None:
@@ -56,8 +78,6 @@ class Body(BaseModel):
 
     def sampling(self, choice: int = 0) -> Sampling:
         """The settings of one choice. Raises ValueError naming what is out of range."""
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise ValueError("response_format: expected type 'text'; others are not supported")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > 16:
             raise ValueError(f"stop: expected at most 16 strings, got {len(stop)}")
@@ -77,6 +97,7 @@ class Body(BaseModel):
             "min_new_tokens": self.min_tokens,
             "max_new_tokens": self.most_tokens,
             "logprobs": self.alternatives,
+            "json_schema": self.response_format and self.response_format.schema_of_reply(),
         }
         given = {name: value for name, value in given.items() if value is not None}
         return Sampling(stop=[s for s in stop if s], **given)

@@ -13,6 +13,8 @@
 // and while they wait the ring fills with the next weights. There x may be normed as it is read, and what is summed up
 // may get a bias, an adapter's share, go through SwiGLU and join the residual stream, each rounded as the operation of
 // that name rounds it.
+#include <limits.h>
+
 #include "absmax.cuh"
 #include "codes.cuh"
 #include "memory.cuh"
@@ -23,8 +25,7 @@
 #include "sigmoid.cuh"
 
 constexpr int WARPS = 16; // that multiply
-constexpr int SCALERS = 2;
-constexpr int ALL_WARPS = WARPS + SCALERS + 2;
+constexpr int ALL_WARPS = WARPS + 4;
 constexpr int MAX_PARTS = 4;
 constexpr int MAX_PHASES = 4;
 
@@ -69,7 +70,7 @@ struct Phase {
 template <int PHASES>
 struct Chain {
     Phase phases[PHASES];
-    int count;
+    int count, rows_x;
     // [1 + MAX_PHASES] zeros, and zeros again at the end: CTAs that have made their share of the outputs so far, and
     // of each phase's hidden values. Null where no CTA needs another.
     uint32_t* arrived;
@@ -77,7 +78,7 @@ struct Chain {
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int SHARED_BYTES = 170752;
+constexpr int SHARED_BYTES = 177504;
 constexpr int STAGES = 2;
 constexpr int SUM_BUFFERS = 2;
 constexpr int PANEL = 16; // rows of W of one mma
@@ -96,10 +97,10 @@ struct Shared {
     uint8_t codes[STAGES][PANEL][ROW_BYTES];
     float scales[STAGES][PANEL][SCALE_ROW];
     float sums[SUM_BUFFERS][WARPS][TILE][SUM_ROW];
-    float kept[GROUP][TILE][PANEL]; // of the slices so far
-    float share[TILE][SUM_ROW];     // of the adapter in the panel that is being finished
-    float terms[WARPS][TILE];       // of a sum over all of K
-    float roots[TILE];              // 1 / the root mean square of the rows of x
+    float kept[GROUP][TILE][PANEL];                                           // of the slices so far
+    float share[SUM_BUFFERS][TILE][SUM_ROW];                                  // of the adapter in the sums
+    float squares[MAX_PHASES][WARPS][TILE], dots[MAX_PHASES][2][WARPS][TILE]; // of the rows of x, by warp
+    float roots[WARPS][TILE];                                                 // 1 / their root mean square
     Barrier full[STAGES], empty[STAGES], summed[SUM_BUFFERS], taken[SUM_BUFFERS];
     Barrier ready[MAX_PHASES]; // the input of a phase
 };
@@ -145,7 +146,7 @@ __device__ void each_item(const Chain<PHASES>& chain, Job&& job) {
 #pragma unroll 1
         for (int group = walk.first; group < walk.last; group += GROUP)
             walk.each_slice([&](int block, int blocks) {
-                job.begin_slice(block, blocks);
+                job.begin_slice(p, block, blocks);
 #pragma unroll 1
                 for (int panel = group; panel < min(group + GROUP, walk.last); ++panel, ++index)
                     job.run({index, p, panel, block, blocks, panel - group, block == 0, block + blocks == walk.blocks});
@@ -154,19 +155,37 @@ __device__ void each_item(const Chain<PHASES>& chain, Job&& job) {
     }
 }
 
-__device__ inline const Part& part_of(const Phase& phase, int panel) {
-    int i = 0;
-    while (i + 1 < MAX_PARTS && panel >= phase.parts[i + 1].first_panel)
-        ++i;
-    return phase.parts[i];
-}
+// Where an item lies. The parameters are far away when they are indexed: what a part says stays in registers.
+struct Place {
+    int phase = -1, part, begin, end; // panels of the part
+    int N, row_blocks;
+    bool gated;
 
-// The row of its weight that row `r` of a panel is.
-template <int PHASES>
-__device__ int row_of(const Phase& phase, const Part& part, int panel, int r) {
-    const bool gated = PHASES > 1 && phase.gated;
-    return (panel - part.first_panel) * (gated ? HALF : PANEL) + (gated ? r % HALF : r);
-}
+    // Whether the item lies in another part than the one before.
+    template <int PHASES>
+    __device__ bool moves(const Chain<PHASES>& chain, const Item& item) {
+        if (item.phase == phase && item.panel >= begin && item.panel < end)
+            return false;
+        phase = item.phase;
+        const Phase& now = chain.phases[phase];
+        part = 0;
+        while (part + 1 < MAX_PARTS && item.panel >= now.parts[part + 1].first_panel)
+            ++part;
+        begin = now.parts[part].first_panel;
+        // Parts that are not there begin where the last one ends.
+        end = part + 1 < MAX_PARTS ? now.parts[part + 1].first_panel : INT_MAX;
+        if (end <= begin)
+            end = INT_MAX;
+        N = now.parts[part].N, row_blocks = now.K / 64;
+        gated = PHASES > 1 && now.gated;
+        return true;
+    }
+
+    // The row of its weight that row `r` of a panel is.
+    __device__ int row(int panel, int r) const {
+        return (panel - begin) * (gated ? HALF : PANEL) + (gated ? r % HALF : r);
+    }
+};
 
 // The weight whose adapter has the phase's hidden value `r`.
 __device__ inline const Weight& adapter_of(const Phase& phase, int r) {
@@ -184,21 +203,24 @@ template <typename T, typename A, int PHASES>
 struct Copy {
     Shared& shared;
     const Chain<PHASES>& chain;
+    Place place;
+    const uint8_t* packed[2];
 
     __device__ void begin_phase(int p, const Walk&) const {
         if constexpr (PHASES > 1)
             prefetch_small(chain.phases[p]);
     }
-    __device__ void begin_slice(int, int) const {}
+    __device__ void begin_slice(int, int, int) const {}
     __device__ void end_phase(int) const {}
 
     // Rows past the last repeat it.
-    __device__ void run(const Item& item) const {
+    __device__ void run(const Item& item) {
+        if (place.moves(chain, item))
+            for (int half = 0; half < 2; ++half)
+                packed[half] = chain.phases[place.phase].parts[place.part].halves[half].packed;
         Barrier& full = shared.full[item.stage()];
         shared.empty[item.stage()].wait(item.stage_parity() ^ 1);
-        const Phase& phase = chain.phases[item.phase];
-        const Part& part = part_of(phase, item.panel);
-        const int64_t row_bytes = phase.K / 2;
+        const int64_t row_bytes = place.row_blocks * 32;
         const int bytes = item.blocks * 32;
         const bool leader = lane_id() == 0;
         if (leader)
@@ -206,16 +228,12 @@ struct Copy {
         __syncwarp();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint8_t* from = part.halves[half].packed + item.block * 32;
-            const int row = row_of<PHASES>(phase, part, item.panel, half * HALF), last = part.N - 1;
+            const uint8_t* from = packed[half] + item.block * 32;
+            const int row = place.row(item.panel, half * HALF), last = place.N - 1;
 #pragma unroll
             for (int r = 0; r < HALF; ++r)
                 copy_bulk(shared.codes[item.stage()][half * HALF + r], from + min(row + r, last) * row_bytes, bytes,
                           full, leader);
-            if constexpr (PHASES > 1)
-                if (item.is_first)
-                    prefetch<A>(part.halves[half].lora_b, int64_t(row) * part.halves[half].rank,
-                                int64_t(min(row + HALF, part.N)) * part.halves[half].rank, lane_id(), 32);
         }
     }
 
@@ -239,53 +257,81 @@ struct Copy {
     }
 };
 
-// Each of the warps takes every SCALERS-th item, so that the loads of one are under way while another is decoded.
+// The scales of an item are on their way while those of the one before are decoded.
 template <int PHASES>
 struct DecodeScales {
     Shared& shared;
     const Chain<PHASES>& chain;
     const Table& table;
-    int turn;
+    Place place;
+    const uint8_t* codes[2];
+    const float* nested[2];
+    float offset[2];
 
     static constexpr int QUADS = SLICE / QUAD, ROWS = 32 / QUADS, LOADS = PANEL / ROWS;
 
-    __device__ void begin_phase(int, const Walk&) const {}
-    __device__ void begin_slice(int, int) const {}
-    __device__ void end_phase(int) const {}
-
-    __device__ void run(const Item& item) const {
-        if (item.index % SCALERS != turn)
-            return;
-        const Phase& phase = chain.phases[item.phase];
-        const Part& part = part_of(phase, item.panel);
-        const uint32_t row_blocks = phase.K / 64;
-        const int block = item.block + min(lane_id() % QUADS * QUAD, item.blocks - QUAD);
+    struct Raw {
+        int index = -1;
         uint32_t codes[LOADS];
-        float nested[LOADS];
+        float nested[LOADS], offset[2];
+    } waiting;
+
+    __device__ void begin_phase(int, const Walk&) const {}
+    __device__ void begin_slice(int, int, int) const {}
+    __device__ void end_phase(int p) const {
+        if (PHASES == 1 || p + 1 == chain.count)
+            decode(waiting);
+    }
+
+    __device__ void run(const Item& item) {
+        if (place.moves(chain, item))
+            for (int half = 0; half < 2; ++half) {
+                const Absmax& absmax = chain.phases[place.phase].parts[place.part].halves[half].absmax;
+                codes[half] = absmax.codes, nested[half] = absmax.absmax, offset[half] = absmax.offset;
+            }
+        const int block = item.block + min(lane_id() % QUADS * QUAD, item.blocks - QUAD);
+        Raw raw;
+        raw.index = item.index, raw.offset[0] = offset[0], raw.offset[1] = offset[1];
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            const Absmax& absmax = part.halves[i * ROWS / HALF].absmax;
-            const int row = row_of<PHASES>(phase, part, item.panel, i * ROWS) + lane_id() / QUADS;
-            const uint32_t at = uint32_t(min(row, part.N - 1)) * row_blocks + block;
-            codes[i] = __ldg(reinterpret_cast<const uint32_t*>(absmax.codes + at));
-            nested[i] = __ldg(absmax.absmax + at / 256);
+            const int half = i * ROWS / HALF, row = place.row(item.panel, i * ROWS) + lane_id() / QUADS;
+            const uint32_t at = uint32_t(min(row, place.N - 1)) * place.row_blocks + block;
+            raw.codes[i] = __ldg(reinterpret_cast<const uint32_t*>(codes[half] + at));
+            raw.nested[i] = __ldg(nested[half] + at / 256);
         }
-        shared.empty[item.stage()].wait(item.stage_parity() ^ 1);
+        decode(waiting);
+        waiting = raw;
+    }
+
+    __device__ void decode(const Raw& raw) const {
+        if (raw.index < 0)
+            return;
+        const int stage = raw.index % STAGES;
+        shared.empty[stage].wait(raw.index / STAGES % 2 ^ 1);
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            const float offset = part.halves[i * ROWS / HALF].absmax.offset;
             float v[QUAD];
 #pragma unroll
             for (int j = 0; j < QUAD; ++j)
-                v[j] = __fadd_rn(__fmul_rn(table.scale(codes[i], j), nested[i]), offset);
-            float* to = &shared.scales[item.stage()][i * ROWS + lane_id() / QUADS][lane_id() % QUADS * QUAD];
-            store16(to, v);
+                v[j] = __fadd_rn(__fmul_rn(table.scale(raw.codes[i], j), raw.nested[i]), raw.offset[i * ROWS / HALF]);
+            store16(&shared.scales[stage][i * ROWS + lane_id() / QUADS][lane_id() % QUADS * QUAD], v);
         }
         __syncwarp();
         if (lane_id() == 0)
-            shared.full[item.stage()].arrive();
+            shared.full[stage].arrive();
     }
 };
+
+// Lets who waits for this count see what the warp has written.
+__device__ inline void arrive(uint32_t* count) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+
+__device__ inline uint32_t arrive_and_count(uint32_t* count) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+    return before;
+}
 
 // What another CTA may have written in this launch.
 __device__ inline uint4 load_written(const uint4* p) {
@@ -311,39 +357,47 @@ struct Multiply {
     Shared& shared;
     const Chain<PHASES>& chain;
     const Table& table;
-    int warp, rows_x;
+    int warp;
     uint4 (&fragments)[QUAD][2];
-    int phase = 0;
 
-    __device__ void begin_phase(int p, const Walk& walk) {
+    __device__ void begin_phase(int p, const Walk& walk) const {
+        const bool norms = PHASES > 1 && chain.phases[p].norm != nullptr;
         if (p == 0)
             wait_for_previous_kernel();
         else
             shared.ready[p].wait(0);
-        phase = p;
         if constexpr (PHASES > 1) {
-            if (chain.phases[p].norm != nullptr)
-                find_roots(walk);
+            if (fits(walk))
+                load_slice(p, 0, walk.blocks);
+            if (norms)
+                find_root(p, walk);
+            if (norms && fits(walk))
+                norm_slice(p, 0);
             if (int(blockIdx.x) < chain.phases[p].ranks)
-                make_hidden(walk);
+                make_hidden(p, walk);
         }
     }
+
+    // Whether x is one slice, which then stays from the beginning of the phase to its end.
+    __device__ static bool fits(const Walk& walk) { return walk.blocks <= walk.slice; }
 
     __device__ void end_phase(int) const {}
 
     // Elements in the order in which the bytes of W feed the contraction; zeros where x has no row.
-    __device__ void begin_slice(int block, int blocks) const {
-        load_slice(block, blocks);
+    __device__ void begin_slice(int p, int block, int blocks) const {
+        if (PHASES > 1 && blocks == chain.phases[p].K / 64)
+            return;
+        load_slice(p, block, blocks);
         if constexpr (PHASES > 1)
-            if (chain.phases[phase].norm != nullptr && warp * QUAD < blocks)
-                norm_slice(block);
+            if (chain.phases[p].norm != nullptr)
+                norm_slice(p, block);
     }
 
-    __device__ void load_slice(int block, int blocks) const {
-        const int g = lane_id() / 4, K = chain.phases[phase].K;
-        const T* x = static_cast<const T*>(chain.phases[phase].x) + int64_t(blockIdx.y * TILE + g) * K;
+    __device__ void load_slice(int p, int block, int blocks) const {
+        const int g = lane_id() / 4, K = chain.phases[p].K;
+        const T* x = static_cast<const T*>(chain.phases[p].x) + int64_t(blockIdx.y * TILE + g) * K;
         const uint4* from = reinterpret_cast<const uint4*>(x + column(block, 0, 0));
-        const bool loads = g < rows_x && warp * QUAD < blocks;
+        const bool loads = g < chain.rows_x - int(blockIdx.y) * TILE && warp * QUAD < blocks;
 #pragma unroll
         for (int j = 0; j < QUAD; ++j)
 #pragma unroll
@@ -356,95 +410,93 @@ struct Multiply {
         return (block + warp * QUAD + j) * 64 + lane_id() % 4 * 16 + i * 8;
     }
 
-    // As rms_norm rounds.
-    __device__ void norm_slice(int block) const {
-        const float root = shared.roots[lane_id() / 4];
-        const T* norm = static_cast<const T*>(chain.phases[phase].norm) + column(block, 0, 0);
+    // As rms_norm rounds; past the end zeros stay zeros.
+    __device__ void norm_slice(int p, int block) const {
+        const int at = column(block, 0, 0);
+        const T* norm = static_cast<const T*>(chain.phases[p].norm) + (at < chain.phases[p].K ? at : 0);
+        const float root = shared.roots[warp][lane_id() / 4];
 #pragma unroll
         for (int j = 0; j < QUAD; ++j)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                float v[8], w[8];
-                load8(norm + j * 64 + i * 8, w);
-                Raw8<T> raw{fragments[j][i]};
-                raw.unpack(v);
-#pragma unroll
-                for (int e = 0; e < 8; ++e)
-                    v[e] = rounded<T>(v[e] * root) * w[e];
-                raw.pack(v);
-                fragments[j][i] = raw.words;
+                const uint4 w = __ldg(reinterpret_cast<const uint4*>(norm + j * 64 + i * 8));
+                uint4& x = fragments[j][i];
+                x.x = norm_pair(x.x, root, w.x), x.y = norm_pair(x.y, root, w.y);
+                x.z = norm_pair(x.z, root, w.z), x.w = norm_pair(x.w, root, w.w);
             }
     }
 
-    __device__ void find_roots(const Walk& walk) const {
+    __device__ static uint32_t norm_pair(uint32_t x, float root, uint32_t weight) {
+        return multiply2<T>(narrow2<T>(low<T>(x) * root, high<T>(x) * root), weight);
+    }
+
+    // Each warp finds it for itself.
+    __device__ void find_root(int p, const Walk& walk) const {
         float squares = 0;
         walk.each_slice([&](int block, int blocks) {
-            load_slice(block, blocks);
+            if (!fits(walk))
+                load_slice(p, block, blocks);
 #pragma unroll
             for (int j = 0; j < QUAD; ++j)
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
                     squares = dot8(squares, fragments[j][i], fragments[j][i]);
         });
-        const float mean = sum_of_row(squares) / float(chain.phases[phase].K);
-        if (warp == 0 && lane_id() % 4 == 0)
-            shared.roots[lane_id() / 4] = __fdiv_rn(1.0f, __fsqrt_rn(mean + chain.phases[phase].eps));
-        meet();
+        const float mean = sum_of_row(squares, shared.squares[p]) / float(chain.phases[p].K);
+        shared.roots[warp][lane_id() / 4] = rsqrtf(mean + chain.phases[p].eps);
+        __syncwarp();
     }
 
     // sum + the products of eight values each.
     __device__ static float dot8(float sum, uint4 a, uint4 b) {
-        float v[8], w[8];
-        Raw8<T>{a}.unpack(v), Raw8<T>{b}.unpack(w);
+        const uint32_t pairs[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
-            sum = fmaf(v[e], w[e], sum);
+        for (int i = 0; i < 4; ++i) {
+            sum = fmaf(low<T>(pairs[0][i]), low<T>(pairs[1][i]), sum);
+            sum = fmaf(high<T>(pairs[0][i]), high<T>(pairs[1][i]), sum);
+        }
         return sum;
     }
 
-    // The sum of what all lanes that share this lane's row have.
-    __device__ float sum_of_row(float term) const {
+    // The sum of what all lanes that share this lane's row have, by way of `terms`, where nobody may write again before
+    // everybody has met once more.
+    __device__ float sum_of_row(float term, float (&terms)[WARPS][TILE]) const {
         const int g = lane_id() / 4;
         term += __shfl_xor_sync(~0u, term, 1);
         term += __shfl_xor_sync(~0u, term, 2);
         if (lane_id() % 4 == 0)
-            shared.terms[warp][g] = term;
-        meet();
+            terms[warp][g] = term;
+        asm volatile("bar.sync 2, %0;" ::"n"(32 * WARPS) : "memory");
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w)
-            sum += shared.terms[w][g];
-        meet();
+            sum += terms[w][g];
         return sum;
     }
 
-    __device__ static void meet() { asm volatile("bar.sync 2, %0;" ::"n"(32 * WARPS) : "memory"); }
-
     // This CTA's rows of the adapters' A, rounded as a linear layer and the scaling behind it round.
-    __device__ void make_hidden(const Walk& walk) {
-        const Phase& now = chain.phases[phase];
+    __device__ void make_hidden(int p, const Walk& walk) const {
+        const Phase& now = chain.phases[p];
         const int g = lane_id() / 4;
-        for (int r = blockIdx.x; r < now.ranks; r += gridDim.x) {
+        for (int r = blockIdx.x, turn = 0; r < now.ranks; r += gridDim.x, turn ^= 1) {
             const Weight& weight = adapter_of(now, r);
             const int row = r - weight.column;
             float dot = 0;
             walk.each_slice([&](int block, int blocks) {
-                begin_slice(block, blocks);
+                begin_slice(p, block, blocks);
                 if (warp * QUAD < blocks)
-                    dot = add_products(
-                        dot, static_cast<const A*>(weight.lora_a) + int64_t(row) * now.K + column(block, 0, 0));
+                    dot = add_products(dot, static_cast<const A*>(weight.lora_a) + int64_t(row) * now.K +
+                                                column(block, 0, 0));
             });
-            dot = rounded<T>(sum_of_row(dot));
-            if (warp == 0 && lane_id() % 4 == 0 && g < rows_x) {
+            dot = rounded<T>(sum_of_row(dot, shared.dots[p][turn]));
+            if (warp == 0 && lane_id() % 4 == 0 && g < chain.rows_x) {
                 const float factor = weight.factors == nullptr ? weight.scaling : weight.factors[g * weight.rank + row];
                 static_cast<T*>(now.hidden)[g * now.ranks + r] = narrow<T>(dot * factor);
             }
         }
         __syncwarp();
-        if (warp == 0 && lane_id() == 0) {
-            __threadfence();
-            atomicAdd(&chain.arrived[1 + phase], 1);
-        }
+        if (warp == 0 && lane_id() == 0)
+            arrive(&chain.arrived[1 + p]);
     }
 
     // A's elements rounded to x's dtype, as the layer uses them.
@@ -490,7 +542,7 @@ struct Multiply {
                 multiply_block(upper[j], lower[j], up[j], low[j], fragments[j], total);
         }
         shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
-        store_sums(shared.sums[item.buffer()][warp], total, rows_x);
+        store_sums(shared.sums[item.buffer()][warp], total, chain.rows_x - int(blockIdx.y) * TILE);
         __syncwarp();
         if (lane_id() == 0)
             shared.summed[item.buffer()].arrive();
@@ -514,74 +566,186 @@ struct Multiply {
     }
 };
 
-// Adds the warps' sums in ascending order of K, and those of the slices. A lane has four rows of W and one of x.
+__device__ inline void wait_for(const uint32_t* count, uint32_t expected) {
+    uint32_t seen;
+    do
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
+    while (seen < expected);
+}
+
+// Multiplies the adapters' hidden values by B on the tensor cores, a panel at a time, beside the warps that multiply
+// codes; it arrives for every item as they do.
 template <typename T, typename A, int PHASES>
-struct Finish {
+struct Adapt {
     Shared& shared;
     const Chain<PHASES>& chain;
-    int first_row, rows_x;
-    float factor;
+    int rows_x;
+    Place place;
+    const A* lora_b[2];
+    const T* hidden[2]; // this lane's row
+    int rank[2], ranks;
+    bool even; // every rank so far, so that pairs are aligned
     bool knows_hidden = false;
 
     __device__ void begin_phase(int p, const Walk&) {
         if (p == 0)
             wait_for_previous_kernel();
+        ranks = chain.phases[p].ranks;
         knows_hidden = false;
     }
-    __device__ void begin_slice(int, int) const {}
+    __device__ void begin_slice(int, int, int) const {}
+    __device__ void end_phase(int) const {}
 
     __device__ void run(const Item& item) {
-        const Phase& phase = chain.phases[item.phase];
-        const Part& part = part_of(phase, item.panel);
-        const int m = lane_id() / 4, r = lane_id() % 4 * 4;
-        const int n = row_of<PHASES>(phase, part, item.panel, r);
-        float residual[4] = {};
-        if constexpr (PHASES > 1)
-            if (item.is_last) {
-                if (phase.residual != nullptr)
-                    load4(phase.residual, part.N, m, n, residual);
-                if (phase.ranks > 0)
-                    share_of_adapter(item, phase, part);
+        shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
+        if (ranks > 0 && item.is_last) {
+            if (place.moves(chain, item))
+                read_part();
+            if (!knows_hidden)
+                wait_for_hidden();
+            multiply(item);
+        }
+        __syncwarp();
+        if (lane_id() == 0)
+            shared.summed[item.buffer()].arrive();
+    }
+
+    __device__ void read_part() {
+        const Phase& phase = chain.phases[place.phase];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const Weight& weight = phase.parts[place.part].halves[half];
+            rank[half] = weight.rank;
+            lora_b[half] = static_cast<const A*>(weight.lora_b);
+            hidden[half] = static_cast<const T*>(phase.hidden) + lane_id() / 4 * ranks + weight.column;
+        }
+        even = (ranks | rank[0] | rank[1] | phase.parts[place.part].halves[0].column |
+                phase.parts[place.part].halves[1].column) %
+                   2 ==
+               0;
+    }
+
+    __device__ void wait_for_hidden() {
+        if (lane_id() == 0)
+            wait_for(&chain.arrived[1 + place.phase], min(ranks, int(gridDim.x)));
+        __syncwarp();
+        knows_hidden = true;
+    }
+
+    __device__ void multiply(const Item& item) const {
+        const int g = lane_id() / 4, t = lane_id() % 4;
+        float total[4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int64_t row = min(place.row(item.panel, half * HALF) + g, place.N - 1);
+            const A* b = lora_b[half] + row * rank[half];
+            const int end = g < rows_x ? rank[half] : 0;
+            // Four steps' loads are under way together.
+            for (int first = 2 * t; first < rank[half] + 2 * t; first += 64) {
+                uint32_t weights[4][2], values[4][2];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+#pragma unroll
+                    for (int k = 0; k < 2; ++k) {
+                        weights[i][k] = pair(b, first + 16 * i + 8 * k, rank[half]);
+                        values[i][k] = pair(hidden[half], first + 16 * i + 8 * k, end);
+                    }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    uint32_t a[4] = {};
+                    a[half] = weights[i][0], a[half + 2] = weights[i][1];
+                    multiply_add(T{}, total, a, values[i][0], values[i][1]);
+                }
             }
+        }
+        store_sums(shared.share[item.buffer()], total, rows_x);
+    }
+
+    // Elements k and k + 1 of a row that ends at `end`, then zeros; rounded to x's dtype, as the layer uses them.
+    template <typename E>
+    __device__ uint32_t pair(const E* row, int k, int end) const {
+        struct alignas(2 * sizeof(E)) Two {
+            E low, high;
+        };
+        if (even && k < end) {
+            const Two two = *reinterpret_cast<const Two*>(row + k);
+            return narrow2<T>(widen(two.low), widen(two.high));
+        }
+        return narrow2<T>(k < end ? widen(row[k]) : 0.0f, k + 1 < end ? widen(row[k + 1]) : 0.0f);
+    }
+};
+
+// Adds the warps' sums in ascending order of K, and those of the slices. A lane has four rows of W and one of x.
+template <typename T, int PHASES>
+struct Finish {
+    Shared& shared;
+    const Chain<PHASES>& chain;
+    int first_row, rows_x;
+    float factor;
+    Place place;
+    T* out;
+    const T *bias, *residual;
+    bool adapted;
+
+    __device__ void begin_phase(int p, const Walk&) const {
+        if (p == 0)
+            wait_for_previous_kernel();
+    }
+    __device__ void begin_slice(int, int, int) const {}
+
+    __device__ void run(const Item& item) {
+        const int m = lane_id() / 4, r = lane_id() % 4 * 4;
+        if (place.moves(chain, item))
+            read_part(m, r);
+        const int n = place.row(item.panel, r);
+        float joined[4] = {};
+        if (PHASES > 1 && item.is_last && residual != nullptr)
+            load4(residual, m, n, joined);
         shared.summed[item.buffer()].wait(item.buffer_parity());
         const float4 sum = add(item, m, r);
         if (item.is_last) {
             float v[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
             if constexpr (PHASES > 1)
-                finish(phase, part, m, r, n, residual, v);
-            if (!(PHASES > 1 && phase.gated && r >= HALF))
-                store4(part, m, n, v);
+                finish(shared.share[item.buffer()][m] + r, m, n, joined, v);
+            if (!(place.gated && r >= HALF))
+                store4(m, n, v);
         }
         __syncwarp();
         if (lane_id() == 0)
             shared.taken[item.buffer()].arrive();
     }
 
+    __device__ void read_part(int m, int r) {
+        const Phase& phase = chain.phases[place.phase];
+        const Part& part = phase.parts[place.part];
+        out = static_cast<T*>(part.out) + int64_t(first_row + m) * place.N;
+        if constexpr (PHASES > 1) {
+            const Weight& weight = part.halves[r / HALF];
+            bias = static_cast<const T*>(weight.bias);
+            adapted = weight.rank > 0;
+            residual = static_cast<const T*>(phase.residual);
+            if (residual != nullptr)
+                residual += int64_t(m) * place.N;
+        }
+    }
+
     // Nobody waits for the last phase; who comes last leaves zeros.
     __device__ void end_phase(int p) const {
         if constexpr (PHASES > 1) {
             __syncwarp();
-            if (lane_id() == 0 && chain.arrived != nullptr) {
-                __threadfence();
+            if (lane_id() == 0) {
                 const uint32_t expected = (p + 1) * gridDim.x;
-                const bool comes_last = atomicAdd(chain.arrived, 1) + 1 == expected;
                 if (p + 1 < chain.count) {
+                    arrive(chain.arrived);
                     wait_for(chain.arrived, expected);
                     shared.ready[p + 1].arrive();
-                } else if (comes_last) {
+                } else if (arrive_and_count(chain.arrived) + 1 == expected) {
                     for (int i = 0; i <= MAX_PHASES; ++i)
                         chain.arrived[i] = 0;
                 }
             }
             __syncwarp();
         }
-    }
-
-    __device__ static void wait_for(const uint32_t* count, uint32_t expected) {
-        uint32_t seen;
-        do
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
-        while (seen < expected);
     }
 
     // Sums of rows of x that are not there are never used.
@@ -599,70 +763,26 @@ struct Finish {
         return sum;
     }
 
-    // B times the hidden values, on the tensor cores, into shared memory.
-    __device__ void share_of_adapter(const Item& item, const Phase& phase, const Part& part) {
-        const int g = lane_id() / 4, t = lane_id() % 4;
-        if (!knows_hidden) {
-            if (lane_id() == 0)
-                wait_for(&chain.arrived[1 + item.phase], min(phase.ranks, int(gridDim.x)));
-            __syncwarp();
-            knows_hidden = true;
-        }
-        float total[4] = {};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const Weight& weight = part.halves[half];
-            const int rank = weight.rank;
-            const int64_t row = min(row_of<PHASES>(phase, part, item.panel, half * HALF) + g, part.N - 1);
-            const A* lora_b = static_cast<const A*>(weight.lora_b) + row * rank;
-            const T* hidden = static_cast<const T*>(phase.hidden) + g * phase.ranks + weight.column;
-            for (int k = 2 * t; k < rank + 2 * t; k += 16) {
-                uint32_t a[4] = {};
-                a[half] = pair_of_b(lora_b, k, rank);
-                a[half + 2] = pair_of_b(lora_b, k + 8, rank);
-                const int end = g < rows_x ? rank : 0;
-                multiply_add(T{}, total, a, pair(hidden, k, end), pair(hidden, k + 8, end));
-            }
-        }
-        store_sums(shared.share, total, rows_x);
-        __syncwarp();
-    }
-
-    // Elements k and k + 1 of what ends at `end`, then zeros.
-    __device__ static uint32_t pair(const T* from, int k, int end) {
-        const uint32_t low = k < end ? from[k].bits : 0, high = k + 1 < end ? from[k + 1].bits : 0;
-        return low | high << 16;
-    }
-
-    // Rounded to x's dtype, as the layer uses them.
-    __device__ static uint32_t pair_of_b(const A* row, int k, int rank) {
-        return narrow2<T>(k < rank ? widen(row[k]) : 0.0f, k + 1 < rank ? widen(row[k + 1]) : 0.0f);
-    }
-
     // The product gets its bias, its adapter's share, its gate and the stream it joins.
-    __device__ void finish(const Phase& phase, const Part& part, int m, int r, int n, const float (&residual)[4],
-                           float (&v)[4]) const {
-        const bool second = r >= HALF;
-        const void* bias = second ? part.halves[1].bias : part.halves[0].bias;
-        const bool adapted = (second ? part.halves[1].rank : part.halves[0].rank) > 0;
+    __device__ void finish(const float* share, int m, int n, const float (&joined)[4], float (&v)[4]) const {
         if (bias != nullptr) {
             float b[4];
-            load4(bias, 0, m, n, b, part.N);
+            load4(bias, m, n, b);
             add4(v, b);
         }
         if (adapted && m < rows_x) {
-            const float4 s = *reinterpret_cast<const float4*>(&shared.share[m][r]);
+            const float4 s = *reinterpret_cast<const float4*>(share);
             add4(v, {s.x, s.y, s.z, s.w});
         }
-        if (phase.gated) {
+        if (place.gated) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float gate = rounded<T>(v[i]), up = __shfl_xor_sync(~0u, gate, 2);
                 v[i] = rounded<T>(gate * sigmoid<T>(gate)) * up;
             }
         }
-        if (phase.residual != nullptr)
-            add4(v, residual);
+        if (residual != nullptr)
+            add4(v, joined);
     }
 
     __device__ static void add4(float (&v)[4], const float (&more)[4]) {
@@ -671,69 +791,70 @@ struct Finish {
             v[i] = rounded<T>(v[i]) + more[i];
     }
 
-    __device__ void load4(const void* from, int pitch, int m, int n, float (&v)[4], int end) const {
-        const T* row = static_cast<const T*>(from) + int64_t(m) * pitch;
+    __device__ void load4(const T* row, int m, int n, float (&v)[4]) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            v[i] = m < rows_x && n + i < end ? widen(row[n + i]) : 0.0f;
-    }
-    __device__ void load4(const void* from, int pitch, int m, int n, float (&v)[4]) const {
-        load4(from, pitch, m, n, v, pitch);
+            v[i] = m < rows_x && n + i < place.N ? widen(row[n + i]) : 0.0f;
     }
 
-    __device__ void store4(const Part& part, int m, int n, const float (&v)[4]) const {
-        T* out = static_cast<T*>(part.out) + int64_t(first_row + m) * part.N;
+    __device__ void store4(int m, int n, const float (&v)[4]) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (m < rows_x && n + i < part.N)
+            if (m < rows_x && n + i < place.N)
                 out[n + i] = narrow<T>(v[i]);
     }
 };
 
-__device__ inline void init_barriers(Shared& shared) {
+__device__ inline void init_barriers(Shared& shared, bool adapts) {
     for (int i = 0; i < STAGES; ++i)
         shared.full[i].init(2), shared.empty[i].init(WARPS);
     for (int i = 0; i < SUM_BUFFERS; ++i)
-        shared.summed[i].init(WARPS), shared.taken[i].init(1);
+        shared.summed[i].init(WARPS + adapts), shared.taken[i].init(1);
     for (int i = 0; i < MAX_PHASES; ++i)
         shared.ready[i].init(1);
     Barrier::publish();
 }
 
+// The table and the barriers.
+__device__ inline void all_ready() { asm volatile("bar.sync 1, %0;" ::"n"(32 * ALL_WARPS) : "memory"); }
+
 template <typename T, typename A, int PHASES>
-__device__ void gemv_bulk(const Chain<PHASES>& chain, int rows_x, const Codebook& codebook, float gain) {
+__device__ void gemv_bulk(const Chain<PHASES>& chain, const Codebook& codebook, float gain) {
     extern __shared__ uint4 dynamic[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     let_next_kernel_start();
+    constexpr bool CHAINED = PHASES > 1;
     const int warp = threadIdx.x / 32;
+    const Table table = Table::first(dynamic);
+    const int first_row = blockIdx.y * TILE;
+    const int rows_x = min(chain.rows_x - first_row, TILE);
 
-    if (warp == WARPS) {
-        if (lane_id() == 0)
-            init_barriers(shared);
-        __syncwarp();
-        asm volatile("bar.arrive 1, %0;" ::"n"(32 * ALL_WARPS) : "memory");
-        each_item(chain, Copy<T, A, PHASES>{shared, chain});
-        return;
-    }
     if (warp < WARPS) {
         const float entry = codebook.values[lane_id() % 16] * gain;
         const float* map = chain.phases[0].parts[0].halves[0].absmax.map;
         fill_table(shared.table, 0, 32 * WARPS,
                    [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
         fill_table(shared.table, 1, 32 * WARPS, [&](int b) { return __float_as_uint(__ldg(map + b)); });
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * ALL_WARPS) : "memory");
-
-    const Table table = Table::first(dynamic);
-    const int first_row = blockIdx.y * TILE;
-    rows_x = min(rows_x - first_row, TILE);
-    if (warp < WARPS) {
+        all_ready();
         uint4 fragments[QUAD][2];
-        each_item(chain, Multiply<T, A, PHASES>{shared, chain, table, warp, rows_x, fragments});
-    } else if (warp <= WARPS + SCALERS) {
-        each_item(chain, DecodeScales<PHASES>{shared, chain, table, warp - WARPS - 1});
-    } else {
-        each_item(chain, Finish<T, A, PHASES>{shared, chain, first_row, rows_x, 1.0f / gain});
+        each_item(chain, Multiply<T, A, PHASES>{shared, chain, table, warp, fragments});
+        return;
+    }
+    if (warp == WARPS) {
+        if (lane_id() == 0)
+            init_barriers(shared, CHAINED);
+        __syncwarp();
+        asm volatile("bar.arrive 1, %0;" ::"n"(32 * ALL_WARPS) : "memory");
+        each_item(chain, Copy<T, A, PHASES>{shared, chain});
+        return;
+    }
+    all_ready();
+    if (warp == WARPS + 1) {
+        each_item(chain, DecodeScales<PHASES>{shared, chain, table});
+    } else if (warp == WARPS + 2) {
+        each_item(chain, Finish<T, PHASES>{shared, chain, first_row, rows_x, 1.0f / gain});
+    } else if constexpr (CHAINED) {
+        each_item(chain, Adapt<T, A, PHASES>{shared, chain, rows_x});
     }
 }
 
@@ -742,25 +863,23 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for so much");
 #else
 
 template <typename T, typename A, int PHASES>
-__device__ void gemv_bulk(const Chain<PHASES>&, int, const Codebook&, float) {}
+__device__ void gemv_bulk(const Chain<PHASES>&, const Codebook&, float) {}
 
 #endif
 
 // x and packed 16-byte aligned, nested absmax with one map for all and codes 4-byte aligned, blocks of 64,
 // K % 256 == 0, every N * K < 2^38; panels: of all parts; unused parts begin past them; grid (any, tiles of x).
 #define GEMV_4BIT_BULK(T, dtype)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1)                                                    \
-        gemv_4bit_bulk_##dtype(const __grid_constant__ Chain<1> chain, int rows_x,                                     \
-                               const __grid_constant__ Codebook codebook, float gain) {                                \
-        gemv_bulk<T, T>(chain, rows_x, codebook, gain);                                                                   \
+    extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1) gemv_4bit_bulk_##dtype(                            \
+        const __grid_constant__ Chain<1> chain, const __grid_constant__ Codebook codebook, float gain) {               \
+        gemv_bulk<T, T>(chain, codebook, gain);                                                                        \
     }
 
 // The same, and: at most TILE rows of x, A and the norms' weights 16-byte aligned; the whole grid runs at once.
 #define GEMV_4BIT_CHAIN(T, dtype, A, adapter_dtype)                                                                    \
-    extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1)                                                    \
-        gemv_4bit_chain_##dtype##_##adapter_dtype(const __grid_constant__ Chain<MAX_PHASES> chain, int rows_x,         \
-                                                  const __grid_constant__ Codebook codebook, float gain) {             \
-        gemv_bulk<T, A>(chain, rows_x, codebook, gain);                                                                \
+    extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1) gemv_4bit_chain_##dtype##_##adapter_dtype(         \
+        const __grid_constant__ Chain<MAX_PHASES> chain, const __grid_constant__ Codebook codebook, float gain) {      \
+        gemv_bulk<T, A>(chain, codebook, gain);                                                                        \
     }
 
 GEMV_4BIT_BULK(f16, f16)

@@ -23,12 +23,12 @@ pub(crate) static FAMILY: Family = family!("gemv_4bit_bulk", &KERNELS);
 pub(crate) const MAX_PARTS: usize = MAX_GROUP;
 pub(crate) const PANEL: usize = 16;
 pub(crate) const TILE: usize = 8;
-pub(crate) const SHARED_BYTES: usize = 170752;
+pub(crate) const SHARED_BYTES: usize = 177504;
 const HALF: usize = PANEL / 2;
 /// Blocks of a slice: four for each of the warps that multiply.
 const SLICE: usize = 64;
 const QUAD: usize = 4;
-/// Sixteen multiply, one copies, two decode scales, one adds up.
+/// Sixteen multiply, one copies, one decodes scales, one adds up, one multiplies by adapters.
 const ALL_WARPS: usize = 20;
 const BLOCKSIZE: usize = 64;
 /// Scales are read four blocks at a time.
@@ -86,6 +86,7 @@ struct Phase {
 struct Chain<const PHASES: usize> {
     phases: [Phase; PHASES],
     count: i32,
+    rows_x: i32,
     arrived: *mut c_void,
 }
 
@@ -216,13 +217,18 @@ pub(crate) fn launch(launcher: &Launcher, products: &[Gemv4bit<'_>]) -> Result<(
     let panels: usize = products.iter().map(|product| product.shape.n.div_ceil(PANEL)).sum();
     let ctas = panels.min(launcher.limits().multiprocessors);
     let weights: Vec<_> = products.iter().map(|product| ([Weight::plain(product); 2], product)).collect();
-    let chain = Chain { phases: [Phase::new(&weights, false, ctas)], count: 1, arrived: ptr::null_mut() };
+    let chain = Chain {
+        phases: [Phase::new(&weights, false, ctas)],
+        count: 1,
+        rows_x: head.shape.m as i32,
+        arrived: ptr::null_mut(),
+    };
     let (codebook, gain) = codebook(head.quant_type);
     launcher.launch(
         &FAMILY,
         KERNELS[usize::from(head.x.dtype() == DType::BF16)],
         geometry(ctas, head.shape.m),
-        args![chain, head.shape.m as i32, codebook, gain],
+        args![chain, codebook, gain],
     )
 }
 
@@ -239,12 +245,12 @@ pub(crate) fn launch_chain(launcher: &Launcher, args: &Gemv4bitChain<'_>) -> Res
     let ctas = launcher.limits().multiprocessors;
     let count = phases.len() as i32;
     let phases = std::array::from_fn(|i| Phase::chained(phases[i.min(phases.len() - 1)], ctas));
-    let chain = Chain::<MAX_PHASES> { phases, count, arrived: args.arrived.ptr() };
+    let chain = Chain::<MAX_PHASES> { phases, count, rows_x: head.shape.m as i32, arrived: args.arrived.ptr() };
     let of_adapters = all().find_map(|product| product.adapter.as_ref()).map(|adapter| adapter.a.dtype());
     let kernel = 2 + 2 * usize::from(of_adapters == Some(DType::F32)) + usize::from(head.x.dtype() == DType::BF16);
     let (codebook, gain) = codebook(head.quant_type);
     let geometry = Geometry { together: true, ..geometry(ctas, head.shape.m) };
-    launcher.launch(&FAMILY, KERNELS[kernel], geometry, args![chain, head.shape.m as i32, codebook, gain])
+    launcher.launch(&FAMILY, KERNELS[kernel], geometry, args![chain, codebook, gain])
 }
 
 fn geometry(ctas: usize, m: usize) -> Geometry {

@@ -104,6 +104,8 @@ pub(crate) struct Limits {
     pub multiprocessors: usize,
     /// most dynamic shared memory of a CTA, bytes
     pub shared: usize,
+    /// the NUMA node of the host that is nearest, where the driver says
+    pub numa_node: Option<u32>,
     /// Kernels were compiled for this generation, not only PTX for an older one.
     pub has_machine_code: bool,
 }
@@ -119,6 +121,8 @@ impl Limits {
             has_machine_code: has_machine_code(env!("HALFBYTE_BUILT_FOR"), capability),
             multiprocessors: read(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             shared: read(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+            // Drivers before CUDA 12.2 do not know the question, and -1 stands for none.
+            numa_node: read(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID).ok().and_then(|node| node.try_into().ok()),
         })
     }
 }

@@ -1,0 +1,163 @@
+"""Adapters in an engine: chosen by row, loaded, swapped and unloaded while requests run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from engines import ADAPTERS, base_model, fully_free, write_adapters
+from test_generate import byte_tokenizer, tiny  # noqa: F401
+
+from halfbyte import Engine, LoraConfig, Sampling, lora
+from halfbyte.errors import AdapterNotFoundError, CheckpointError, QueueFullError
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, byte_tokenizer):  # noqa: F811
+    return write_adapters(tmp_path_factory.mktemp("adapters"), byte_tokenizer)
+
+
+def test_rows_use_their_own_adapters(adapters, byte_tokenizer):  # noqa: F811
+    folders, carriers = adapters
+    engine = Engine(base_model(byte_tokenizer), adapters=folders, max_batch=6)
+    prompts = [list(range(i, i + 40)) for i in range(8)]
+    names = [None, *ADAPTERS, None, *ADAPTERS]
+    options = Sampling(max_new_tokens=12, temperature=0.5, seed=4)
+    requests = [engine.submit(p, options, n) for p, n in zip(prompts, names, strict=True)]
+    engine.run(requests)
+    carriers = {None: base_model(byte_tokenizer), **carriers}
+    for prompt, name, request in zip(prompts, names, requests, strict=True):
+        alone = Engine(carriers[name], max_batch=1).generate(prompt, options)
+        assert request.reply.tokens == alone.token_ids, name
+    assert fully_free(engine) and all(a.users == 0 for a in engine.adapters.values())
+
+
+def test_a_prefix_belongs_to_its_adapter(adapters, byte_tokenizer):  # noqa: F811
+    folders, carriers = adapters
+    engine = Engine(base_model(byte_tokenizer), adapters=folders, max_batch=2)
+    prompt = list(range(50))
+    plain = engine.generate(prompt, max_new_tokens=8)
+    adapted = engine.submit(prompt, Sampling(max_new_tokens=8), "one")
+    engine.run([adapted])
+    assert adapted.cached_tokens == 0
+    alone = Engine(carriers["one"], max_batch=1).generate(prompt, max_new_tokens=8)
+    assert adapted.reply.tokens == alone.token_ids != plain.token_ids
+    again = engine.submit(prompt, Sampling(max_new_tokens=8), "one")
+    engine.run([again])
+    assert again.cached_tokens == 48 and again.reply.tokens == alone.token_ids
+
+
+def test_adapters_come_and_go_while_requests_run(adapters, byte_tokenizer):  # noqa: F811
+    folders, carriers = adapters
+    engine = Engine(base_model(byte_tokenizer), max_batch=4)
+    alone = {
+        name: Engine(carrier, max_batch=1).generate([1, 2, 3], max_new_tokens=30).token_ids
+        for name, carrier in carriers.items()
+    }
+    engine.load_adapter("a", folders["one"])
+    first = engine.submit([1, 2, 3], Sampling(max_new_tokens=30), "a")
+    for _ in range(4):
+        engine._advance_once()
+    generation = engine.load_adapter("a", folders["two"]).generation
+    assert generation > first.adapter.generation
+    second = engine.submit([1, 2, 3], Sampling(max_new_tokens=30), "a")
+    engine.load_adapter("b", folders["head"])
+    engine._advance_once()
+    engine.unload_adapter("a")
+    third = engine.submit([1, 2, 3], Sampling(max_new_tokens=30), "b")
+    with pytest.raises(AdapterNotFoundError, match="a: no such adapter is loaded; there is: b"):
+        engine.submit([1, 2, 3], Sampling(), "a")
+    engine.run([first, second, third])
+    assert first.reply.tokens == alone["one"]
+    assert second.reply.tokens == alone["two"]
+    assert third.reply.tokens == alone["head"]
+    assert [a.name for a in engine._scheduler.decode.adapters._places] == ["b"]
+    engine.unload_adapter("b")
+    plain = base_model(byte_tokenizer)
+    expected = plain.generate([1, 2, 3], max_new_tokens=9)
+    assert engine.generate([1, 2, 3], max_new_tokens=9).token_ids == expected
+
+
+def test_an_error_lets_go_of_adapters(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    model = base_model(byte_tokenizer)
+    engine = Engine(model, adapters={"a": folders["one"]}, max_batch=2, max_waiting=1)
+    engine.submit([1], Sampling(max_new_tokens=50), "a")
+    with pytest.raises(QueueFullError):
+        engine.submit([2], Sampling(), "a")
+    engine._advance_once()
+    engine.unload_adapter("a")
+    handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate([3])
+    handle.remove()
+    assert engine._scheduler.decode.adapters._places == []
+    assert engine.generate([3], max_new_tokens=3).finish_reason == "length"
+
+
+def test_adapters_that_do_not_fit_are_refused(adapters, byte_tokenizer, tmp_path):  # noqa: F811
+    folders, carriers = adapters
+    with pytest.raises(ValueError, match="a base model without an adapter of its own"):
+        Engine(carriers["one"], adapters={"two": folders["two"]})
+    narrow = tiny(hidden_size=16, intermediate_size=64)
+    with pytest.raises(CheckpointError, match=r"lora_B.weight: expected \[16, 4\], got \[32, 4\]"):
+        Engine(narrow, adapters={"one": folders["one"]})
+    with pytest.raises(CheckpointError, match="no such file"):
+        Engine(base_model(byte_tokenizer), adapters={"x": tmp_path / "nothing"})
+    saved = lora.inject(base_model(None), LoraConfig(r=2, modules_to_save=["lm_head"]))
+    lora.save_adapter(saved, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="only LoRA matrices can be served"):
+        Engine(base_model(byte_tokenizer), adapters={"x": tmp_path / "saved"})
+
+
+def test_a_rank_that_the_files_do_not_have(adapters, byte_tokenizer, tmp_path):  # noqa: F811
+    folders, _ = adapters
+    shutil.copytree(folders["one"], tmp_path / "one")
+    config = tmp_path / "one/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 8}))
+    engine = Engine(base_model(byte_tokenizer))
+    expected = r"one: .*lora_A.weight: expected rank 8 by adapter_config.json, got 4 in \[4, \d+\]"
+    with pytest.raises(CheckpointError, match=expected):
+        engine.load_adapter("one", tmp_path / "one")
+    with pytest.raises(CheckpointError, match=expected):
+        lora.load_adapter(base_model(byte_tokenizer), tmp_path / "one")
+    assert engine.adapters == {} and engine.generate([1], max_new_tokens=2).token_ids
+
+
+def test_an_adapter_of_another_base_is_warned_of(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    other = base_model(byte_tokenizer)
+    other.model.norm.weight.data[0] += 1
+    with pytest.warns(UserWarning, match="one: .*another base"):
+        Engine(other, adapters={"one": folders["one"]})
+
+
+def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    model = base_model(byte_tokenizer)
+    before = {name: type(module) for name, module in model.named_modules()}
+    engine = Engine(model, adapters=folders)
+    pieces = engine.stream([1, 2], adapter="one")
+    assert {name: type(module) for name, module in model.named_modules()} != before
+    engine.close()
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert list(pieces) == [] and pieces.finish_reason == "cancelled"
+
+
+@pytest.mark.gpu
+def test_gpu_adapters_equal_the_cpus(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    prompts = [list(range(i, i + 40)) for i in range(8)]
+    names = [None, *ADAPTERS, None, *ADAPTERS]
+
+    def replies(device: str) -> list[list[int]]:
+        engine = Engine(base_model(byte_tokenizer).to(device), adapters=folders, max_batch=4)
+        requests = [
+            engine.submit(prompt, Sampling(max_new_tokens=40), name)
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        engine.run(requests)
+        return [request.reply.tokens for request in requests]
+
+    assert replies("cuda") == replies("cpu")
