@@ -10,7 +10,7 @@ from halfbyte.ops.library import define
 
 IGNORE = -100
 # A chunk's logits take this much, or more where that is still a tenth of all logits in fp32.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 48 << 20
 SHARE = 0.1
 TILE = 128  # rows of a tile of torch's matrix products
 ALIGNED = 8  # columns of logits, so that products of any vocabulary run at full speed
@@ -35,12 +35,12 @@ def _softmax(logits: Tensor, labels: Tensor, vocab: int, divisor: Tensor | None)
     return losses
 
 
-def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
+def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """total [V, d] fp32 += grad^T hidden."""
     if grad.dtype == torch.float32:
-        total.addmm_(grad.t(), hidden, beta=float(not first))
-    elif first:
-        total.copy_(grad.t() @ hidden)
+        total.addmm_(grad.t(), hidden)
+    elif grad.is_cuda:
+        torch.addmm(total, grad.t(), hidden, out_dtype=torch.float32, out=total)
     else:
         total.add_(grad.t() @ hidden)
 
@@ -60,6 +60,7 @@ def _loss(
     tokens, vocab = len(hidden), len(weight)
     stride = -(-vocab // ALIGNED) * ALIGNED
     buffer = hidden.new_empty(min(chunk, tokens), stride)
+    grad_weight.zero_()
     losses = hidden.new_zeros(tokens, dtype=torch.float32)
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
@@ -72,9 +73,7 @@ def _loss(
         if of_hidden:
             torch.mm(logits, weight, out=grad_hidden[rows])
         if of_weight:
-            _accumulate(grad_weight, logits, h, first=start == 0)
-    if tokens == 0:
-        grad_weight.zero_()
+            _accumulate(grad_weight, logits, h)
     loss.copy_(losses.sum())
     return loss, grad_hidden, grad_weight
 
@@ -146,7 +145,7 @@ def cross_entropy(
     hidden: [T, d]; head_weight: [V, d], same dtype; labels: int64 [T], already shifted.
     num_items: the divisor (default: the number of labels that are not -100); with every label
     masked the default loss is 0, not NaN. chunk: tokens a piece (default: so that their logits
-    take 64 MiB or a tenth of all logits in fp32). Returns an fp32 scalar, differentiable in hidden
+    take 48 MiB or a tenth of all logits in fp32). Returns an fp32 scalar, differentiable in hidden
     and head_weight.
 
     Raises ValueError for shapes that do not fit, labels that are no row of the head and
