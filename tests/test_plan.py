@@ -76,6 +76,11 @@ def test_a_measured_peak_is_met(batch, measured):
     assert peak / 1e9 == pytest.approx(measured, rel=0.01)
 
 
+def storages(values) -> list:
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 class Meter(TorchDispatchMode):
     """Bytes of every tensor that lives, and the most there were, workspaces of kernels added."""
 
@@ -85,9 +90,11 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outs = func(*args, **(kwargs or {}))
-        for out in torch.utils._pytree.tree_leaves(outs):
-            if isinstance(out, torch.Tensor):
-                self.add(out.untyped_storage())
+        # A view of a parameter is none of the step's.
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(outs):
+            if storage._cdata not in given:
+                self.add(storage)
         # Products dequantize one weight at a time: two codes a byte, two bytes a weight.
         codes = torch.utils._pytree.tree_leaves(args[1]) if "gemm_4bit" in str(func) else []
         workspace = max((4 * packed.numel() for packed in codes), default=0)

@@ -33,8 +33,9 @@ class _Recomputed(torch.autograd.Function):
         # Without gradients some operations round otherwise on a CPU.
         with torch.set_grad_enabled(x.is_cpu):
             out = layer(x, *rest, False).detach()
-        # Most layers draw nothing, and need not have the generator set back.
-        ctx.random = before if _differ(before, _random_state(x.device)) else None
+        # Most layers draw nothing, and on a GPU it shows: the generator need not be set back.
+        drawn = isinstance(before, Tensor) or before != _random_state(x.device)
+        ctx.random = before if drawn else None
         return out
 
     @staticmethod
@@ -56,7 +57,10 @@ class _Recomputed(torch.autograd.Function):
             out = ctx.layer(again, *ctx.rest, True)
         if ctx.random is not None:
             _set_random_state(x.device, after)
-        torch.autograd.backward(out, grad)
+        # What the layer computed is not needed any more, only where its gradient goes.
+        edge = torch.autograd.graph.get_gradient_edge(out)
+        del out
+        torch.autograd.backward(edge, grad)
         return None, None, again.grad
 
 
@@ -80,7 +84,3 @@ def _set_random_state(device: torch.device, state: int | Tensor) -> None:
         generator.set_state(state)
     else:
         generator.set_offset(state)
-
-
-def _differ(one: int | Tensor, other: int | Tensor) -> bool:
-    return not torch.equal(one, other) if isinstance(one, Tensor) else one != other

@@ -17,6 +17,8 @@ from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
 
 # Elements of W dequantized at a time on the CPU: 8 MiB in fp32 are still cached when multiplied.
 PIECE = 1 << 21
+# Rows of x that the kernel of codes for the most of them takes.
+MOST_ROWS = 256
 
 
 def _state(absmax, nested_absmax, nested_map, offset, quant_type, blocksize, shape) -> QuantState:
@@ -85,7 +87,7 @@ def _code_rows(x: Tensor, nested: bool, blocksize: int) -> tuple[int, int]:
         return 8, 0
     capability = _capability(x.get_device())
     if capability == (9, 0):
-        return 8, 256
+        return 8, MOST_ROWS
     return (32, 0) if capability >= (8, 0) else (8, 0)
 
 
@@ -100,8 +102,9 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 def is_dequantized(x: Tensor, state: QuantState) -> bool:
     """Whether a GPU multiplies x [M, K] by a dequantized W, not by a kernel of codes."""
-    rows = _code_rows(x, state.nested is not None, state.blocksize)
-    return x.is_cuda and len(x) > max(rows)
+    if not x.is_cuda or len(x) > MOST_ROWS:
+        return x.is_cuda
+    return len(x) > max(_code_rows(x, state.nested is not None, state.blocksize))
 
 
 def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:

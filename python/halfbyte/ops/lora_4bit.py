@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte import _core
 from halfbyte.ops.dequantize_4bit import values
 from halfbyte.ops.gemm_4bit import accepted, grad_x, is_dequantized, product
 from halfbyte.ops.quant_state import QuantState
@@ -33,27 +32,26 @@ class _Lora4bit(torch.autograd.Function):
         b, inputs = rest[:count], rest[count:]
         ranks = [own.shape[1] for own in b]
         grads = [_rows(grad) for grad in grads]
-        of_input = ctx.needs_input_grad[3]
-        # A kernel of ours first: it leaves autograd's thread a CUDA context, without which torch's
-        # products warn.
-        dense = _dequantized(ctx.weights, a.dtype) if of_input and a.is_cuda else None
+        # A kernel of ours comes first, which leaves autograd's thread a CUDA context: without one
+        # torch's products warn.
+        total = _grad_input(grads, ctx.weights) if ctx.needs_input_grad[3] else None
         grad_hidden = torch.empty_like(hidden)
         parts = _parts(grad_hidden, ranks, 1)
         for part, grad, own in zip(parts, grads, b, strict=True):
             part.addmm_(grad, own, beta=0, alpha=ctx.scaling)
         pairs = zip(grads, _parts(hidden, ranks, 1), strict=True)
         grads_b = [_product_fp32(grad.t(), part) for grad, part in pairs]
-        total, grads_dropped = None, []
+        grads_dropped = []
         if ctx.dropped:
             triples = list(zip(parts, inputs, _parts(a, ranks, 0), strict=True))
             grads_a = [_product_fp32(part.t(), dropped) for part, dropped, _ in triples]
             grads_dropped = [torch.mm(part, own).view(ctx.shape) for part, _, own in triples]
         else:
             grads_a = _parts(_product_fp32(grad_hidden.t(), inputs[0]), ranks, 0)
-            total = torch.mm(grad_hidden, a) if of_input else None
-        if of_input:
-            total = _add_grad_x(total, grads, ctx.weights, dense).view(ctx.shape)
-        return None, None, None, total, *grads_a, *grads_b, *grads_dropped
+            if total is not None:
+                total.addmm_(grad_hidden, a)
+        of_x = None if total is None else total.view(ctx.shape)
+        return None, None, None, of_x, *grads_a, *grads_b, *grads_dropped
 
 
 def _outputs(
@@ -81,18 +79,16 @@ def _outputs(
 
 def _products(
     rows: Tensor, weights: Sequence[Weight], hidden: Sequence[Tensor], b: Sequence[Tensor]
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     """rows W^T + hidden b^T for each weight."""
-    if not is_dequantized(rows, weights[0][1]):
-        triples = zip(weights, hidden, b, strict=True)
-        return [product(rows, *weight).addmm_(part, own.t()) for weight, part, own in triples]
-    sizes = [own.shape[0] for own in b]
-    out = rows.new_empty(rows.shape[0], sum(sizes))
-    outs = _parts(out, sizes, 1)
-    for narrow, part, own in zip(outs, hidden, b, strict=True):
-        narrow.addmm_(part, own.t(), beta=0)
-    # The large product comes last: it reads what it adds to while it multiplies.
-    out.addmm_(rows, _dequantized(weights, rows.dtype).t())
+    outs = []
+    for weight, part, own in zip(weights, hidden, b, strict=True):
+        if is_dequantized(rows, weight[1]):
+            # The large product comes last: it reads what it adds to while it multiplies.
+            out = torch.mm(part, own.t()).addmm_(rows, values(*weight, rows.dtype).t())
+        else:
+            out = product(rows, *weight).addmm_(part, own.t())
+        outs.append(out)
     return outs
 
 
@@ -122,28 +118,14 @@ def _narrowed(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> l
     return [below.view(-1, columns), *(own.view(-1, rank) for own, rank in pairs)]
 
 
-def _dequantized(weights: Sequence[Weight], dtype: torch.dtype) -> Tensor:
-    """The weights one below the other, [sum of N, K]."""
-    if len(weights) == 1:
-        return values(*weights[0], dtype)
-    sizes = [state.shape[0] for _, state in weights]
-    whole = weights[0][0].new_empty(sum(sizes), weights[0][1].shape[1], dtype=dtype)
-    for (packed, state), out in zip(weights, _parts(whole, sizes, 0), strict=True):
-        _core.dequantize_4bit(packed, *state.scale_args(), state.quant_type, state.blocksize, out)
-    return whole
-
-
-def _add_grad_x(
-    total: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Weight], dense: Tensor | None
-) -> Tensor:
-    """total + the sum of grad W, in total's memory; dense: the weights, where dequantized."""
-    if dense is None:
-        for grad, weight in zip(grads, weights, strict=True):
-            ours = grad_x(grad, *weight)
-            total = ours if total is None else total.add_(ours)
-        return total
-    for grad, weight in zip(grads, _parts(dense, [g.shape[1] for g in grads], 0), strict=True):
-        total = torch.mm(grad, weight) if total is None else total.addmm_(grad, weight)
+def _grad_input(grads: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
+    """The sum of grad W."""
+    total = grad_x(grads[0], *weights[0])
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        if grad.is_cuda:
+            total.addmm_(grad, values(*weight, grad.dtype))
+        else:
+            total.add_(grad_x(grad, *weight))
     return total
 
 
