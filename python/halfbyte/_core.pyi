@@ -14,6 +14,7 @@ bfloat16. A block is ``blocksize`` consecutive elements of the flat tensor; the 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -247,6 +248,16 @@ def gemv_4bit_group(
 
     products: (packed, absmax, nested_absmax, nested_map, offset, out) of each W, at most four.
     """
+
+def gemv_4bit_chain(phases: Sequence[Any], quant_type: str, arrived: Tensor) -> None:
+    """Up to four phases of 4-bit products, each of what the one before made, in one launch.
+
+    phases: as `halfbyte.ops.gemv_4bit_chain.Phase`, read by attribute. arrived: int32 [5] zeros,
+    and zeros again when all is done. GPUs for which `has_chains` is true only.
+    """
+
+def has_chains(device: int) -> bool:
+    """Whether `gemv_4bit_chain` has kernels for a CUDA device; false where there is none."""
 
 def paged_attention(
     q: Tensor,

@@ -72,7 +72,7 @@ pub fn status() -> std::result::Result<(), String> {
 
 /// Whether `gemv_4bit_chain` has kernels for a device; false where there is none.
 pub fn has_chains(ordinal: u32) -> bool {
-    Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::runs_on(launcher.limits()))
+    Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::has_chains(launcher.limits()))
 }
 
 /// The operations on one device, ordered on one stream.
