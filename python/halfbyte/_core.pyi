@@ -256,6 +256,8 @@ def paged_attention(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
     tables: Tensor,
     lengths: Tensor,
     window: int,
@@ -266,9 +268,10 @@ def paged_attention(
     """One new token a row: rotate q and k, append k and v to the paged cache, attend.
 
     q, out: float [B, heads, D], D even and at most 256. k, v: [B, kv_heads, D]. cos, sin: [B, D],
-    the first half of sin negated. keys, values: [blocks, 16, kv_heads, D], in and out; all of
-    q's dtype. tables: int32 [B, blocks of a row]. lengths: int32 [B], the new token included.
-    window: attend to so many tokens at most; 0: to all. partials: float32
+    the first half of sin negated; all of q's dtype. keys, values: [blocks, 16, kv_heads, D], in and
+    out, of q's dtype; or uint8 codes with key_scales, value_scales: float32 [blocks, kv_heads, 16],
+    in and out: (code - 128) * scale. tables: int32 [B, blocks of a row]. lengths: int32 [B], the
+    new token included. window: attend to so many tokens at most; 0: to all. partials: float32
     [B * heads * 32 * (D + 2)], scratch. arrived: int32 [B, heads], zeros before and after.
     """
 

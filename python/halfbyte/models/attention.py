@@ -115,8 +115,8 @@ class Attention(nn.Module):
             q, k = rope(q, k, step.cos, step.sin)
             span = step.spans[self.window]
             if step.cache is not None:
-                step.cache.write(self.layer, k, v)
+                k, v = step.cache.write(self.layer, k, v)
                 if span.cached is not None:
-                    k, v = step.cache.read(self.layer, span.cached)
+                    k, v = step.cache.read(self.layer, span.cached, q.dtype)
             out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
         return out.reshape(*out.shape[:2], -1)

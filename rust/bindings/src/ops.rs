@@ -9,7 +9,9 @@ use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
 use halfbyte_core::ops::gemv_4bit_chain::{Adapter, ChainPhase, ChainedProduct, Gemv4bitChain};
-use halfbyte_core::ops::paged_attention::{AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, PagedAttention};
+use halfbyte_core::ops::paged_attention::{
+    AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, CodeScales, PagedAttention,
+};
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
 use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward, WeightGradient};
@@ -404,6 +406,8 @@ pub fn paged_attention(
     sin: Object<'_, '_>,
     keys: Object<'_, '_>,
     values: Object<'_, '_>,
+    key_scales: Option<Object<'_, '_>>,
+    value_scales: Option<Object<'_, '_>>,
     tables: Object<'_, '_>,
     lengths: Object<'_, '_>,
     window: i64,
@@ -425,7 +429,14 @@ pub fn paged_attention(
     let (tables, lengths) = (read("tables", tables)?, read("lengths", lengths)?);
     let (keys, values) = (read("keys", keys)?, read("values", values)?);
     let (partials, arrived, out) = (read("partials", partials)?, read("arrived", arrived)?, read("out", out)?);
-    check_overlap(OP, &[&q, &k, &v, &cos, &sin, &tables, &lengths], &[&keys, &values, &partials, &arrived, &out])?;
+    let scales = match (key_scales, value_scales) {
+        (None, None) => None,
+        (Some(keys), Some(values)) => Some((read("key_scales", keys)?, read("value_scales", values)?)),
+        _ => return Err(PyValueError::new_err(format!("{OP}: expected key_scales and value_scales, or neither"))),
+    };
+    let mut written = vec![&keys, &values, &partials, &arrived, &out];
+    written.extend(scales.iter().flat_map(|(keys, values)| [keys, values]));
+    check_overlap(OP, &[&q, &k, &v, &cos, &sin, &tables, &lengths], &written)?;
     let window = not_negative(OP, "window", window)?;
     let inputs = AttentionInputs {
         q: q.as_ref(),
@@ -441,6 +452,7 @@ pub fn paged_attention(
         AttentionOutputs {
             keys: keys.as_mut(),
             values: values.as_mut(),
+            scales: scales.as_ref().map(|(keys, values)| CodeScales { keys: keys.as_mut(), values: values.as_mut() }),
             partials: partials.as_mut(),
             arrived: arrived.as_mut(),
             out: out.as_mut(),
