@@ -96,7 +96,10 @@ def seconds(run: Callable[[], None], rounds: int, steps: int = 3) -> float:
 
 
 def write(bench: str, **fields: object) -> None:
-    row = {"bench": f"paging_{bench}", **machine(), **fields}
+    keep({"bench": f"paging_{bench}", **machine(), **fields})
+
+
+def keep(row: dict) -> None:
     print(json.dumps(row), flush=True)
     append_row("paging", row)
 
@@ -119,8 +122,7 @@ def update(args: argparse.Namespace) -> None:
         moved = 2 * ours.pager.stats()["state_bytes"]
         fields = dict(model=args.shape, r=args.r, state=state, placement=placement)
         row = time_row("paging_update", times, **fields)
-        row |= {"state_gb_per_s": round(moved / times["halfbyte"].median / 1e9, 1)}
-        write("update", **row)
+        keep(row | {"state_gb_per_s": round(moved / times["halfbyte"].median / 1e9, 1)})
         del ours
         gc.collect()
 
