@@ -28,7 +28,6 @@ class Kept:
         self.x: Tensor | None = x
         self.pool, self.before = pool, before
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.requires_grad = x.requires_grad
         self.host: list[Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
@@ -57,8 +56,7 @@ class Kept:
                 part.copy_(host, non_blocking=True)
         if x.is_cuda:
             x.record_stream(self.pool.streams[1])
-        self.copied, self.host = event, None
-        self.x = x.requires_grad_(self.requires_grad)
+        self.x, self.copied, self.host = x, event, None
 
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """What autograd shall keep of a tensor: this, if the tensor is the activation."""
