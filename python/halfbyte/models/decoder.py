@@ -1,6 +1,7 @@
 """The decoder: one forward for training, prefill and decode."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,20 +101,22 @@ class Backbone(nn.Module):
         step = self._step(ids, cache, x.dtype)
         if chain.takes(self.layers, x, step):
             return self.norm(chain.decode(self.layers, x, step))
-        if checkpointed and self.offload is not None:
-            return self.norm(self.offload.run(list(self.layers), x, step))
         if not torch.is_grad_enabled() and not any(map(_is_watched, self.layers)):
             added = None
             for layer in self.layers:
                 x, added = layer.split(x, added, step)
             return self.norm(x) if added is None else self.norm.add(added, x)[0]
-        if checkpointed and not x.requires_grad:
-            x.requires_grad_()
-        for layer in self.layers:
-            if checkpointed:
-                x = recomputed(layer, x, step)
-            else:
+        if not checkpointed:
+            for layer in self.layers:
                 x = layer(x, step)
+            return self.norm(x)
+        if not x.requires_grad:
+            x.requires_grad_()
+        layers = [partial(recomputed, layer) for layer in self.layers]
+        if self.offload is not None:
+            return self.norm(self.offload.run(layers, x, step))
+        for layer in layers:
+            x = layer(x, step)
         return self.norm(x)
 
     def _step(self, ids: Tensor, cache: CacheStep | None, dtype: torch.dtype) -> Step:
