@@ -44,6 +44,8 @@ class Captured(Generic[T]):
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, T]:
         graph = torch.cuda.CUDAGraph()
+        # A thread's first one is made on demand, which would break the capture.
+        torch.cuda.current_blas_handle()
         # Thread-local: torch may allocate on other threads meanwhile.
         with (
             _no_garbage_collection(),
