@@ -71,6 +71,7 @@ fn read_at(file: &File, offset: u64, out: &mut [u8]) -> io::Result<usize> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
