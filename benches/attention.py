@@ -8,25 +8,37 @@ import torch
 from bench import append_row, summary, time_row
 
 from halfbyte.kv_cache import BLOCK, blocks_for
-from halfbyte.ops import paged_attention
+from halfbyte.ops.paged_attention import Cached, encode, paged_attention
 
 BANDWIDTH = 4.3e12
 HEADS = {"7b": (32, 32, 128), "8b": (32, 8, 128), "70b": (64, 8, 128), "qwen2.5-7b": (28, 4, 128)}
 COLD_BYTES = 300 << 20
 
 
-def microseconds(heads: tuple[int, int, int], batch: int, context: int) -> list[float]:
+def token_bytes(kv_heads: int, head_dim: int, codes: bool) -> int:
+    """Of a token's keys and values."""
+    return 2 * kv_heads * (head_dim + 4 if codes else 2 * head_dim)
+
+
+def microseconds(heads: tuple[int, int, int], batch: int, context: int, codes: bool) -> list[float]:
     """Per launch, of replays of a graph of launches that each read another cache."""
     query_heads, kv_heads, head_dim = heads
     each = blocks_for(context)
     shape = (batch * each, BLOCK, kv_heads, head_dim)
-    nbytes = 4 * batch * each * BLOCK * kv_heads * head_dim
+    nbytes = batch * each * BLOCK * token_bytes(kv_heads, head_dim, codes)
     count = max(8, min(64, -(-COLD_BYTES // nbytes)))
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=torch.bfloat16, device="cuda")
 
-    caches = [(random(*shape), random(*shape)) for _ in range(count)]
+    def cached() -> Cached:
+        if not codes:
+            return Cached(random(*shape), random(*shape))
+        both = [encode(random(*shape)) for _ in range(2)]
+        scales = [scales.transpose(1, 2).contiguous() for _, scales in both]
+        return Cached(*(codes for codes, _ in both), *scales)
+
+    caches = [cached() for _ in range(count)]
     q = random(batch, query_heads, head_dim)
     k, v = random(batch, kv_heads, head_dim), random(batch, kv_heads, head_dim)
     cos, sin = random(batch, head_dim), random(batch, head_dim)
@@ -35,8 +47,8 @@ def microseconds(heads: tuple[int, int, int], batch: int, context: int) -> list[
     arrived = torch.zeros(batch, query_heads, dtype=torch.int32, device="cuda")
 
     def work() -> None:
-        for keys, values in caches:
-            paged_attention(q, k, v, cos, sin, keys, values, tables, lengths, None, arrived)
+        for cache in caches:
+            paged_attention(q, k, v, cos, sin, cache, tables, lengths, None, arrived)
 
     work()
     graph = torch.cuda.CUDAGraph()
@@ -56,14 +68,23 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[1, 64, 256, 1024, 4096])
+    parser.add_argument("--codes", action="store_true", help="a cache of 8 bits")
     args = parser.parse_args()
     for name in args.shapes:
         for batch in args.batch:
             for context in args.context:
-                took = summary([us / 1e6 for us in microseconds(HEADS[name], batch, context)])
+                took = summary(
+                    [us / 1e6 for us in microseconds(HEADS[name], batch, context, args.codes)]
+                )
                 _, kv_heads, head_dim = HEADS[name]
-                floor = 4 * batch * context * kv_heads * head_dim / BANDWIDTH * 1e6
-                fields = {"model": name, "dtype": "bf16", "batch": batch, "seq": context}
+                nbytes = batch * context * token_bytes(kv_heads, head_dim, args.codes)
+                floor = nbytes / BANDWIDTH * 1e6
+                fields = {
+                    "model": name,
+                    "dtype": "int8" if args.codes else "bf16",
+                    "batch": batch,
+                    "seq": context,
+                }
                 row = time_row("paged_attention", {"halfbyte": took}, floor, **fields)
                 append_row("attention", row)
                 print(

@@ -1,10 +1,11 @@
 """What paging costs: updates of host pages, whole training steps, and runs under a memory cap.
 
 update: the optimizer alone over a LoRA of rank r on all linear layers, beside torch's fused AdamW.
-grid: training steps with all state on the device and all of it in host memory.
-spikes: rare long batches under a cap that holds the state or them, but not both.
+grid: training steps with a share of the state in host memory, beside those with none.
+lengths: batches of mixed lengths under caps that lack a share of the state beside the longest.
 capped: a random model of LLaMA's shape trained under a cap, beside what `halfbyte plan` says.
-fit: the law of the grid's rows, overhead_ms = max(0, bytes / bandwidth - hidden) + k, and its plot.
+soak: memory held, over minutes of mixed lengths, moves of the state and snapshots.
+fit: the law of the grid's rows, overhead_ms = slow * hidden + exposed + k, and its plot.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import argparse
 import gc
 import itertools
 import json
+import math
+import random
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, mean, median
+from typing import NamedTuple
 
 import torch
 from bench import RESULTS, append_row, interleave, machine, time_row
@@ -30,6 +36,11 @@ from halfbyte.plan import Setup, footprint
 
 RATE = 2e-4
 CAPS = {"7b": 6, "33b": 24, "65b": 48}
+# batch, sequence, micro-batches a step
+GRID = [(1, 256, 1), (1, 512, 1), (1, 2048, 1), (4, 512, 1), (16, 512, 1), (1, 512, 4)]
+SHARES = (0.25, 0.5, 1.0)
+SPIKE = 8  # times the usual length
+MIXES = ("fixed", "lognormal", "spikes")
 
 
 class Training:
@@ -84,8 +95,9 @@ def seconds(run: Callable[[], None], rounds: int, steps: int = 3) -> float:
     return median(times)
 
 
-def write(row: dict) -> None:
-    print(row, flush=True)
+def write(bench: str, **fields: object) -> None:
+    row = {"bench": f"paging_{bench}", **machine(), **fields}
+    print(json.dumps(row), flush=True)
     append_row("paging", row)
 
 
@@ -107,59 +119,107 @@ def update(args: argparse.Namespace) -> None:
         moved = 2 * ours.pager.stats()["state_bytes"]
         fields = dict(model=args.shape, r=args.r, state=state, placement=placement)
         row = time_row("paging_update", times, **fields)
-        write(row | {"state_gb_per_s": round(moved / times["halfbyte"].median / 1e9, 1)})
+        row |= {"state_gb_per_s": round(moved / times["halfbyte"].median / 1e9, 1)}
+        write("update", **row)
         del ours
         gc.collect()
 
 
 def grid(args: argparse.Namespace) -> None:
     training = Training(args.shape, args.r)
-    shapes = [(1, 256), (1, 512), (1, 2048), (4, 512), (16, 512), (1, 8192)]
-    for (batch, seq), accumulation in itertools.product(shapes, (1, 4)):
-        if batch * seq * accumulation > args.most_tokens:
-            continue
-        for state in ("fp32", "8bit"):
-            found = {}
-            for placement in ("device", "host"):
-                optimizer = training.optimizer(state, placement)
-                run = training.step(optimizer, batch, seq, accumulation)
-                found[placement] = seconds(run, args.rounds)
-                nbytes = 2 * optimizer.pager.stats()["state_bytes"]
-                del run, optimizer
-                gc.collect()
+    for state in args.states:
+        optimizer = training.optimizer(state, "auto")
+        for batch, seq, accumulation in GRID:
+            if batch * seq * accumulation > args.most_tokens:
+                continue
+            run = training.step(optimizer, batch, seq, accumulation)
+            run()
             fields = dict(model=args.shape, r=args.r, state=state, batch=batch, seq=seq)
-            fields |= dict(accumulation=accumulation, bus_bytes=nbytes)
-            ms = {f"{name}_ms": round(1e3 * value, 3) for name, value in found.items()}
-            ratio = round(found["host"] / found["device"], 4)
-            write({"bench": "paging_grid", **machine(), **fields, **ms, "ratio": ratio})
+            fields |= dict(accumulation=accumulation)
+            shares = SHARES if (batch, seq, accumulation) == (1, 512, 1) else (1.0,)
+            for share in shares:
+                write("grid", **fields, share=share, **paired(optimizer, run, share, args.rounds))
+        del optimizer, run
+        gc.collect()
 
 
-def spikes(args: argparse.Namespace) -> None:
-    """Every 25th batch is eight times as long; the cap lacks half the state beside it."""
-    training = Training(args.shape, args.r)
-    before = torch.cuda.memory_allocated()
-    optimizer = training.optimizer("fp32", "device")
-    training.step(optimizer, 1, 8 * args.seq)()
-    peak, state = optimizer.pager.peak_bytes(), optimizer.pager.stats()["state_bytes"]
-    del optimizer
-    cap(peak - state // 2)
-    optimizer = training.optimizer("fp32", "auto")
-    short, long = (training.step(optimizer, 1, seq) for seq in (args.seq, 8 * args.seq))
-    times = []
-    for step in range(1, 101):
+def paired(
+    optimizer: optim.AdamW, run: Callable[[], None], share: float, rounds: int, steps: int = 2
+) -> dict[str, float]:
+    """Steps with all state on the device and with a share of it on the host, in turns, so that a
+    slow moment slows both; several are queued at a time, so that one may overlap the next.
+    """
+    pager = optimizer.pager
+    share_bytes = int(share * pager.stats()["state_bytes"])
+    places = {"device_ms": pager.restore, "host_ms": lambda: pager.evict(share_bytes)}
+    times: dict[str, list[float]] = {name: [] for name in places}
+    for name in list(places) * rounds:
+        places[name]()
+        run()
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        (long if step % 25 == 0 else short)()
+        for _ in range(steps):
+            run()
         torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    usual = [t for step, t in enumerate(times, 1) if step % 25 not in (0, 1, 2, 3, 4, 5)]
-    after = [t for step, t in enumerate(times, 1) if step > 25 and step % 25 in (1, 2, 3, 4, 5)]
-    stats = optimizer.pager.stats()
-    fields = dict(model=args.shape, r=args.r, seq=args.seq, cap_gb=(peak - state // 2) / 1e9)
-    fields |= dict(base_gb=before / 1e9, usual_ms=median(usual), after_ms=median(after))
-    fields |= dict(spike_ms=median(times[24::25]), stats=stats)
-    write({"bench": "paging_spikes", **machine(), **fields})
-    cap(None)
+        times[name].append(1e3 * (time.perf_counter() - begin) / steps)
+    found = {name: round(median(values), 3) for name, values in times.items()}
+    ratios = [host / device for device, host in zip(*times.values(), strict=True)]
+    return found | {
+        "ratio": round(median(ratios), 4),
+        "best_ratio": round(min(times["host_ms"]) / min(times["device_ms"]), 4),
+        "bus_bytes": 2 * pager.stats()["host_bytes"],
+    }
+
+
+def mixed(mix: str, seq: int, steps: int) -> list[int]:
+    """Lengths of batches, the same ones for the same arguments."""
+    if mix == "fixed":
+        return [seq] * steps
+    if mix == "spikes":
+        return [SPIKE * seq if step % 25 == 24 else seq for step in range(steps)]
+    draw = random.Random(0).lognormvariate
+    drawn = [seq * draw(0.0, 0.7) for _ in range(steps)]
+    return [min(SPIKE * seq, max(64, 64 * round(length / 64))) for length in drawn]
+
+
+def lengths(args: argparse.Namespace) -> None:
+    training = Training(args.shape, args.r)
+    for mix in MIXES:
+        run = mixed(mix, args.seq, args.steps)
+        optimizer = training.optimizer("fp32", "device")
+        training.step(optimizer, 1, max(run))()
+        peak, state = optimizer.pager.peak_bytes(), optimizer.pager.stats()["state_bytes"]
+        del optimizer
+        for margin in (0.0, *SHARES):
+            cap(peak + peak // 50 - int(margin * state))
+            optimizer = training.optimizer("fp32", "auto")
+            times = [stepwise(training.step(optimizer, 1, length)) for length in run]
+            of = [t for t, length in zip(times, run, strict=True) if length == max(run)]
+            stats = optimizer.pager.stats()
+            fields = dict(model=args.shape, r=args.r, seq=args.seq, mix=mix, margin=margin)
+            fields |= dict(steps=len(run), mean_ms=round(mean(times[1:]), 2))
+            fields |= dict(median_ms=round(median(times), 2), longest_ms=round(median(of), 2))
+            fields |= dict(tokens_per_s=round(sum(run[1:]) / sum(times[1:]) * 1e3, 1))
+            fields |= {f"{key}_gb": gigabytes(stats[f"{key}_bytes"]) for key in MOVES}
+            write("lengths", **fields, absorbed=stats["absorbed"])
+            del optimizer
+            cap(None)
+
+
+MOVES = ("evicted", "restored", "zero_copy", "offloaded")
+
+
+def gigabytes(nbytes: int | dict[str, int]) -> float:
+    return round((sum(nbytes.values()) if isinstance(nbytes, dict) else nbytes) / 1e9, 3)
+
+
+def stepwise(run: Callable[[], None]) -> float:
+    """Milliseconds of one step and of what it left to do."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
 
 
 def capped(args: argparse.Namespace) -> None:
@@ -168,16 +228,58 @@ def capped(args: argparse.Namespace) -> None:
     training = Training(args.shape, args.r)
     optimizer = training.optimizer(args.state, "auto")
     run = training.step(optimizer, args.batch, args.seq)
+    # The ladder is climbed in the first steps; what the rest take is what was planned.
+    run()
+    run()
+    offloaded = optimizer.pager.stats()["offloaded_bytes"]
     taken = seconds(run, args.rounds)
+    peak, stats = torch.cuda.max_memory_allocated(), optimizer.pager.stats()
     setup = Setup(seq=args.seq, batch=args.batch, r=args.r, optim=args.state)
-    planned, stats = footprint(config(args.shape), setup), optimizer.pager.stats()
-    on_device = planned.state * stats["device_bytes"] / max(1, stats["state_bytes"])
+    planned = footprint(config(args.shape), setup)
+    on_device = stats["device_bytes"]
+    if stats["offloaded_bytes"] > offloaded:
+        planned = planned.without_checkpoints(training.model.config.num_hidden_layers)
     fields = dict(model=args.shape, r=args.r, state=args.state, batch=args.batch, seq=args.seq)
     fields |= dict(cap_gb=limit, tokens_per_s=round(args.batch * args.seq / taken, 1))
-    fields |= dict(peak_gb=round(optimizer.pager.peak_bytes() / 1e9, 3))
-    fields |= dict(planned_gb=round((planned.without_state().peak + on_device) / 1e9, 3))
-    write({"bench": "paging_capped", **machine(), **fields, "stats": stats})
+    fields |= dict(peak_gb=gigabytes(peak), highest_gb=gigabytes(optimizer.pager.peak_bytes()))
+    fields |= dict(planned_gb=gigabytes(planned.without_state().peak + on_device))
+    write("capped", **fields, stats=stats)
     cap(None)
+
+
+def soak(args: argparse.Namespace) -> None:
+    """The same epoch of lengths again and again; what is held at its end must not grow."""
+    training = Training(args.shape, args.r)
+    optimizer = training.optimizer(args.state, "auto")
+    epoch, held = mixed("lognormal", args.seq, 50), []
+    end = time.monotonic() + 60 * args.minutes
+    while time.monotonic() < end:
+        for step, length in enumerate(epoch):
+            if step % 10 == 3:
+                optimizer.pager.evict(1 << 62)
+            if step % 10 == 8:
+                optimizer.pager.restore()
+            training.step(optimizer, 1, length)()
+        optimizer.state_dict()
+        held.append(memory_held(optimizer))
+    half = len(held) // 2
+    most = {
+        name: [max(one[name] for one in part) for part in (held[:half], held[half:])]
+        for name in held[0]
+    }
+    fields = dict(model=args.shape, r=args.r, state=args.state, seq=args.seq)
+    fields |= dict(minutes=args.minutes, steps=len(held) * len(epoch))
+    write("soak", **fields, most_in_each_half=most, absorbed=optimizer.pager.stats()["absorbed"])
+
+
+def memory_held(optimizer: optim.AdamW) -> dict[str, int]:
+    status = Path("/proc/self/status").read_text()
+    kib = {name: int(size) for name, size in re.findall(r"(\w+):\s*(\d+) kB", status)}
+    return {
+        "reserved": torch.cuda.memory_reserved(),
+        "pinned": optimizer.pager.stats()["pinned_bytes"],
+        "resident": kib["VmRSS"] << 10,
+    }
 
 
 def cap(nbytes: int | None) -> None:
@@ -188,59 +290,112 @@ def cap(nbytes: int | None) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, (nbytes or total) / total), 0)
 
 
-def law(rows: Iterable[dict]) -> tuple[float, float, float]:
-    """Bandwidth (GB/s), hidden share of the device step, and k (ms) that fit the rows best.
+class Law(NamedTuple):
+    """What a step takes longer, in ms: slow * hidden + exposed + k.
 
-    overhead_ms = max(0, bytes / bandwidth - share * device_ms) + k, by a search over all three.
+    The update of the pages in host memory takes MB / GB/s, as measured alone. It runs beside the
+    forward of the next step's first micro-batch, which is `share` of that micro-batch's time: as
+    much of it is hidden, and slows the forward by the part `slow` of its time; the rest is exposed.
     """
-    points = [(r["bus_bytes"] / 1e6, r["device_ms"], r["host_ms"] - r["device_ms"]) for r in rows]
 
-    def miss(candidate: tuple[float, float, float]) -> float:
-        bandwidth, share, k = candidate
-        law = ((max(0.0, mb / bandwidth - share * ms) + k, over) for mb, ms, over in points)
-        return sum((expected - over) ** 2 for expected, over in law)
+    share: float
+    slow: float
+    k: float
 
-    bandwidths = [10 * 1.05**i for i in range(50)]
-    shares = [0.02 * i for i in range(51)]
-    return min(itertools.product(bandwidths, shares, [0.25 * i for i in range(-4, 21)]), key=miss)
+    def parts(self, row: dict) -> tuple[float, float]:
+        """Hidden and exposed ms."""
+        update = row["bus_bytes"] / 1e6 / row["gb_per_s"]
+        hidden = min(update, self.share * row["device_ms"] / row["accumulation"])
+        return hidden, update - hidden
+
+    def __call__(self, row: dict) -> float:
+        hidden, exposed = self.parts(row)
+        return self.slow * hidden + exposed + self.k
+
+
+def least_squares(rows: list[dict]) -> Law:
+    """The law with the least sum of squares over the rows: a line for every share in question."""
+
+    def best(share: float) -> Law:
+        parts = [Law(share, 0.0, 0.0).parts(row) for row in rows]
+        left = [overhead(row) - exposed for row, (_, exposed) in zip(rows, parts, strict=True)]
+        return Law(share, *linear_regression([hidden for hidden, _ in parts], left))
+
+    shares = [0.01 * i for i in range(2, 101)]
+    return min(map(best, shares), key=lambda law: rms_miss(law, rows))
+
+
+def rms_miss(law: Law, rows: list[dict]) -> float:
+    return math.sqrt(mean((law(row) - overhead(row)) ** 2 for row in rows))
+
+
+def overhead(row: dict) -> float:
+    return row["host_ms"] - row["device_ms"]
+
+
+def newest(rows: list[dict]) -> list[dict]:
+    """The last row of each cell of the grid, with the rate of an update alone."""
+    rates = {
+        (row["gpu"], row["state"]): row["state_gb_per_s"]
+        for row in rows
+        if row["bench"] == "paging_update" and row["placement"] == "host"
+    }
+    key = itemgetter("gpu", "model", "state", "batch", "seq", "accumulation", "share")
+    cells = {key(row): row for row in rows if row["bench"] == "paging_grid"}.values()
+    return [row | {"gb_per_s": rates[row["gpu"], row["state"]]} for row in cells]
 
 
 def fit(args: argparse.Namespace) -> None:
     lines = (RESULTS / "paging.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["bench"] == "paging_grid"]
-    bandwidth, share, k = law(rows)
+    rows = newest([json.loads(line) for line in lines])
+    law = least_squares(rows)
     print(
-        f"overhead_ms = max(0, MB / {bandwidth:.1f} - {share:.2f} * device_ms) + {k:.2f}, "
-        f"over {len(rows)} rows"
+        f"hidden: up to {law.share:.2f} of a micro-batch; overhead_ms = {law.slow:.3f} * hidden + "
+        f"exposed + {law.k:.2f}; {len(rows)} rows, off by {rms_miss(law, rows):.2f} ms (rms)"
     )
-    draw(rows, args.plot)
+    draw(rows, law)
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(rows: list[dict], law: Law) -> None:
+    from matplotlib import pyplot as plt
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for model, state in sorted({(row["model"], row["state"]) for row in rows}):
-        mine = [row for row in rows if (row["model"], row["state"]) == (model, state)]
-        tokens = [row["batch"] * row["seq"] * row["accumulation"] for row in mine]
-        axes.scatter(tokens, [row["ratio"] for row in mine], label=f"{model}, {state} state")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens of an optimizer step")
-    axes.set_ylabel("step time, all state on the host / on the device")
-    axes.axhline(1.0, color="gray", linewidth=0.8)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure, (ratios, overheads) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    whole = [row for row in rows if row["share"] == 1]
+    for i, (model, state) in enumerate(sorted({(row["model"], row["state"]) for row in rows})):
+        label, marker = f"{model}, {state} state", "os"[state == "8bit"]
+        style = dict(marker=marker, s=18, color=f"C{i // 2}", alpha=1 if state == "fp32" else 0.5)
+
+        def mine(rows: list[dict], which: tuple[str, str] = (model, state)) -> list[dict]:
+            return [row for row in rows if (row["model"], row["state"]) == which]
+
+        tokens = [row["batch"] * row["seq"] * row["accumulation"] for row in mine(whole)]
+        ratios.scatter(tokens, [row["ratio"] for row in mine(whole)], label=label, **style)
+        points = [(law(row), overhead(row)) for row in mine(rows)]
+        overheads.scatter(*zip(*points, strict=True), **style)
+    ratios.set_xscale("log", base=2)
+    ratios.set(xlabel="tokens a step", ylabel="step, all state on the host / on the device")
+    ratios.axhline(1.0, color="gray", lw=0.8)
+    ratios.legend(fontsize=7)
+    ends = [min(map(law, rows)), max(map(law, rows))]
+    overheads.plot(ends, ends, color="gray", lw=0.8)
+    overheads.set(xlabel="ms a step by the law", ylabel="ms a step, measured")
+    for axes in (ratios, overheads):
+        axes.grid(alpha=0.3, lw=0.4)
+    figure.savefig(RESULTS / "paging.svg", metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    jobs = {"update": update, "grid": grid, "spikes": spikes, "capped": capped, "fit": fit}
+    jobs = {
+        "update": update,
+        "grid": grid,
+        "lengths": lengths,
+        "capped": capped,
+        "soak": soak,
+        "fit": fit,
+    }
     parser.add_argument("job", choices=jobs)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--r", type=int, default=64)
@@ -250,7 +405,9 @@ def main() -> None:
     parser.add_argument("--cap", type=float, help="GB; default: 6, 24, 48 for 7b, 33b, 65b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most-tokens", type=int, default=8192, help="of a step of the grid")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "paging.png")
+    parser.add_argument("--states", nargs="+", choices=("fp32", "8bit"), default=["fp32", "8bit"])
+    parser.add_argument("--steps", type=int, default=75, help="of each run of `lengths`")
+    parser.add_argument("--minutes", type=float, default=10, help="of the soak")
     args = parser.parse_args()
     jobs[args.job](args)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -575,6 +577,27 @@ def test_the_current_device_stays():
     other = torch.device("cuda:1")
     same(quantize(at(torch.ones(64), other), "nf4", 64)[0], quantize(torch.ones(64), "nf4", 64)[0])
     assert torch.cuda.current_device() == 0 and torch.empty(1, device="cuda").get_device() == 0
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_new_thread_is_left_on_device_0(index):
+    """torch's products warn where a thread has no context, and take device 0 for its device."""
+    if torch.cuda.device_count() <= index:
+        pytest.skip("needs two GPUs")
+    x = at(torch.randn(4096), torch.device("cuda", index))
+    packed = torch.empty(2048, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(64, device=x.device)
+
+    def work() -> tuple[int | None, int]:
+        _core.quantize_4bit(x, packed, absmax, "nf4", 64)
+        context = ctypes.c_void_p()
+        assert ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) == 0
+        return context.value, torch.cuda.current_device()
+
+    with ThreadPoolExecutor(1) as thread:
+        context, device = thread.submit(work).result()
+    assert (context is None) == (index == 1) and device == 0
+    same(absmax, x.view(64, 64).abs().amax(1))
 
 
 def test_more_than_two_to_the_31_elements():

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from halfbyte import _core
-from halfbyte.ops import paged_attention
+from halfbyte.ops.paged_attention import Cached, decode, encode, paged_attention
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# With codes, weights are rounded to bfloat16 wherever tensor cores multiply them.
+CODE_BOUNDS = {**BOUNDS, torch.float16: BOUNDS[torch.bfloat16]}
+
+
+def coded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of vectors [..., D], by numpy in fp32."""
+    vectors = x.float().cpu().numpy()
+    scales = np.abs(vectors).max(-1) / np.float32(127)
+    codes = np.clip(np.rint(vectors / scales[..., None]), -127, 127) + 128
+    return torch.from_numpy(codes.astype(np.uint8)), torch.from_numpy(scales)
 
 
 class Case:
@@ -27,6 +38,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         width: int | None = None,
+        codes: bool = False,
     ) -> None:
         rng = torch.Generator().manual_seed(sum(lengths) + heads + head_dim)
         batch = len(lengths)
@@ -44,6 +56,13 @@ class Case:
         self.sin = torch.cat((-sin, sin), -1).to(dtype).to(device)
         self.keys = floats(blocks, 16, kv_heads, head_dim)
         self.values = floats(blocks, 16, kv_heads, head_dim)
+        self.scales: tuple[Tensor, ...] = ()
+        if codes:
+            both = [coded(x) for x in (self.keys, self.values)]
+            self.keys, self.values = (x.to(device) for x, _ in both)
+            self.scales = tuple(
+                scales.transpose(1, 2).contiguous().to(device) for _, scales in both
+            )
         order = torch.randperm(blocks, generator=rng)[: batch * each]
         self.tables = order.reshape(batch, each).int().to(device)
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
@@ -53,6 +72,7 @@ class Case:
         """Some rows over a copy of the same cache."""
         part = object.__new__(Case)
         part.keys, part.values = self.keys.clone(), self.values.clone()
+        part.scales = tuple(x.clone() for x in self.scales)
         for name in ("q", "k", "v", "cos", "sin", "tables", "lengths", "arrived"):
             setattr(part, name, getattr(self, name)[rows].contiguous())
         return part
@@ -64,8 +84,7 @@ class Case:
             self.v,
             self.cos,
             self.sin,
-            self.keys,
-            self.values,
+            Cached(self.keys, self.values, *self.scales),
             self.tables,
             self.lengths,
             window,
@@ -77,29 +96,41 @@ class Case:
         cos, sin = self.cos[:, None], self.sin[:, None]
         return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
-    def exact(self, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values after the op, and its result in fp64."""
-        keys, values = self.keys.clone(), self.values.clone()
+    def exact(self, window: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """The cache after the op, and its result in fp64."""
+        keys, values, *scales = cache = [x.clone() for x in (self.keys, self.values, *self.scales)]
         group = self.q.shape[1] // self.k.shape[1]
-        new, q = self.rotated(self.k), self.rotated(self.q).double()
+        new = [self.rotated(self.k), self.v]
+        if scales:
+            new, new_scales = zip(*[coded(x) for x in new], strict=True)
+        q = self.rotated(self.q).double()
         out = torch.zeros_like(q)
         for row, length in enumerate(self.lengths.tolist()):
             place = self.tables[row].long()
             last = length - 1
-            keys[place[last // 16], last % 16] = new[row]
-            values[place[last // 16], last % 16] = self.v[row]
+            for x, to in zip(new, (keys, values), strict=True):
+                to[place[last // 16], last % 16] = x[row].to(to.device)
+            for x, to in zip(new_scales if scales else (), scales, strict=True):
+                to[place[last // 16], :, last % 16] = x[row].to(to.device)
             first = max(0, length - window) if window else 0
-            k = keys[place].flatten(0, 1)[first:length].double().repeat_interleave(group, 1)
-            v = values[place].flatten(0, 1)[first:length].double().repeat_interleave(group, 1)
+            k, v = (x[place].double() for x in (keys, values))
+            if scales:
+                k, v = (
+                    (x - 128) * scale[place].transpose(1, 2).double()[..., None]
+                    for x, scale in zip((k, v), scales, strict=True)
+                )
+            k, v = (x.flatten(0, 1)[first:length].repeat_interleave(group, 1) for x in (k, v))
             scores = torch.einsum("hd,thd->ht", q[row], k) / math.sqrt(q.shape[-1])
             out[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), v)
-        return keys, values, out
+        return cache, out
 
     def check(self, window: int | None = None) -> Tensor:
-        keys, values, exact = self.exact(window)
+        cache, exact = self.exact(window)
         out = self.run(window)
-        assert torch.equal(self.keys, keys) and torch.equal(self.values, values)
-        assert (out.double() - exact).abs().max() <= BOUNDS[out.dtype] * exact.abs().max()
+        for got, expected in zip((self.keys, self.values, *self.scales), cache, strict=True):
+            assert torch.equal(got, expected)
+        bounds = CODE_BOUNDS if self.scales else BOUNDS
+        assert (out.double() - exact).abs().max() <= bounds[out.dtype] * exact.abs().max()
         assert not self.arrived.any(), "left as it was, for the next launch"
         return out
 
@@ -111,14 +142,19 @@ class Case:
     [(32, 32, 128), (32, 8, 128), (9, 3, 64), (14, 2, 64), (4, 4, 80), (6, 2, 96), (8, 1, 256),
      (12, 1, 128), (4, 2, 8), (4, 2, 20), (3, 3, 6)],
 )  # fmt: skip
-def test_equals_fp64(heads, kv_heads, head_dim, dtype, device):
-    Case([1, 17, 63, 64, 65, 255, 257, 530], heads, kv_heads, head_dim, dtype, device).check()
+@pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
+def test_equals_fp64(heads, kv_heads, head_dim, dtype, device, codes):
+    lengths = [1, 17, 63, 64, 65, 255, 257, 530]
+    Case(lengths, heads, kv_heads, head_dim, dtype, device, codes=codes).check()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [1, 16, 64, 255, 257, 5000])
-def test_window(window, device):
-    Case([1, 63, 64, 65, 255, 256, 257, 700], device=device).check(window)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
+def test_window(window, dtype, device, codes):
+    lengths = [1, 63, 64, 65, 255, 256, 257, 700]
+    Case(lengths, dtype=dtype, device=device, codes=codes).check(window)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -126,14 +162,16 @@ def test_window(window, device):
 def test_long_contexts(length, device):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     Case([length, 5], 8, 1 + (device == "cuda"), 128, dtype, device).check()
-    Case([length], 4, 4, 64, dtype, device).check(window=1000)
+    Case([length], 4, 4, 64, dtype, device, codes=True).check(window=1000)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("heads, kv_heads", [(32, 8), (7, 1)])
-def test_a_row_does_not_know_the_others(heads, kv_heads, device):
+@pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
+def test_a_row_does_not_know_the_others(heads, kv_heads, device, codes):
     lengths = [700, 1, 64, 65, 2500, 16, 333, 128] * 4
-    case = Case(lengths, heads, kv_heads, 128, torch.float32, device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    case = Case(lengths, heads, kv_heads, 128, dtype, device, codes=codes)
     alone = [case.rows([row]) for row in range(8)]
     pair = case.rows([4, 0])
     together = case.run()
@@ -160,6 +198,53 @@ def test_senseless_lengths_and_blocks_stay_inside(device):
     assert out[0].isfinite().all() and not out[1].any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_what_others_left_behind_does_not_matter(dtype, device, codes):
+    """Free places of a row's last block, and those before its window, may hold anything."""
+    lengths, window = [5, 40, 259], 20
+    case = Case(lengths, dtype=dtype, device=device, codes=codes)
+    expected = case.rows([0, 1, 2]).run(window)
+    for row, length in enumerate(lengths):
+        for t in [*range(length - window), *range(length, -(-length // 16) * 16)]:
+            block = case.tables[row, t // 16]
+            if codes:
+                for scales in case.scales:
+                    scales[block, :, t % 16] = math.nan
+            else:
+                case.keys[block, t % 16] = case.values[block, t % 16] = math.nan
+    assert torch.equal(case.run(window), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_finite_shows(name, bad, dtype, device, codes):
+    case = Case([40, 300], dtype=dtype, device=device, codes=codes)
+    getattr(case, name)[0, 0, 3] = bad
+    out = case.run()
+    assert not out[0, 0].isfinite().all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_prompts_are_encoded_as_new_tokens_are(dtype):
+    x = torch.randn(50, 3, 20).to(dtype)
+    x[0], x[1], x[2, 0, 1], x[3, 1, 2] = 0, x[1] * 1e-30, math.nan, math.inf
+    codes, scales = encode(x)
+    case = Case([7] * 50, 3, 3, 20, dtype, codes=True)
+    case.v = x
+    case.run()
+    place = case.tables[:, 0].long()
+    assert torch.equal(case.values[place, 6], codes)
+    assert torch.equal(case.scales[1][place, :, 6].nan_to_num(-1), scales.nan_to_num(-1))
+    plain = (codes[4:].float() - 128) * scales[4:, :, None]
+    assert ((plain - x[4:].float()).abs() <= 0.5001 * scales[4:, :, None]).all()
+    assert torch.equal(decode(codes, scales, torch.float32)[4:], plain)
+
+
 def test_arguments_are_checked():
     case = Case([5, 6])
     case.arrived = case.arrived[:1]
@@ -179,11 +264,24 @@ def test_arguments_are_checked():
     case.values = case.keys
     with pytest.raises(ValueError, match="values must not share memory with keys"):
         case.run()
+    case = Case([5], codes=True)
+    case.scales = case.scales[:1]
+    with pytest.raises(ValueError, match="expected key_scales and value_scales, or neither"):
+        case.run()
+    case = Case([5], codes=True)
+    case.scales = ()
+    with pytest.raises(ValueError, match="keys must have dtype float32"):
+        case.run()
+    case = Case([5], codes=True)
+    case.scales = (case.scales[0], case.scales[1][1:].contiguous())
+    with pytest.raises(ValueError, match="value_scales must have"):
+        case.run()
     case = Case([5])
     with pytest.raises(ValueError, match="keys must have blocks of 16 tokens, got 8"):
         _core.paged_attention(
             case.q, case.k, case.v, case.cos, case.sin, case.keys[:, :8].contiguous(),
-            case.values, case.tables, case.lengths, 0, case.q, case.arrived, case.q.clone(),
+            case.values, None, None, case.tables, case.lengths, 0, case.q, case.arrived,
+            case.q.clone(),
         )  # fmt: skip
 
 

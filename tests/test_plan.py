@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from halfbyte import checkpoint
+from halfbyte import Linear4bit, LoraConfig, checkpoint, lora
 from halfbyte.cli import app
 from halfbyte.errors import HalfbyteError
-from halfbyte.models import DecoderConfig
+from halfbyte.models import Decoder, DecoderConfig
+from halfbyte.ops.quant_state import Nested, QuantState
 from halfbyte.plan import Setup, footprint, parse_bytes, plan
 
 # hidden, intermediate, layers, heads
 SHAPES = {
     "7B": (4096, 11008, 32, 32),
+    "8B": (4096, 14336, 32, 32),
     "13B": (5120, 13824, 40, 40),
     "33B": (6656, 17920, 60, 52),
     "65B": (8192, 22016, 80, 64),
@@ -63,10 +69,82 @@ def test_sizes_of_llama(size):
     assert eight.state / found.state == pytest.approx(2.03 / 8, rel=1e-3)
 
 
-def test_a_measured_peak_is_met():
-    # benches/results/journey.jsonl: one H200, 4 x 512 tokens, r = 64.
-    peak = footprint(config("7B"), Setup(seq=512, batch=4)).peak
-    assert peak / 1e9 == pytest.approx(6.986, rel=0.05)
+# GB of torch.cuda.max_memory_allocated in a step on an H200, 7B at r = 64, state on the host.
+@pytest.mark.parametrize("batch, measured", [(1, 5.403), (4, 5.654)])
+def test_a_measured_peak_is_met(batch, measured):
+    peak = footprint(config("7B"), Setup(seq=512, batch=batch)).without_state().peak
+    assert peak / 1e9 == pytest.approx(measured, rel=0.01)
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of every tensor that lives, and the most there were, workspaces of kernels added."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.total, self.most = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outs = func(*args, **(kwargs or {}))
+        for out in torch.utils._pytree.tree_leaves(outs):
+            if isinstance(out, torch.Tensor):
+                self.add(out.untyped_storage())
+        # Products dequantize one weight at a time: two codes a byte, two bytes a weight.
+        codes = torch.utils._pytree.tree_leaves(args[1]) if "gemm_4bit" in str(func) else []
+        workspace = max((4 * packed.numel() for packed in codes), default=0)
+        self.most = max(self.most, self.total + workspace)
+        return outs
+
+    def add(self, storage):
+        if storage._cdata not in self.live:
+            self.live[storage._cdata] = storage.nbytes()
+            self.total += storage.nbytes()
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.total -= self.live.pop(key)
+
+
+def fake_model(config: DecoderConfig, r: int) -> Decoder:
+    """A 4-bit model with an adapter, of tensors without memory."""
+    model = Decoder(config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            shape = (module.out_features, module.in_features)
+            blocks = module.weight.numel() // 64
+            nested = Nested(torch.empty(-(-blocks // 256)), torch.empty(256))
+            absmax = torch.empty(blocks, dtype=torch.uint8)
+            state = QuantState(absmax, nested, 0.0, 64, "nf4", shape, torch.bfloat16)
+            layer = Linear4bit(module.in_features, module.out_features, bias=False)
+            codes = torch.empty(module.weight.numel() // 2, 1, dtype=torch.uint8)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.set_quantized(codes, state))
+            continue
+        for leaf, value in module.named_parameters(recurse=False):
+            setattr(module, leaf, torch.nn.Parameter(torch.empty(value.shape).bfloat16()))
+    lora.inject(model, LoraConfig(r=r))
+    model.train()
+    model.gradient_checkpointing = True
+    return model
+
+
+@pytest.mark.parametrize("batch, seq, r", [(1, 512, 64), (2, 2048, 64), (1, 8192, 16)])
+@pytest.mark.parametrize("size", ["7B", "65B", "8B"])
+def test_activations_are_those_of_a_traced_step(monkeypatch, size, batch, seq, r):
+    layers = 3
+    config = DecoderConfig.from_dict(raw_config(size) | {"num_hidden_layers": layers})
+    # Python takes a GPU's way; what kernels do is not traced.
+    monkeypatch.setattr(FakeTensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(FakeTensor, "is_cpu", False, raising=False)
+    with FakeTensorMode():
+        model = fake_model(config, r)
+        with Meter() as meter:
+            ids = torch.zeros(batch, seq, dtype=torch.int64)
+            model(ids, labels=ids, num_items=1).loss.backward()
+    found = footprint(config, Setup(seq=seq, batch=batch, r=r))
+    backward = dataclasses.replace(found, logits=0).activations
+    assert backward == pytest.approx(meter.most, rel=0.03)
+    gradients = sum(p.numel() for p in lora.adapter_parameters(model)) * 4
+    assert found.gradients == found.adapter == gradients
 
 
 def test_rungs_free_memory_and_the_longest_sequence_just_fits():

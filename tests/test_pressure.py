@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_rows
 
+from halfbyte import _core
+from halfbyte import offload as offload_module
 from halfbyte import pager as pager_module
 from halfbyte.lora import LoraConfig, adapter_parameters, inject
 from halfbyte.models import Decoder
 from halfbyte.offload import ActivationOffload
 from halfbyte.optim import AdamW
-from halfbyte.pressure import Predictor
+from halfbyte.pressure import Predictor, join_segments
 from halfbyte.train import TrainConfig, finetune
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -166,12 +171,20 @@ def test_a_loop_of_ones_own(tmp_path):
     assert {"name", "ph", "ts", "dur", "pid", "tid"} <= events[0].keys()
 
 
+def host_pool(model, device):
+    """A pool of host memory beside an optimizer's state."""
+    optimizer = AdamW(adapter_parameters(model), placement="host")
+    return ActivationOffload(device, optimizer.pager.slabs[0].reserve)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_offloaded_activations_give_equal_gradients(device, dropout):
+def test_offloaded_activations_give_equal_gradients(device, dropout, monkeypatch):
+    # An activation of 12,288 bytes straddles blocks.
+    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 10_000)
     model = adapted(device, dropout, num_hidden_layers=5)
     (ids,) = batches(1, device=device)
     results = []
-    pool = ActivationOffload(device)
+    pool = host_pool(model, device)
     for offload in (None, pool, pool):
         model.model.offload = offload
         model.zero_grad()
@@ -180,8 +193,47 @@ def test_offloaded_activations_give_equal_gradients(device, dropout):
         results.append(gradients(model))
     for found in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
-    kept = [buffer for buffers in pool.free.values() for buffer in buffers]
-    assert len(kept) == 4, "all layers but the last, and the second pass used the buffers again"
+    assert pool.moved_bytes == 2 * 4 * 12_288, "all layers but the last"
+    assert pool.reserved_bytes == 50_000, "the second pass used the memory of the first"
+
+
+@pytest.mark.parametrize("blocks", range(6))
+def test_what_finds_no_host_memory_stays_on_the_device(device, monkeypatch, blocks):
+    monkeypatch.setattr(offload_module, "BLOCK_BYTES", 10_000)
+    model = adapted(device, num_hidden_layers=5)
+    (ids,) = batches(1, device=device)
+    pool = host_pool(model, device)
+    reserve, calls = pool.reserve, []
+
+    def exhausted(nbytes):
+        calls.append(nbytes)
+        if len(calls) > blocks:
+            raise _core.HostMemoryError("none is left")
+        return reserve(nbytes)
+
+    monkeypatch.setattr(pool, "reserve", exhausted)
+    results = []
+    for offload in (None, pool):
+        model.model.offload = offload
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(ids, labels=ids).loss.backward()
+        results.append(gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert pool.moved_bytes == 12_288 * (10_000 * blocks // 12_288)
+
+
+def test_two_forwards_before_their_backwards_share_the_host_memory():
+    model = adapted(dropout=0.0, num_hidden_layers=3)
+    pool = host_pool(model, torch.device("cpu"))
+    results = []
+    for offload in (None, pool):
+        model.model.offload = offload
+        model.zero_grad()
+        losses = [model(ids, labels=ids).loss for ids in batches(2)]
+        sum(losses).backward()
+        results.append(gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("state", ["fp32", "8bit"])
@@ -194,16 +246,35 @@ def test_updates_beside_the_forward_give_equal_results(device, state):
         optimizer = AdamW([*params, extra], 1e-2, state=state, placement="host", max_grad_norm=1.0)
         if overlapped:
             optimizer.overlap(model.model.layers)
+        late = torch.nn.Parameter(torch.ones(300, device=device))
+        optimizer.add_param_group({"params": [late]})
         for ids in batches(6, device=device):
             model(ids, labels=ids).loss.backward()
-            extra.grad = (extra.detach() * 0.1).sin()
+            for param in (extra, late):
+                param.grad = (param.detach() * 0.1).sin()
             optimizer.step()
             optimizer.zero_grad()
         optimizer.pager.settle()
         moments = optimizer.state_dict()["state"]
-        results.append([p.detach().cpu() for p in (*params, extra)] + [moments[0]["step"]])
+        params += [extra, late]
+        results.append([p.detach().cpu() for p in params] + [moments[0]["step"]])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b == 6
+
+
+def test_a_model_does_not_keep_its_optimizers():
+    model = adapted()
+    (ids,) = batches(1)
+    for _ in range(2):
+        optimizer = AdamW(adapter_parameters(model), 1e-2, placement="host")
+        optimizer.overlap(model.model.layers)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        gone = weakref.ref(optimizer), weakref.ref(optimizer.pager.slabs[0])
+        del optimizer
+        gc.collect()
+        assert [one() for one in gone] == [None, None]
+        assert not any(layer._forward_pre_hooks for layer in model.model.layers)
 
 
 def test_predictions_are_learnt_and_err_upwards():
@@ -288,6 +359,17 @@ def cap():
 
     yield limit
     limit(1 << 60)
+    join_segments(False)
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """Attention's gradient without atomic additions: else no two runs are equal, capped or not."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def train_lengths(lengths, optimizer_of, micro_step=True, r=64, layers=8):
@@ -319,7 +401,7 @@ def train_lengths(lengths, optimizer_of, micro_step=True, r=64, layers=8):
 
 
 @pytest.mark.gpu
-def test_long_batches_fit_beside_paged_state_with_the_same_numbers(cap):
+def test_long_batches_fit_beside_paged_state_with_the_same_numbers(cap, deterministic):
     lengths = [512, 4096] * 4 + [512] * 24 + [4096, 512]
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
@@ -341,7 +423,7 @@ def test_long_batches_fit_beside_paged_state_with_the_same_numbers(cap):
 
 
 @pytest.mark.gpu
-def test_activations_follow_the_state_to_the_host(cap):
+def test_activations_follow_the_state_to_the_host(cap, deterministic):
     lengths, layers = [512, 8192, 512], 24
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
@@ -355,3 +437,36 @@ def test_activations_follow_the_state_to_the_host(cap):
     stats = optimizer.pager.stats()
     assert stats["offloaded_bytes"] > 0 and found == losses, stats
     assert all(torch.equal(a, b) for a, b in zip(found_adapter, adapter, strict=True))
+
+
+@pytest.mark.gpu
+def test_memory_stays_flat(cap):
+    """A short soak: `benches/paging.py soak` does the same for as long as one likes."""
+    lengths = [512, 1536, 700, 4096, 512, 900, 2048, 1024]
+    held = []
+
+    class Watched(AdamW):
+        def step(self):
+            super().step()
+            if len(held) % 4 == 1:
+                self.pager.evict(1 << 62)
+            if len(held) % 4 == 3:
+                self.pager.restore()
+            if len(held) % len(lengths) == 0:
+                self.state_dict()
+            pinned = self.pager.stats()["pinned_bytes"]
+            held.append((torch.cuda.memory_reserved(), pinned, resident_bytes()))
+
+    train_lengths(lengths[:1], AdamW, r=256)
+    cap(torch.cuda.memory_allocated() + (1 << 30))
+    train_lengths(lengths * 20, Watched, r=256)
+    early, late = (
+        [max(sizes) for sizes in zip(*part, strict=True)] for part in (held[40:80], held[-40:])
+    )
+    assert late[0] <= early[0] and late[1] == early[1], (early, late)
+    assert late[2] <= early[2] + (16 << 20), (early, late)
+
+
+def resident_bytes():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s*(\d+) kB", status)[1]) << 10

@@ -68,6 +68,12 @@ class Pager:
     def host_budget() -> int | None:
         """Bytes of host memory that may be reserved now; None where the system does not say."""
 
+    def reserve(self, bytes: int) -> int:
+        """Address of more host memory, pinned until the pager goes; it counts in ``limit``."""
+
+    def is_near(self) -> bool:
+        """Whether the host memory is that of the NUMA node nearest to a CUDA device."""
+
     def frames(self) -> list[tuple[int, int, int, int, bool]]:
         """(first page, pages, bytes, address of its slot or 0, whether it is on the device)."""
 
@@ -91,17 +97,17 @@ class Pager:
     ) -> None:
         """One step of AdamW (decay first) of every parameter that has a gradient.
 
-        params: float, contiguous, in the pager's order. grads: param's dtype and numel. rules:
-        (lr, beta1, beta2, eps, weight_decay, step counted from 1); rule_of: one of them for each
-        parameter. grad_scale: float32 [1], multiplies the gradients. Where a gradient is NaN or
-        infinite 8-bit moments become 0 and the weight stays.
+        params: float, contiguous, in the pager's order. grads: theirs, of their dtype and numel,
+        on their device. rules: (lr, beta1, beta2, eps, weight_decay, step counted from 1); rule_of:
+        one of them for each parameter. grad_scale: float32 [1], multiplies the gradients. Where a
+        gradient is NaN or infinite 8-bit moments become 0 and the weight stays.
 
         Torch's current stream waits for the update; with overlapped only when ``wait_for`` is
         called, until when gradients must stay.
         """
 
-    def wait_for(self, param: int) -> None:
-        """Let torch's current stream wait for the last update of a parameter."""
+    def wait_for(self, params: list[int]) -> None:
+        """Let torch's current stream wait for the last update of parameters, by their numbers."""
 
     def wait_for_all(self) -> None:
         """Let torch's current stream wait for every update."""
@@ -251,6 +257,8 @@ def paged_attention(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
     tables: Tensor,
     lengths: Tensor,
     window: int,
@@ -261,9 +269,10 @@ def paged_attention(
     """One new token a row: rotate q and k, append k and v to the paged cache, attend.
 
     q, out: float [B, heads, D], D even and at most 256. k, v: [B, kv_heads, D]. cos, sin: [B, D],
-    the first half of sin negated. keys, values: [blocks, 16, kv_heads, D], in and out; all of
-    q's dtype. tables: int32 [B, blocks of a row]. lengths: int32 [B], the new token included.
-    window: attend to so many tokens at most; 0: to all. partials: float32
+    the first half of sin negated; all of q's dtype. keys, values: [blocks, 16, kv_heads, D], in and
+    out, of q's dtype; or uint8 codes with key_scales, value_scales: float32 [blocks, kv_heads, 16],
+    in and out: (code - 128) * scale. tables: int32 [B, blocks of a row]. lengths: int32 [B], the
+    new token included. window: attend to so many tokens at most; 0: to all. partials: float32
     [B * heads * 32 * (D + 2)], scratch. arrived: int32 [B, heads], zeros before and after.
     """
 

@@ -19,6 +19,7 @@ from halfbyte import lora
 from halfbyte.errors import AdapterNotFoundError, CheckpointError
 from halfbyte.fingerprint import fingerprint
 from halfbyte.models import Decoder
+from halfbyte.ops import gemv_4bit_chain as ops
 
 
 class LowRank(NamedTuple):
@@ -40,6 +41,21 @@ class Adapter:
     users: int = 0
 
 
+class Layout(NamedTuple):
+    """For each hidden value of a layer, the place of its adapter and its scaling."""
+
+    key: tuple[tuple[int, float], ...]
+    places: Tensor
+    scalings: Tensor
+
+    @classmethod
+    def of(cls, adapters: list[tuple[int, LowRank]]) -> Layout:
+        key = tuple((place, share.scaling) for place, share in adapters for _ in share.a)
+        device = adapters[0][1].a.device
+        places, scalings = (torch.tensor(x, device=device) for x in zip(*key, strict=True))
+        return cls(key, places, scalings)
+
+
 @dataclass
 class Selection:
     """What the adapted layers apply in the forward that runs now: nothing where columns is None.
@@ -48,6 +64,18 @@ class Selection:
     """
 
     columns: Tensor | None = None
+    _factors: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def choose(self, columns: Tensor | None) -> None:
+        self.columns = columns
+        self._factors.clear()
+
+    def factors(self, layout: Layout) -> Tensor:
+        """fp32 [B, 1, r] for hidden values of a layout; layers of one layout share them."""
+        assert self.columns is not None
+        if layout.key not in self._factors:
+            self._factors[layout.key] = self.columns[..., layout.places] * layout.scalings
+        return self._factors[layout.key]
 
 
 class AdaptedLinear(nn.Module):
@@ -60,7 +88,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.selection = selection
-        self.stacked: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.stacked: tuple[Tensor, Tensor, Layout] | None = None
 
     def set(self, adapters: list[tuple[int, LowRank]]) -> None:
         """Apply these, each with its place among all adapters."""
@@ -69,32 +97,29 @@ class AdaptedLinear(nn.Module):
             return
         a = torch.cat([share.a for _, share in adapters])
         b = torch.cat([share.b for _, share in adapters], 1)
-        places = [place for place, share in adapters for _ in range(len(share.a))]
-        scalings = [0.0] * (1 + max(place for place, _ in adapters))
-        for place, share in adapters:
-            scalings[place] = share.scaling
-        device = a.device
-        self.stacked = (
-            a,
-            b,
-            torch.tensor(places, device=device),
-            torch.tensor(scalings, device=device),
-        )
+        self.stacked = (a, b, Layout.of(adapters))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, in_features], or [B, in_features] of last tokens -> [..., out_features]."""
         return self.adapt(x, self.base_layer(x))
 
+    def low_rank(self, rows: int) -> ops.LowRank | None:
+        """The rows' own adapters as a chain of products takes them."""
+        if self.selection.columns is None or self.stacked is None:
+            return None
+        a, b, layout = self.stacked
+        factors = self.selection.factors(layout)[:, 0].expand(rows, -1).contiguous()
+        return ops.LowRank(a, b, factors, 1.0)
+
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """y = base(x) with each row's own adapter added."""
-        columns = self.selection.columns
-        if columns is None or self.stacked is None:
+        if self.selection.columns is None or self.stacked is None:
             return y
+        a, b, layout = self.stacked
+        factors = self.selection.factors(layout)
         if x.dim() == 2:
             # The head's rows may be padded.
-            columns = F.pad(columns[:, 0], (0, 0, 0, len(x) - len(columns)))
-        a, b, places, scalings = self.stacked
-        factors = columns[..., places] * scalings[places]
+            factors = F.pad(factors[:, 0], (0, 0, 0, len(x) - len(factors)))
         hidden = (F.linear(x, a.to(x.dtype)) * factors).to(x.dtype)
         return lora.add_product(y, hidden, b)
 
@@ -251,11 +276,11 @@ class Adapters:
 
     @contextmanager
     def _selected(self, columns: Tensor | None) -> Iterator[None]:
-        self.selection.columns = columns
+        self.selection.choose(columns)
         try:
             yield
         finally:
-            self.selection.columns = None
+            self.selection.choose(None)
 
     def close(self) -> None:
         """Give the model its own layers back."""

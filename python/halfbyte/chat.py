@@ -93,11 +93,16 @@ class Conversation:
     """
 
     def __init__(
-        self, model: Decoder, system: str | None = None, sampling: Sampling | None = None
+        self,
+        model: Decoder,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         self.model = model
         self.system = system
         self.sampling = sampling or Sampling()
+        self.kv_dtype = kv_dtype
         self.messages: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
         self._engine: Engine | None = None
@@ -128,7 +133,7 @@ class Conversation:
     def _engine_now(self) -> Engine:
         """The engine; a new one if layers were exchanged, without memory if weights may change."""
         if self._engine is None or self._engine.stale:
-            self._engine = Engine(self.model, max_batch=1)
+            self._engine = Engine(self.model, max_batch=1, kv_dtype=self.kv_dtype)
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             self._engine.refresh()
         return self._engine

@@ -87,6 +87,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: 
 QuantType = Annotated[str, typer.Option(help="nf4, fp4 or int4; none keeps 16-bit weights.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Keep the block scales in 8 bits.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model folder at OUT.")]
+KVDType = Annotated[
+    str | None, typer.Option(help="int8 keeps keys and values in 8 bits; default: the model's.")
+]
 DType = Annotated[str, typer.Option(help="bfloat16, float16 or float32: what is computed in.")]
 
 
@@ -237,18 +240,21 @@ def chat(
     double_quant: DoubleQuant = True,
     dtype: DType = "bfloat16",
     device: Device = None,
+    kv_dtype: KVDType = None,
     **sampling: Any,
 ) -> None:
     """Chat with MODEL in the terminal, or answer the lines of standard input."""
     from halfbyte import checkpoint, lora
     from halfbyte.chat import Conversation, repl
+    from halfbyte.kv_cache import check_kv_dtype
 
+    check_kv_dtype(kv_dtype)
     decoder = checkpoint.load(
         model, _none(quant_type), double_quant, dtype=_torch_dtype(dtype), device=device
     )
     if adapter is not None:
         lora.load_adapter(decoder, adapter)
-    repl(Conversation(decoder, system, Sampling(**sampling)), raw)
+    repl(Conversation(decoder, system, Sampling(**sampling), kv_dtype), raw)
 
 
 @app.command()
@@ -273,6 +279,7 @@ def serve(
     kv_gb: Annotated[
         float | None, typer.Option(help="10^9 bytes for keys and values; default: what is free.")
     ] = None,
+    kv_dtype: KVDType = None,
     request_timeout: Annotated[float, typer.Option(help="Seconds that a reply may take.")] = 600.0,
     quant_type: QuantType = "nf4",
     double_quant: DoubleQuant = True,
@@ -281,9 +288,11 @@ def serve(
 ) -> None:
     """Serve MODEL and adapters over HTTP, as OpenAI's API does, with a chat page at /."""
     from halfbyte import checkpoint
+    from halfbyte.kv_cache import check_kv_dtype
     from halfbyte.serve import ServeConfig
     from halfbyte.serve import serve as run
 
+    check_kv_dtype(kv_dtype)
     config = ServeConfig(
         name=name or Path(model).name,
         host=host,
@@ -293,6 +302,7 @@ def serve(
         max_batch=max_batch,
         max_waiting=max_waiting,
         kv_budget=None if kv_gb is None else int(kv_gb * 1e9),
+        kv_dtype=kv_dtype,
         request_timeout=request_timeout,
     )
     where = {"dtype": _torch_dtype(dtype), "device": device}

@@ -19,7 +19,7 @@ from torch import Tensor
 from halfbyte.adapters import Adapter
 from halfbyte.errors import ContextLengthError
 from halfbyte.grammar import Vocabulary
-from halfbyte.kv_cache import KVCache, block_bytes, blocks_for
+from halfbyte.kv_cache import KVCache, block_bytes, blocks_for, check_kv_dtype
 from halfbyte.models import Decoder
 from halfbyte.models.config import token_ids
 from halfbyte.ops.paged_attention import BLOCK
@@ -118,7 +118,8 @@ class Engine:
     batch. max_batch: sequences that run at once, at most 32; others wait. kv_budget: bytes for
     keys and values; default: what max_batch sequences of the model's whole context need, but at
     most 80 % of the free device memory (1 GiB on the CPU). max_waiting: requests that may wait
-    before QueueFullError; None: any number.
+    before QueueFullError; None: any number. kv_dtype: "int8" keeps keys and values in 8 bits, so
+    that the budget holds nearly twice the tokens (see KVCache); None: in the model's dtype.
 
     Not bound to a thread: whoever waits for a reply drives the engine, and an async caller has it
     driven by a thread of its own.
@@ -131,14 +132,16 @@ class Engine:
         max_batch: int = MAX_BATCH,
         kv_budget: int | None = None,
         max_waiting: int | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
+        check_kv_dtype(kv_dtype)
         if not 1 <= max_batch <= MAX_BATCH:
             raise ValueError(f"max_batch: expected 1 to {MAX_BATCH}, got {max_batch!r}")
         self.model = model
         embedding = model.model.embed_tokens.weight
         self._weights = _addresses(model)
         most = max_batch * blocks_for(model.config.max_position_embeddings)
-        each = block_bytes(model.config, embedding.dtype)
+        each = block_bytes(model.config, embedding.dtype, kv_dtype)
         budget = _default_budget(embedding.device) if kv_budget is None else kv_budget
         if budget < each:
             raise ValueError(
@@ -146,7 +149,11 @@ class Engine:
             )
         with torch.inference_mode():
             cache = KVCache(
-                model.config, 1 + min(most, budget // each), embedding.dtype, embedding.device
+                model.config,
+                1 + min(most, budget // each),
+                embedding.dtype,
+                embedding.device,
+                kv_dtype,
             )
             self._scheduler = Scheduler(model, cache, max_batch, max_waiting)
         # Prefixes of other generations are not found, also those that running requests leave.

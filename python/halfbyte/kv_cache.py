@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ContextLengthError
-from halfbyte.ops.paged_attention import BLOCK, paged_attention
+from halfbyte.ops.gemv_4bit_chain import COUNTERS
+from halfbyte.ops.paged_attention import BLOCK, Cached, decode, encode, paged_attention
 
 # What padding writes to, and what tables name past their end; it belongs to no sequence.
 SPARE_BLOCK = 0
@@ -35,14 +36,27 @@ def blocks_for(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-def block_bytes(config: CacheShape, dtype: torch.dtype) -> int:
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    """Raise ValueError unless a cache can hold this."""
+    if kv_dtype not in (None, "int8"):
+        raise ValueError(f"kv_dtype: expected None or 'int8', got {kv_dtype!r}")
+
+
+def block_bytes(config: CacheShape, dtype: torch.dtype, kv_dtype: str | None = None) -> int:
     """Bytes of one block in all layers, keys and values."""
-    elements = config.num_hidden_layers * BLOCK * config.num_key_value_heads * config.head_dim
-    return 2 * elements * torch.empty((), dtype=dtype).element_size()
+    vectors = 2 * config.num_hidden_layers * BLOCK * config.num_key_value_heads
+    if kv_dtype == "int8":
+        return vectors * (config.head_dim + torch.float32.itemsize)
+    return vectors * config.head_dim * dtype.itemsize
 
 
 class KVCache:
-    """keys and values: for each layer [blocks, 16, num_key_value_heads, head_dim].
+    """The keys and values of each layer, as `Cached` has them.
+
+    kv_dtype: None, the model's own dtype, or "int8": a byte for each element and a scale for each
+    token and head, half of 16 bits' memory. SmolLM2-135M in fp32 reads WikiText-2 with a perplexity
+    of 21.184 instead of 21.193 so (unscaled fp8, e4m3: 21.37), and its likeliest token is another
+    one in 1.5 % of places (fp8: 4.8 %).
 
     Which blocks belong to a sequence is the caller's to say, by a table for each row of a forward:
     token t lies in block table[t // 16]. Block 0 belongs to no one.
@@ -54,22 +68,29 @@ class KVCache:
         blocks: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        kv_dtype: str | None = None,
     ) -> None:
         if blocks < 2:
             raise ValueError(f"KVCache: expected at least 2 blocks, got {blocks}")
-        shape = (
-            config.num_hidden_layers,
-            blocks,
-            BLOCK,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        check_kv_dtype(kv_dtype)
+        self.coded = kv_dtype == "int8"
+        heads, layers = config.num_key_value_heads, config.num_hidden_layers
+        shapes = [(layers, blocks, BLOCK, heads, config.head_dim)] * 2
+        dtypes = [torch.uint8 if self.coded else dtype] * 2
+        if self.coded:
+            shapes += [(layers, blocks, heads, BLOCK)] * 2
+            dtypes += [torch.float32] * 2
         # Zeros, because a masked key still multiplies its value by zero, and 0 * NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device).unbind()
-        self.values = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        parts = [
+            torch.zeros(shape, dtype=dtype, device=device).unbind()
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        self.layers = [Cached(*layer) for layer in zip(*parts, strict=True)]
+        # Of the launches whose CTAs wait for each other; a cache is used on one stream at a time.
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self.heads = config.num_attention_heads
         self.blocks = blocks
-        self.device = self.keys[0].device
+        self.device = self.layers[0].keys.device
 
     def step(
         self,
@@ -173,8 +194,7 @@ class CacheStep:
             v[:, 0],
             cos,
             sin,
-            self.cache.keys[layer],
-            self.cache.values[layer],
+            self.cache.layers[layer],
             self.tables,
             self.lengths,
             window,
@@ -182,15 +202,34 @@ class CacheStep:
         )
         return out[:, None]
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store keys, values [B, T, num_key_value_heads, head_dim]; padding goes to the spare."""
-        for cached, new in ((self.cache.keys, keys), (self.cache.values, values)):
-            tokens = cached[layer].flatten(0, 1).flatten(1)
-            new = new.to(tokens.dtype).reshape(-1, tokens.shape[1])
-            if tokens.shape[1] * tokens.element_size() % 8 == 0:
-                # Torch copies element by element: the fewer the better.
-                tokens, new = tokens.view(torch.int64), new.view(torch.int64)
-            tokens.index_copy_(0, self._slots, new)
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys, values [B, T, num_key_value_heads, head_dim]; padding goes to the spare.
+
+        Returns them as the cache holds them.
+        """
+        cached = self.cache.layers[layer]
+        if not self.cache.coded:
+            self._store(cached.keys, keys)
+            self._store(cached.values, values)
+            return keys, values
+        stored = []
+        for codes, scales, new in (
+            (cached.keys, cached.key_scales, keys),
+            (cached.values, cached.value_scales, values),
+        ):
+            new_codes, new_scales = encode(new)
+            self._store(codes, new_codes)
+            scales[self._slots // BLOCK, :, self._slots % BLOCK] = new_scales.flatten(0, 1)
+            stored.append(decode(new_codes, new_scales, new.dtype))
+        return stored[0], stored[1]
+
+    def _store(self, cached: Tensor, new: Tensor) -> None:
+        tokens = cached.flatten(0, 1).flatten(1)
+        new = new.to(tokens.dtype).reshape(-1, tokens.shape[1])
+        if tokens.shape[1] * tokens.element_size() % 8 == 0:
+            # Torch copies element by element: the fewer the better.
+            tokens, new = tokens.view(torch.int64), new.view(torch.int64)
+        tokens.index_copy_(0, self._slots, new)
 
     @cached_property
     def _slots(self) -> Tensor:
@@ -201,8 +240,14 @@ class CacheStep:
         blocks = torch.where(self.positions < self.lengths[:, None], blocks, SPARE_BLOCK)
         return (blocks * BLOCK + self.positions % BLOCK).flatten()
 
-    def read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [B, tokens, num_key_value_heads, head_dim] from the first on."""
         blocks = self.tables[:, : blocks_for(tokens)].long()
-        keys, values = self.cache.keys[layer][blocks], self.cache.values[layer][blocks]
+        cached = Cached(
+            *(None if part is None else part[blocks] for part in self.cache.layers[layer])
+        )
+        keys, values = cached.keys, cached.values
+        if self.cache.coded:
+            keys = decode(keys, cached.key_scales.transpose(2, 3), dtype)
+            values = decode(values, cached.value_scales.transpose(2, 3), dtype)
         return keys.flatten(1, 2)[:, :tokens], values.flatten(1, 2)[:, :tokens]

@@ -168,14 +168,19 @@ class Linear4bit(nn.Linear):
         )
 
 
-def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+def project(x: Tensor, *layers: nn.Module, unread: bool = False) -> list[Tensor]:
     """`[layer(x) for layer in layers]`, the 4-bit products in one launch where a kernel can.
 
     layers: Linear4bit, or what adds something to the product of its `base_layer` by
-    `adapt(x, y)`; any others, and layers with hooks, are called one after the other.
+    `adapt(x, y)`; any others, and layers with hooks, are called one after the other. unread: the
+    outputs are wanted for their gradients only and may hold anything.
     """
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
-    if not x.is_cuda or not all(map(_is_plain, layers, bases)):
+    plain = all(map(is_plain, layers, bases))
+    together = getattr(type(layers[0]), "together", None)
+    if plain and together is not None and (outs := together(x, layers, bases, unread)) is not None:
+        return outs
+    if not x.is_cuda or not plain:
         return [layer(x) for layer in layers]
     products = gemm_4bit_group(x, [(base.weight, base._state()) for base in bases])
     outs = [base._biased(y) for base, y in zip(bases, products, strict=True)]
@@ -183,6 +188,7 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     return [y if layer is base else layer.adapt(x, y) for layer, base, y in adapted]
 
 
-def _is_plain(layer: nn.Module, base: nn.Module) -> bool:
+def is_plain(layer: nn.Module, base: nn.Module) -> bool:
+    """Whether a layer is a Linear4bit, or adapts one, that calling it does nothing more than."""
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (layer, base))
     return type(base) is Linear4bit and (layer is base or hasattr(layer, "adapt")) and not hooked

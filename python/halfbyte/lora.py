@@ -8,7 +8,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from halfbyte.errors import CheckpointError
 from halfbyte.fingerprint import fingerprint
-from halfbyte.linear import Linear4bit
+from halfbyte.linear import Linear4bit, is_plain
+from halfbyte.ops import lora_4bit
+from halfbyte.ops.gemv_4bit_chain import LowRank
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -121,12 +123,46 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features] in the base layer's output dtype."""
-        return self.adapt(x, self.base_layer(x))
+        base = self.base_layer
+        outs = self.together(x, [self], [base]) if is_plain(self, base) else None
+        return self.adapt(x, base(x)) if outs is None else outs[0]
+
+    @staticmethod
+    def together(
+        x: Tensor, layers: Sequence[nn.Module], bases: Sequence[nn.Module], unread: bool = False
+    ) -> list[Tensor] | None:
+        """In training, the outputs of plain layers of one input in one node of the graph.
+
+        None where they have to be called one by one, and under torch.compile, which makes its own.
+        """
+        training = layers[0].training
+        if not (training or torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        if any(type(layer) is not LoRALinear for layer in layers):
+            return None
+        dropouts = [layer.dropout for layer in layers]
+        scaling, p = layers[0].scaling, dropouts[0].p
+        if any(layer.scaling != scaling for layer in layers) or any(d.p != p for d in dropouts):
+            return None
+        outs = lora_4bit(
+            x,
+            [(base.weight, base._state()) for base in bases],
+            [layer.lora_A.weight for layer in layers],
+            [layer.lora_B.weight for layer in layers],
+            scaling,
+            [dropout(x) for dropout in dropouts] if training and p > 0 else (),
+            unread,
+        )
+        return [base._biased(y) for base, y in zip(bases, outs, strict=True)]
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """y = base(x) with the adapter's share added."""
         hidden = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype)) * self.scaling
         return add_product(y, hidden, self.lora_B.weight)
+
+    def low_rank(self, rows: int) -> LowRank:
+        """The adapter as a chain of products takes it."""
+        return LowRank(self.lora_A.weight, self.lora_B.weight, None, self.scaling)
 
     def delta(self) -> Tensor:
         """scaling * B A, fp32 [out_features, in_features]."""

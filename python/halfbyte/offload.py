@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from halfbyte import _core
 
 # Below this many tokens a copy costs more time than the memory is worth.
 MIN_TOKENS = 512
+# Host memory is reserved in blocks of this many bytes; an activation may straddle them.
+BLOCK_BYTES = 32 << 20
+ALIGNMENT = 256
 
 
 class Kept:
@@ -24,20 +27,22 @@ class Kept:
     def __init__(self, x: Tensor, pool: ActivationOffload, before: Kept | None):
         self.x: Tensor | None = x
         self.pool, self.before = pool, before
-        self.device, self.requires_grad = x.device, x.requires_grad
-        self.host: Tensor | None = None
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.requires_grad = x.requires_grad
+        self.host: list[Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
     def leave(self) -> None:
         """Copy the activation out and let go of its memory; without room on the host it stays."""
         if self.x is None:
             return
-        x = self.x.detach()
-        self.host = self.pool.take(x)
+        x = self.x.detach().contiguous()
+        self.host = self.pool.take(x.nbytes)
         if self.host is None:
             return
         with self.pool.copying(out=True) as event:
-            self.host.copy_(x, non_blocking=True)
+            for host, part in zip(self.host, _bytes(x, self.host), strict=True):
+                host.copy_(part, non_blocking=True)
         if x.is_cuda:
             x.record_stream(self.pool.streams[0])
         self.copied, self.x = event, None
@@ -46,12 +51,12 @@ class Kept:
         """Queue the copy back to the device."""
         if self.x is not None or self.host is None:
             return
-        x = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
+        x = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         with self.pool.copying(out=False, after=self.copied) as event:
-            x.copy_(self.host, non_blocking=True)
+            for host, part in zip(self.host, _bytes(x, self.host), strict=True):
+                part.copy_(host, non_blocking=True)
         if x.is_cuda:
             x.record_stream(self.pool.streams[1])
-        self.pool.put(self.host, event)
         self.copied, self.host = event, None
         self.x = x.requires_grad_(self.requires_grad)
 
@@ -71,50 +76,73 @@ class Kept:
         return x
 
 
+def _bytes(x: Tensor, pieces: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The bytes of x in parts as long as some pieces."""
+    return x.view(-1).view(torch.uint8).split([piece.numel() for piece in pieces])
+
+
 class ActivationOffload:
     """Copies activations of one device out and back on streams of its own.
 
-    Host buffers are pinned once and used again by later forward passes.
+    reserve: makes so many bytes of host memory, uint8, pinned where there is a GPU; it raises
+    HostMemoryError. What it made is a stack that the next forward pass uses anew, so that it
+    grows to the longest batch and no further.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, reserve: Callable[[int], Tensor]):
+        self.device, self.reserve = device, reserve
         self.moved_bytes = 0
-        self.free: dict[tuple, list[tuple[Tensor, torch.cuda.Event | None]]] = defaultdict(list)
+        self.blocks: list[Tensor] = []
+        self.top = 0
+        self.kept: WeakSet[Kept] = WeakSet()
         self.streams: tuple[torch.cuda.Stream, ...] = ()
         if device.type == "cuda":
             self.streams = (torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1))
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(block.numel() for block in self.blocks)
 
     def run(self, layers: Sequence[Callable], x: Tensor, *rest: object) -> Tensor:
         """Apply checkpointed layer(x, *rest), one after the other; every input but the last
         layer's goes to the host meanwhile. `rest` holds a tensor of the device.
         """
+        self._begin()
         before: Kept | None = None
         for index, layer in enumerate(layers):
             kept = Kept(x, self, before)
+            self.kept.add(kept)
             x = checkpoint(_apply, layer, kept, *rest, use_reentrant=False)
             if index + 1 < len(layers):
                 kept.leave()
             before = kept
         return x
 
-    def take(self, x: Tensor) -> Tensor | None:
-        """A host buffer of x's shape, None where host memory is short."""
-        free = self.free[(x.shape, x.dtype)]
-        self.moved_bytes += x.nbytes
-        if free:
-            host, event = free.pop()
-            if event is not None:
-                self.streams[0].wait_event(event)
-            return host
-        budget = _core.Pager.host_budget()
-        if budget is not None and x.nbytes > budget:
-            return None
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    def _begin(self) -> None:
+        """Use the stack anew unless a backward is still to come that reads it."""
+        if any(kept.host is not None for kept in self.kept):
+            return
+        self.top = 0
+        if self.streams:
+            out, back = self.streams
+            out.wait_stream(back)
 
-    def put(self, host: Tensor, event: torch.cuda.Event | None) -> None:
-        """Take a buffer back; it may be written again after `event`."""
-        self.free[(host.shape, host.dtype)].append((host, event))
+    def take(self, nbytes: int) -> list[Tensor] | None:
+        """Pieces of host memory of so many bytes in all, None where it is short."""
+        end = self.top + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        while end > len(self.blocks) * BLOCK_BYTES:
+            try:
+                self.blocks.append(self.reserve(BLOCK_BYTES))
+            except _core.HostMemoryError:
+                return None
+        pieces, left = [], nbytes
+        while left > 0:
+            block, offset = divmod(self.top + nbytes - left, BLOCK_BYTES)
+            pieces.append(self.blocks[block][offset : offset + left])
+            left -= pieces[-1].numel()
+        self.top = end
+        self.moved_bytes += nbytes
+        return pieces
 
     def copying(self, out: bool, after: torch.cuda.Event | None = None) -> _Copying:
         return _Copying(self, out, after)

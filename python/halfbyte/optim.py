@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
@@ -73,9 +74,10 @@ class AdamW(torch.optim.Optimizer):
         self._waiting: list[Tensor] | None = []
         self._members: dict[Slab, list[_Member]] = {}
         self._overlapping = False
-        # Gradients that an update under way reads, and the parameters of no module of `overlap`.
-        self._pending: dict[Slab, list[Tensor | None]] = {}
-        self._apart: dict[Slab, list[int]] = {}
+        # By number of the slab: gradients that an update under way reads, and the parameters of no
+        # module of `overlap`.
+        self._pending: dict[int, list[Tensor | None]] = {}
+        self._apart: dict[int, Sequence[int]] = {}
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         waiting, self._waiting = self._waiting, None
         self._place(waiting)
@@ -109,20 +111,19 @@ class AdamW(torch.optim.Optimizer):
         scale = self._grad_scale()
         self.pager.settle()
         self._pending.clear()
-        for slab in self.pager.slabs:
+        for number, slab in enumerate(self.pager.slabs):
             grads = [param.grad for param in slab.params]
             rules, rule_of = self._rules(slab, grads)
             grads = [None if grad is None else grad.contiguous() for grad in grads]
             factor = scale.get(slab.device)
             overlapped = self._overlapping and slab.bytes_on_device < slab.nbytes
-            with ExitStack() as timing:
-                timing.enter_context(self.pager.timed("update_ms", slab, there=True))
-                if not overlapped:
-                    timing.enter_context(self.pager.timed("exposed_ms", slab))
+            timing = ("update_ms",) if overlapped else ("update_ms", "exposed_ms")
+            with self.pager.timed(slab, *timing, there=overlapped):
                 slab.core.step(slab.params, grads, rules, rule_of, factor, overlapped)
             if overlapped:
-                self._pending[slab] = [*grads, factor]
-                self._wait_for({slab: self._apart[slab]})
+                self._pending[number] = [*grads, factor]
+                # A group added after `overlap` belongs to none of its modules.
+                self._wait_for({number: self._apart.get(number, range(len(grads)))})
         self.pager.stepped()
         return loss
 
@@ -133,32 +134,40 @@ class AdamW(torch.optim.Optimizer):
         own parameters, and `step` for all others. Whatever else reads a parameter after `step`
         calls `pager.settle()` before; `state_dict` does.
         """
+        slabs = list(enumerate(self.pager.slabs))
         inside: set[Tensor] = set()
+        wait = WeakMethod(self._wait_for)
         for module in modules:
             mine = set(module.parameters())
             inside |= mine
             places = {
-                slab: [i for i, param in enumerate(slab.params) if param in mine]
-                for slab in self.pager.slabs
+                number: [i for i, param in enumerate(slab.params) if param in mine]
+                for number, slab in slabs
             }
-            module.register_forward_pre_hook(lambda *_, places=places: self._wait_for(places))
+            handle = module.register_forward_pre_hook(partial(_call_if_alive, wait, places))
+            # A model outlives its optimizers, which hold memory.
+            finalize(self, handle.remove)
         self._apart = {
-            slab: [i for i, param in enumerate(slab.params) if param not in inside]
-            for slab in self.pager.slabs
+            number: [i for i, param in enumerate(slab.params) if param not in inside]
+            for number, slab in slabs
         }
         self._overlapping = True
 
-    def _wait_for(self, places: dict[Slab, list[int]]) -> None:
-        """Let torch's stream wait for updates under way, and let go of their gradients."""
-        for slab, numbers in places.items():
-            held = self._pending.get(slab)
-            waiting = [number for number in numbers if held and held[number] is not None]
+    def _wait_for(self, places: dict[int, Sequence[int]]) -> None:
+        """Let torch's stream wait for updates under way, and let go of their gradients.
+
+        places: numbers of parameters by the number of their slab.
+        """
+        for number, params in places.items():
+            held = self._pending.get(number)
+            waiting = [param for param in params if held and held[param] is not None]
             if not held or not waiting:
                 continue
-            with self.pager.timed("exposed_ms", slab):
-                for number in waiting:
-                    slab.core.wait_for(number)
-                    held[number] = None
+            slab = self.pager.slabs[number]
+            with self.pager.timed(slab, "exposed_ms"):
+                slab.core.wait_for(waiting)
+            for param in waiting:
+                held[param] = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; gradients that are to be zeroed in place are waited for first."""
@@ -173,12 +182,14 @@ class AdamW(torch.optim.Optimizer):
         numbers: dict[tuple[int, int], int] = {}
         rule_of = []
         for member, grad in zip(self._members_of(slab), grads, strict=True):
+            state = member.state
+            step = state.get("step", 0)
             if grad is not None:
-                if not member.state:
-                    self.state[member.param] = member.state
-                member.state["step"] = member.state.get("step", 0) + 1
-            key = (member.group, member.state.get("step", 1))
-            rule_of.append(numbers.setdefault(key, len(numbers)))
+                if not state:
+                    self.state[member.param] = state
+                step = state["step"] = step + 1
+            # The scalars of what has no gradient are not used.
+            rule_of.append(numbers.setdefault((member.group, step or 1), len(numbers)))
         rules = []
         for index, step in numbers:
             group = self.param_groups[index]
@@ -280,6 +291,12 @@ class AdamW(torch.optim.Optimizer):
                 )
             values[index] = _as_8bit(moments) if slab.moments == "8bit" else _as_fp32(moments)
         return values
+
+
+def _call_if_alive(method: WeakMethod, argument: object, *_: object) -> None:
+    bound = method()
+    if bound is not None:
+        bound(argument)
 
 
 def _from_any(state: dict[str, Any]) -> dict[str, Any]:

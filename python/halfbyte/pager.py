@@ -24,6 +24,7 @@ from halfbyte.pressure import (
     Predictor,
     RandomState,
     free_memory,
+    join_segments,
     total_memory,
 )
 
@@ -83,6 +84,16 @@ class Slab:
         nbytes = self.core.frames()[frame][2]
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
+    def reserve(self, nbytes: int) -> Tensor:
+        """Host memory beside the state's, uint8 and pinned for good; HostMemoryError if short."""
+        return self._at(self.core.reserve(nbytes), nbytes)
+
+    def _at(self, address: int, nbytes: int) -> Tensor:
+        """The host memory at an address, as long as anyone holds it."""
+        memory = (ctypes.c_ubyte * nbytes).from_address(address)
+        memory.owner = self.core
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
     def promote(self, frames: Iterable[int]) -> int:
         """Move frames to the device; returns the bytes that came."""
         moved = 0
@@ -104,8 +115,7 @@ class Slab:
         for frame, (first, pages, nbytes, host, _) in enumerate(self.core.frames()):
             memory = self.core.memory(frame)
             if memory is None:
-                slot = (ctypes.c_ubyte * nbytes).from_address(host)
-                memory = torch.frombuffer(slot, dtype=torch.uint8)
+                memory = self._at(host, nbytes)
             yield first, memory.view(pages, self.page_bytes)
 
     def _parts(self, pages: Tensor) -> dict[str, Tensor]:
@@ -206,8 +216,9 @@ class Pager:
         self._evicted: Counter[str] = Counter()
         self._restored: Counter[str] = Counter()
         self._absorbed: Counter[str] = Counter()
-        self._offloads: dict[torch.device, ActivationOffload] = {}
+        self._offload: ActivationOffload | None = None
         self._offload_from: int | None = None
+        self._joined = False
         self._quiet = 0
         self._longest = 0
         self._peak = 0
@@ -231,7 +242,7 @@ class Pager:
         """Make room for the moments of more parameters of one device."""
         limit = self.host_limit
         if limit is not None:
-            limit -= sum(slab.nbytes for slab in self.slabs)
+            limit -= self._pinned_bytes()
         slab = Slab(params, moments, self.placement != "device", limit)
         self.slabs.append(slab)
         if self.placement == "auto" and slab.device.type == "cuda":
@@ -369,9 +380,10 @@ class Pager:
         rung = None
         if self.evict(1 << 62, "out of memory") + gradients.to_host() > 0:
             rung = "state"
-        elif not tried and self.device.type == "cuda":
-            # What is cached in pieces comes back in one.
-            rung = "cache"
+        elif self.device.type == "cuda" and not self._joined:
+            # There may be enough in pieces: a long batch asks for what short ones have split.
+            rung, self._joined = "segments", True
+            join_segments()
         elif not offloaded and self._can_offload(shape, model):
             rung = "activations"
             tokens = math.prod(shape)
@@ -397,9 +409,9 @@ class Pager:
         if not (on and self._can_offload(shape, model)):
             model.model.offload = None
             return
-        if self.device not in self._offloads:
-            self._offloads[self.device] = ActivationOffload(self.device)
-        model.model.offload = self._offloads[self.device]
+        if self._offload is None:
+            self._offload = ActivationOffload(self.device, self.slabs[-1].reserve)
+        model.model.offload = self._offload
 
     def _ledger(self, shape: Sequence[int], tried: list[str], failure: str | None) -> str:
         stats = self.stats()
@@ -430,9 +442,9 @@ class Pager:
         self._quiet = self._longest = 0
 
     @contextmanager
-    def timed(self, name: str, slab: Slab, there: bool = False) -> Iterator[None]:
-        """Count the time from here on torch's stream to the end, there or on the stream of updates:
-        "update_ms" is all of it, "exposed_ms" what torch's stream waits.
+    def timed(self, slab: Slab, *names: str, there: bool = False) -> Iterator[None]:
+        """Count the time from here on torch's stream to the end, there or on the stream of updates,
+        as "update_ms" (all of it), "exposed_ms" (what torch's stream waits) or both.
         """
         if slab.device.type != "cuda":
             yield
@@ -442,7 +454,8 @@ class Pager:
         begin.record(current)
         yield
         end.record(slab.update_stream if there else current)
-        self._spans[name].append((begin, end))
+        for name in names:
+            self._spans[name].append((begin, end))
 
     def peak_bytes(self) -> int:
         """Most bytes that torch had allocated at once: micro-batches reset torch's own count."""
@@ -461,11 +474,12 @@ class Pager:
             "state_bytes": total,
             "device_bytes": on_device,
             "host_bytes": total - on_device,
-            "pinned_bytes": total if self.placement != "device" else 0,
+            "pinned_bytes": self._pinned_bytes(),
+            "pinned_near": bool(self.slabs) and all(slab.core.is_near() for slab in self.slabs),
             "evicted_bytes": dict(self._evicted),
             "restored_bytes": dict(self._restored),
             "zero_copy_bytes": sum(of[2] for of in moved),
-            "offloaded_bytes": sum(one.moved_bytes for one in self._offloads.values()),
+            "offloaded_bytes": self._offload.moved_bytes if self._offload else 0,
             "updates": max((of[3] for of in moved), default=0),
             "update_ms": round(self._ms["update_ms"], 3),
             "exposed_ms": round(self._ms["exposed_ms"], 3),
@@ -475,6 +489,13 @@ class Pager:
                 "p99": self.predictor.quantile(0.99),
             },
         }
+
+    def _pinned_bytes(self) -> int:
+        """Host memory that was reserved: for the state, and for activations."""
+        if self.placement == "device":
+            return 0
+        activations = self._offload.reserved_bytes if self._offload else 0
+        return sum(slab.nbytes for slab in self.slabs) + activations
 
     def explain(self) -> str:
         """Why state is where it is, in words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -12,18 +13,18 @@ from torch import nn
 
 from halfbyte import _core
 from halfbyte.models import Decoder, DecoderConfig
-from halfbyte.ops.cross_entropy import CHUNK_BYTES
+from halfbyte.ops.cross_entropy import chunk_rows
 
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 UNITS |= {f"{unit}i": 1 << (10 * (i + 1)) for i, unit in enumerate("kmgt")}
 # The driver's context and the kernels' code, which torch does not count.
 CONTEXT = 600_000_000
+# What cuBLAS works in on current GPUs, for the forward's thread and for the backward's.
+CUBLAS = 2 * (32 << 20)
 STATE_BYTES = {"fp32": 8.0, "8bit": 2 + 8 / 256}
 # Vectors of a layer that its recomputed forward holds for the backward, in units of the hidden and
 # of the intermediate size, a token.
 HIDDEN_KEPT, INTERMEDIATE_KEPT = 8, 4
-# fp32 logits of a chunk, their 16-bit original and the gradient.
-LOGIT_COPIES = 2.5
 
 
 def parse_bytes(text: str) -> int:
@@ -78,11 +79,13 @@ class Footprint:
     logits: int
     workspace: int
     earlier_gradients: int = 0
+    cublas: int = CUBLAS
 
     @property
     def fixed(self) -> int:
         """What is there whatever the batch, without the optimizer's state."""
-        return self.base + self.scales + self.embeddings + self.adapter + self.earlier_gradients
+        model = self.base + self.scales + self.embeddings + self.adapter
+        return model + self.earlier_gradients + self.cublas
 
     @property
     def activations(self) -> int:
@@ -104,18 +107,30 @@ class Footprint:
         return dataclasses.replace(self, state=0, checkpoints=left)
 
 
-def footprint(config: DecoderConfig, setup: Setup) -> Footprint:
-    """The device memory of training a LoRA of rank r on all linear layers, layers checkpointed."""
+@functools.cache
+def _sizes(config: DecoderConfig) -> tuple[int, int, int, int]:
+    """Elements of the linear layers' weights and of all others; the sum of the linear layers' in
+    and out features; elements of their largest weight.
+    """
     with torch.device("meta"):
         model = Decoder(config)
     linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    weights = sum(linear.weight.numel() for linear in linears)
-    others = sum(p.numel() for p in model.parameters()) - weights
-    lora = sum(setup.r * (linear.in_features + linear.out_features) for linear in linears)
-    largest = max(linear.weight.numel() for linear in linears)
+    numels = [linear.weight.numel() for linear in linears]
+    others = sum(p.numel() for p in model.parameters()) - sum(numels)
+    sides = sum(linear.in_features + linear.out_features for linear in linears)
+    return sum(numels), others, sides, max(numels)
+
+
+def footprint(config: DecoderConfig, setup: Setup) -> Footprint:
+    """The device memory of training a LoRA of rank r on all linear layers, layers checkpointed."""
+    weights, others, sides, largest = _sizes(config)
+    lora = setup.r * sides
     quantized = setup.quant_type is not None
     tokens, hidden, inner = setup.tokens, config.hidden_size, config.intermediate_size
-    logits = min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
+    chunk = min(tokens, chunk_rows(tokens, config.vocab_size, 2))
+    # A weight is dequantized beside the gradient of the widest activation; in long batches the
+    # sum of two such gradients takes more.
+    workspace = max(2 * largest, 2 * tokens * inner) if quantized else 2 * tokens * inner
     kept = HIDDEN_KEPT * hidden + INTERMEDIATE_KEPT * inner
     return Footprint(
         base=weights // 2 if quantized else 2 * weights,
@@ -126,8 +141,9 @@ def footprint(config: DecoderConfig, setup: Setup) -> Footprint:
         state=math.ceil(STATE_BYTES[setup.optim] * lora),
         checkpoints=2 * tokens * hidden * config.num_hidden_layers,
         recompute=2 * tokens * kept,
-        logits=int(LOGIT_COPIES * logits) + 2 * tokens * hidden,
-        workspace=2 * largest if quantized else 0,
+        # One chunk's, and the gradient of the hidden states that they come from.
+        logits=2 * chunk * config.vocab_size + 2 * tokens * hidden,
+        workspace=workspace,
         earlier_gradients=4 * lora if setup.gradient_accumulation_steps > 1 else 0,
     )
 
@@ -216,7 +232,8 @@ def table(plan: Plan, setup: Setup, title: str):
         ),
         ("one layer recomputed", part.recompute, ""),
         ("logits of a chunk", part.logits, "while there are no gradients"),
-        ("dequantized weight", part.workspace, "the largest layer"),
+        ("dequantized weight", part.workspace, "the largest, or a gradient as large"),
+        ("cuBLAS", part.cublas, ""),
     )
     for name, nbytes, note in rows:
         if nbytes:

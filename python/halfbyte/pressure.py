@@ -30,6 +30,15 @@ def free_memory(device: torch.device) -> int:
     return min(torch.cuda.mem_get_info(device)[0] + cached, total_memory(device) - used)
 
 
+def join_segments(joined: bool = True) -> None:
+    """From now on let torch's memory grow in place, so that what is freed lies together."""
+    settings = f"expandable_segments:{joined}"
+    if hasattr(torch._C, "_accelerator_setAllocatorSettings"):
+        torch._C._accelerator_setAllocatorSettings(settings)
+    else:  # torch before 2.10
+        torch.cuda.memory._set_allocator_settings(settings)
+
+
 class Predictor:
     """Peak bytes of a micro-batch as a + b * tokens, by least squares over those that ran."""
 

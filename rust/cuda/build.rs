@@ -27,6 +27,7 @@ const FAMILIES: &[&str] = &[
     "gemv_4bit_bulk",
     "gemv_4bit_mma",
     "paged_attention",
+    "paged_attention_mma",
     "quantize_4bit",
     "quantize_blockwise",
     "rms_norm",

@@ -1,6 +1,6 @@
 """Grouped-query attention over a forward's own keys or over cached ones."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,9 +102,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [B, T, hidden_size] -> the same shape."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (part.reshape(heads) for part in projected)
+        return self.o_proj(self.mix(project(x, self.q_proj, self.k_proj, self.v_proj), step))
+
+    def mix(self, projected: Sequence[Tensor], step: Step) -> Tensor:
+        """What goes into o_proj, of q, k and v [B, T, heads * head_dim] as projected."""
+        q, k, v = (part.reshape(*part.shape[:2], -1, self.head_dim) for part in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if step.cache is not None and step.cache.decodes:
@@ -113,8 +115,8 @@ class Attention(nn.Module):
             q, k = rope(q, k, step.cos, step.sin)
             span = step.spans[self.window]
             if step.cache is not None:
-                step.cache.write(self.layer, k, v)
+                k, v = step.cache.write(self.layer, k, v)
                 if span.cached is not None:
-                    k, v = step.cache.read(self.layer, span.cached)
+                    k, v = step.cache.read(self.layer, span.cached, q.dtype)
             out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        return out.reshape(*out.shape[:2], -1)

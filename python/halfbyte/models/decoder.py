@@ -10,9 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kv_cache import CacheStep
 from halfbyte.linear import project
+from halfbyte.models import chain
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
+from halfbyte.models.recompute import recomputed
 from halfbyte.models.rope import RotaryEmbedding
 from halfbyte.offload import ActivationOffload
 from halfbyte.ops import cross_entropy, gemv, swiglu
@@ -39,9 +41,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
+        """x [..., hidden_size] -> the same shape; if `unread`, of any values."""
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(swiglu(gate, up))
+        return project(swiglu(gate, up), self.down_proj, unread=unread)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -54,10 +57,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Tensor, step: Step, unread: bool = False) -> Tensor:
+        """x [B, T, hidden_size] -> the same shape; if `unread`, of any values."""
         attended = self.self_attn(self.input_layernorm(x), step)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return x + self.mlp(normed)
+        return x + self.mlp(normed, unread)
 
 
 class Backbone(nn.Module):
@@ -80,11 +84,15 @@ class Backbone(nn.Module):
     def forward(self, ids: Tensor, cache: CacheStep | None, checkpointed: bool) -> Tensor:
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
+        if chain.takes(self.layers, x, step):
+            return self.norm(chain.decode(self.layers, x, step))
         if checkpointed and self.offload is not None:
             return self.norm(self.offload.run(list(self.layers), x, step))
+        if checkpointed and not x.requires_grad:
+            x.requires_grad_()
         for layer in self.layers:
             if checkpointed:
-                x = checkpoint(layer, x, step, use_reentrant=False)
+                x = recomputed(layer, x, step)
             else:
                 x = layer(x, step)
         return self.norm(x)

@@ -4,6 +4,7 @@ from halfbyte.ops.cross_entropy import cross_entropy
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
 from halfbyte.ops.gemm_4bit import gemm_4bit, gemm_4bit_group
 from halfbyte.ops.gemv import gemv
+from halfbyte.ops.lora_4bit import lora_4bit
 from halfbyte.ops.paged_attention import paged_attention
 from halfbyte.ops.quant_state import Nested, QuantState
 from halfbyte.ops.quantize_4bit import dynamic_map, quantize_4bit
@@ -23,6 +24,7 @@ __all__ = [
     "gemm_4bit",
     "gemm_4bit_group",
     "gemv",
+    "lora_4bit",
     "paged_attention",
     "quantize_4bit",
     "quantize_blockwise",

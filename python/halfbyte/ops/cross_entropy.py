@@ -128,12 +128,9 @@ class _CrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _chunk_rows(hidden: Tensor, vocab: int) -> int:
+def chunk_rows(tokens: int, vocab: int, logit_bytes: int) -> int:
     """Tokens a chunk: a multiple of a tile, or as many as the bytes allow if they are fewer."""
-    allowed = CHUNK_BYTES // (4 * vocab)
-    # On the CPU the logits of a chunk are computed in fp32.
-    share = int(SHARE * 4 * hidden.shape[0]) // (hidden.element_size() if hidden.is_cuda else 4)
-    rows = max(allowed, share)
+    rows = max(CHUNK_BYTES // (4 * vocab), int(SHARE * 4 * tokens) // logit_bytes)
     return rows // TILE * TILE or max(1, rows)
 
 
@@ -174,7 +171,9 @@ def cross_entropy(
         divisor = hidden.new_full((1,), divisor, dtype=torch.float32)
     # What is out of range is masked, or has made the divisor NaN.
     rows = torch.where(labels == IGNORE, -1, labels.clamp(0, vocab - 1)).int()
-    chunk = chunk or _chunk_rows(hidden, vocab)
+    # On the CPU the logits of a chunk are computed in fp32.
+    logit_bytes = hidden.element_size() if hidden.is_cuda else 4
+    chunk = chunk or chunk_rows(len(hidden), vocab, logit_bytes)
     return _CrossEntropy.apply(hidden, head_weight, rows, divisor, chunk)
 
 

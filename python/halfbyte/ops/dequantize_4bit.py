@@ -34,12 +34,19 @@ def _values_fake(
     return packed.new_empty(shape, dtype=dtype)
 
 
-define(
+_dequantize = define(
     "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, "
     "float offset, str quant_type, int blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
     _values,
     _values_fake,
 )
+
+
+def values(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    """dequantize_4bit of arguments that are known to fit."""
+    return _dequantize(
+        packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape, dtype
+    )
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
@@ -60,6 +67,4 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     dtype = dtype or state.dtype
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dequantize_4bit: dtype: expected fp32, fp16 or bf16, got {dtype}")
-    return torch.ops.halfbyte.dequantize_4bit(
-        packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape, dtype
-    )
+    return values(packed, state, dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _core
-from halfbyte.ops.dequantize_4bit import dequantize_4bit
+from halfbyte.ops.dequantize_4bit import values
 from halfbyte.ops.library import define
 from halfbyte.ops.quant_state import NESTED_BLOCKSIZE, Nested, QuantState
 from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
@@ -98,6 +98,12 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and "avx512bf16" in _core.cpu_features()
 
 
+def is_dequantized(x: Tensor, state: QuantState) -> bool:
+    """Whether a GPU multiplies x [M, K] by a dequantized W, not by a kernel of codes."""
+    rows = _code_rows(x, state.nested is not None, state.blocksize)
+    return x.is_cuda and len(x) > max(rows)
+
+
 def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     *scales, quant_type, blocksize, n = scales_and_sizes
     m, k = x.shape
@@ -112,7 +118,7 @@ def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
         return out
     state = _state(*scales, quant_type, blocksize, (n, k))
     if x.is_cuda or _multiplies(x.dtype):
-        return torch.mm(x, dequantize_4bit(packed, state, x.dtype).t())
+        return torch.mm(x, values(packed, state, x.dtype).t())
     rows, out = x.float(), torch.empty(m, n)
     for part, weight in _pieces(packed, state):
         torch.mm(rows, weight.t(), out=out[:, part])
@@ -139,12 +145,12 @@ def _forward_group_fake(x: Tensor, *weights_and_sizes) -> list[Tensor]:
     return [x.new_empty(x.shape[0], n) for n in weights_and_sizes[-1]]
 
 
-def _grad_x(grad_y: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
+def _backward(grad_y: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     *scales, quant_type, blocksize, k = scales_and_sizes
     m, n = grad_y.shape
     state = _state(*scales, quant_type, blocksize, (n, k))
     if grad_y.is_cuda or _multiplies(grad_y.dtype):
-        return torch.mm(grad_y, dequantize_4bit(packed, state, grad_y.dtype))
+        return torch.mm(grad_y, values(packed, state, grad_y.dtype))
     rows, out = grad_y.float(), torch.zeros(m, k)
     for part, weight in _pieces(packed, state):
         out.addmm_(rows[:, part], weight)
@@ -155,19 +161,29 @@ _SCALES = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, float offset, "
     "str quant_type, int blocksize"
 )
-define(f"gemm_4bit(Tensor x, {_SCALES}, SymInt n) -> Tensor", _forward, _forward_fake)
-define(
+_multiply = define(f"gemm_4bit(Tensor x, {_SCALES}, SymInt n) -> Tensor", _forward, _forward_fake)
+_multiply_group = define(
     "gemm_4bit_group(Tensor x, Tensor[] packed, Tensor[] absmax, Tensor[] nested_absmax, "
     "Tensor[] nested_map, float[] offset, str quant_type, int blocksize, SymInt[] n) -> Tensor[]",
     _forward_group,
     _forward_group_fake,
 )
-define(f"gemm_4bit_grad_x(Tensor grad_y, {_SCALES}, SymInt k) -> Tensor", _grad_x, _forward_fake)
+_multiply_back = define(
+    f"gemm_4bit_grad_x(Tensor grad_y, {_SCALES}, SymInt k) -> Tensor", _backward, _forward_fake
+)
 
 
-def _product(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
-    return torch.ops.halfbyte.gemm_4bit(
+def product(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+    """x W^T of accepted x [M, K], without a gradient."""
+    return _multiply(
         x, packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape[0]
+    )
+
+
+def grad_x(grad_y: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+    """grad_y W of grad_y [M, N], without a gradient."""
+    return _multiply_back(
+        grad_y, packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape[1]
     )
 
 
@@ -178,27 +194,16 @@ class _Gemm4bit(torch.autograd.Function):
     def forward(ctx, x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.state = state
-        return _product(x, packed, state)
+        return product(x, packed, state)
 
     @staticmethod
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        (packed,), state = ctx.saved_tensors, ctx.state
-        grad_x = torch.ops.halfbyte.gemm_4bit_grad_x(
-            grad_y, packed, *state.scale_args(), state.quant_type, state.blocksize, state.shape[1]
-        )
-        return grad_x, None, None
+        (packed,) = ctx.saved_tensors
+        return grad_x(grad_y, packed, ctx.state), None, None
 
 
-def gemm_4bit(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
-    """y = x W^T with W [N, K] held as (packed, state); differentiable in x.
-
-    x: [..., K], fp32, fp16 or bf16, any strides; under autocast it is cast to autocast's dtype.
-    Returns [..., N] in the (cast) dtype of x, accumulated in fp32. Nothing 16-bit of W is kept
-    between forward and backward.
-
-    Raises TypeError when x or packed is no tensor, ValueError naming K when x does not fit W, or
-    for another dtype or device.
-    """
+def accepted(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+    """x, in autocast's dtype under autocast, once it is known to fit W; raises as gemm_4bit."""
     if not isinstance(x, Tensor) or not isinstance(packed, Tensor):
         raise _not_a_tensor(x, packed)
     device = packed.device
@@ -217,11 +222,25 @@ def gemm_4bit(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
         or x.dtype not in FLOAT_DTYPES
     ):
         raise _misfit(x, state)
-    n, k = shape
+    return x
+
+
+def gemm_4bit(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+    """y = x W^T with W [N, K] held as (packed, state); differentiable in x.
+
+    x: [..., K], fp32, fp16 or bf16, any strides; under autocast it is cast to autocast's dtype.
+    Returns [..., N] in the (cast) dtype of x, accumulated in fp32. Nothing 16-bit of W is kept
+    between forward and backward.
+
+    Raises TypeError when x or packed is no tensor, ValueError naming K when x does not fit W, or
+    for another dtype or device.
+    """
+    x = accepted(x, packed, state)
+    n, k = state.shape
     rows = x.reshape(-1, k)
     # Without a gradient to record, the autograd function would only add its own cost per call.
     tracked = torch.is_grad_enabled() and x.requires_grad
-    y = _Gemm4bit.apply(rows, packed, state) if tracked else _product(rows, packed, state)
+    y = _Gemm4bit.apply(rows, packed, state) if tracked else product(rows, packed, state)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -242,7 +261,7 @@ def gemm_4bit_group(x: Tensor, weights: Sequence[tuple[Tensor, QuantState]]) -> 
     absmax, nested_absmax, nested_map, offset = map(
         list, zip(*(s.scale_args() for s in states), strict=True)
     )
-    outs = torch.ops.halfbyte.gemm_4bit_group(
+    outs = _multiply_group(
         rows,
         [packed for packed, _ in weights],
         absmax,

@@ -63,13 +63,13 @@ def _gradients_fake(
     return torch.empty_like(x), weight.new_empty(weight.shape if of_weight else 0)
 
 
-define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _normed, _normed_fake)
-define(
+_norm = define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _normed, _normed_fake)
+_add_norm = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _added,
     _added_fake,
 )
-define(
+_backward = define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, Tensor? grad_sum, "
     "bool of_weight) -> (Tensor, Tensor)",
     _gradients,
@@ -84,15 +84,13 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return torch.ops.halfbyte.rms_norm(x, weight, eps)
+        return _norm(x, weight, eps)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         of_weight = ctx.needs_input_grad[1]
-        grad_x, grad_weight = torch.ops.halfbyte.rms_norm_backward(
-            grad.contiguous(), x, weight, ctx.eps, None, of_weight
-        )
+        grad_x, grad_weight = _backward(grad.contiguous(), x, weight, ctx.eps, None, of_weight)
         return grad_x, grad_weight if of_weight else None, None
 
 
@@ -101,7 +99,7 @@ class _AddRmsNorm(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        out, total = torch.ops.halfbyte.add_rms_norm(x, residual, weight, eps)
+        out, total = _add_norm(x, residual, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         return out, total
@@ -110,7 +108,7 @@ class _AddRmsNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         total, weight = ctx.saved_tensors
         of_weight = ctx.needs_input_grad[2]
-        grad_x, grad_weight = torch.ops.halfbyte.rms_norm_backward(
+        grad_x, grad_weight = _backward(
             grad.contiguous(), total, weight, ctx.eps, grad_sum.contiguous(), of_weight
         )
         return grad_x, grad_x, grad_weight if of_weight else None, None
@@ -131,7 +129,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _by_torch(x, weight, eps)
     if tracked:
         return _RmsNorm.apply(x, weight, eps)
-    return torch.ops.halfbyte.rms_norm(x, weight, eps)
+    return _norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -153,7 +151,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     residual = residual.contiguous()
     if tracked:
         return _AddRmsNorm.apply(x, residual, weight, eps)
-    return torch.ops.halfbyte.add_rms_norm(x, residual, weight, eps)
+    return _add_norm(x, residual, weight, eps)
 
 
 def _by_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -23,7 +23,7 @@ def _rotated_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-define(
+_rotate = define(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
     _rotated,
     _rotated_fake,
@@ -36,13 +36,13 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return torch.ops.halfbyte.rope(q, k, cos, sin, False)
+        return _rotate(q, k, cos, sin, False)
 
     @staticmethod
     def backward(ctx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         heads = _heads(grad_q), _heads(grad_k)
-        return *torch.ops.halfbyte.rope(*heads, cos, sin, True), None, None
+        return *_rotate(*heads, cos, sin, True), None, None
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -66,4 +66,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     q, k = _heads(q), _heads(k)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rope.apply(q, k, cos, sin)
-    return torch.ops.halfbyte.rope(q, k, cos, sin, False)
+    return _rotate(q, k, cos, sin, False)

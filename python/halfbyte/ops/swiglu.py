@@ -31,8 +31,8 @@ def _gradients_fake(grad: Tensor, gate: Tensor, up: Tensor, halves: bool) -> Ten
     return gate.new_empty((rows, 2, columns) if halves else (2, rows, columns))
 
 
-define("swiglu(Tensor gate, Tensor up) -> Tensor", _product, _product_fake)
-define(
+_forward = define("swiglu(Tensor gate, Tensor up) -> Tensor", _product, _product_fake)
+_backward = define(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up, bool halves) -> Tensor",
     _gradients,
     _gradients_fake,
@@ -43,11 +43,11 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.ops.halfbyte.swiglu(gate, up)
+        return _forward(gate, up)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        grads = torch.ops.halfbyte.swiglu_backward(grad.contiguous(), *ctx.saved_tensors, False)
+        grads = _backward(grad.contiguous(), *ctx.saved_tensors, False)
         return grads[0], grads[1]
 
 
@@ -57,13 +57,13 @@ class _SwigluOfHalves(torch.autograd.Function):
     @staticmethod
     def forward(ctx, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        return torch.ops.halfbyte.swiglu(*both.chunk(2, dim=-1))
+        return _forward(*both.chunk(2, dim=-1))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         halves = both.chunk(2, dim=-1)
-        grads = torch.ops.halfbyte.swiglu_backward(grad.contiguous(), *halves, True)
+        grads = _backward(grad.contiguous(), *halves, True)
         return grads.view(both.shape)
 
 
@@ -85,7 +85,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled() and both.requires_grad:
             out = _SwigluOfHalves.apply(both)
         else:
-            out = torch.ops.halfbyte.swiglu(*both.chunk(2, dim=-1))
+            out = _forward(*both.chunk(2, dim=-1))
         return out.view(*gate.shape[:-1], gate.shape[-1] // 2)
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"swiglu: up: expected {_described(gate)}, got {_described(up)}")
@@ -93,7 +93,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         return _by_torch(gate, up)
     rows = _rows(gate), _rows(up)
     tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    out = _Swiglu.apply(*rows) if tracked else torch.ops.halfbyte.swiglu(*rows)
+    out = _Swiglu.apply(*rows) if tracked else _forward(*rows)
     return out.view(gate.shape)
 
 

@@ -102,4 +102,5 @@ def make_engine(
         max_batch=config.max_batch,
         kv_budget=config.kv_budget,
         max_waiting=config.max_waiting,
+        kv_dtype=config.kv_dtype,
     )

@@ -11,7 +11,10 @@ use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
-use halfbyte_core::ops::paged_attention::{AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, PagedAttention};
+use halfbyte_core::ops::gemv_4bit_chain::{Adapter, ChainPhase, ChainedProduct, Gemv4bitChain};
+use halfbyte_core::ops::paged_attention::{
+    AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, CodeScales, PagedAttention,
+};
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
 use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward, WeightGradient};
@@ -292,6 +295,110 @@ pub fn gemv_4bit_group(
     call(py, rows.x.device, |backend| backend.gemv_4bit_group(group))
 }
 
+#[derive(FromPyObject)]
+struct PyAdapter<'py> {
+    a: Bound<'py, PyAny>,
+    b: Bound<'py, PyAny>,
+    factors: Option<Bound<'py, PyAny>>,
+    scaling: f32,
+}
+
+#[derive(FromPyObject)]
+struct PyProduct<'py> {
+    packed: Bound<'py, PyAny>,
+    absmax: Bound<'py, PyAny>,
+    nested_absmax: Bound<'py, PyAny>,
+    nested_map: Bound<'py, PyAny>,
+    offset: f32,
+    bias: Option<Bound<'py, PyAny>>,
+    adapter: Option<PyAdapter<'py>>,
+    out: Bound<'py, PyAny>,
+}
+
+#[derive(FromPyObject)]
+pub struct PyPhase<'py> {
+    x: Bound<'py, PyAny>,
+    products: Vec<PyProduct<'py>>,
+    gated: bool,
+    norm: Option<Bound<'py, PyAny>>,
+    eps: f32,
+    residual: Option<Bound<'py, PyAny>>,
+    hidden: Option<Bound<'py, PyAny>>,
+}
+
+impl PyPhase<'_> {
+    /// What is read goes to `read`, what is written to `written`.
+    fn build(
+        &self,
+        quant_type: &str,
+        read: &mut Vec<Tensor>,
+        written: &mut Vec<Tensor>,
+    ) -> PyResult<ChainPhase<'static>> {
+        const OP: &str = "gemv_4bit_chain";
+        let rows = Rows4bit::read(OP, &self.x, quant_type, 64)?;
+        let mut input = |name, object: &Bound<'_, PyAny>| {
+            let tensor = Tensor::read(OP, name, object)?;
+            let borrowed = tensor.as_ref();
+            read.push(tensor);
+            PyResult::Ok(borrowed)
+        };
+        let mut products = Vec::new();
+        for product in &self.products {
+            let (absmax, map) = (Some(&product.nested_absmax), Some(&product.nested_map));
+            let weight = Weight::read(OP, &product.packed, &product.absmax, absmax, map, product.offset, &product.out)?;
+            // SAFETY: `gemv_4bit_chain` checks the outputs for overlap before anything runs.
+            let args = unsafe { rows.times(&weight) }?;
+            let bias = product.bias.as_ref().map(|bias| input("bias", bias)).transpose()?;
+            let adapter = match &product.adapter {
+                Some(adapter) => {
+                    let (rank, _) = read_matrix(OP, "lora_a", &adapter.a)?;
+                    let (a, b) = (input("lora_a", &adapter.a)?, input("lora_b", &adapter.b)?);
+                    let factors = adapter.factors.as_ref().map(|factors| input("factors", factors)).transpose()?;
+                    Some(Adapter::new(a, b, factors, adapter.scaling, rank))
+                }
+                None => None,
+            };
+            products.push(ChainedProduct::new(args, bias, adapter).map_err(to_py_err)?);
+            input("packed", &product.packed)?;
+            // Gate and up share what the pair writes.
+            if !self.gated || products.len() % 2 == 1 {
+                written.push(weight.out);
+            }
+        }
+        let norm = self.norm.as_ref().map(|norm| input("norm", norm)).transpose()?;
+        // An earlier phase may write it, as it writes x.
+        let residual = self.residual.as_ref().map(|residual| Tensor::read(OP, "residual", residual)).transpose()?;
+        let hidden = self.hidden.as_ref().map(|hidden| Tensor::read(OP, "hidden", hidden)).transpose()?;
+        // SAFETY: as above.
+        let scratch = hidden.as_ref().map(|hidden| unsafe { hidden.as_mut() });
+        written.extend(hidden);
+        let (norm, residual) = (norm.map(|norm| (norm, self.eps)), residual.map(|residual| residual.as_ref()));
+        ChainPhase::new(products, self.gated, norm, residual, scratch).map_err(to_py_err)
+    }
+}
+
+#[pyfunction]
+pub fn gemv_4bit_chain(
+    py: Python<'_>,
+    phases: Vec<PyPhase<'_>>,
+    quant_type: &str,
+    arrived: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "gemv_4bit_chain";
+    let (mut read, mut written) = (Vec::new(), vec![Tensor::read(OP, "arrived", arrived)?]);
+    let build = |phase: &PyPhase<'_>| phase.build(quant_type, &mut read, &mut written);
+    let phases = phases.iter().map(build).collect::<PyResult<Vec<_>>>()?;
+    check_overlap(OP, &read.iter().collect::<Vec<_>>(), &written.iter().collect::<Vec<_>>())?;
+    // SAFETY: the outputs were checked for overlap.
+    let chain = Gemv4bitChain::new(phases, unsafe { written[0].as_mut() }).map_err(to_py_err)?;
+    call(py, written[0].device, |backend| backend.gemv_4bit_chain(chain))
+}
+
+#[pyfunction]
+pub fn has_chains(device: u32) -> bool {
+    halfbyte_cuda::has_chains(device)
+}
+
 #[pyfunction]
 pub fn paged_attention(
     py: Python<'_>,
@@ -302,6 +409,8 @@ pub fn paged_attention(
     sin: Object<'_, '_>,
     keys: Object<'_, '_>,
     values: Object<'_, '_>,
+    key_scales: Option<Object<'_, '_>>,
+    value_scales: Option<Object<'_, '_>>,
     tables: Object<'_, '_>,
     lengths: Object<'_, '_>,
     window: i64,
@@ -323,7 +432,14 @@ pub fn paged_attention(
     let (tables, lengths) = (read("tables", tables)?, read("lengths", lengths)?);
     let (keys, values) = (read("keys", keys)?, read("values", values)?);
     let (partials, arrived, out) = (read("partials", partials)?, read("arrived", arrived)?, read("out", out)?);
-    check_overlap(OP, &[&q, &k, &v, &cos, &sin, &tables, &lengths], &[&keys, &values, &partials, &arrived, &out])?;
+    let scales = match (key_scales, value_scales) {
+        (None, None) => None,
+        (Some(keys), Some(values)) => Some((read("key_scales", keys)?, read("value_scales", values)?)),
+        _ => return Err(PyValueError::new_err(format!("{OP}: expected key_scales and value_scales, or neither"))),
+    };
+    let mut written = vec![&keys, &values, &partials, &arrived, &out];
+    written.extend(scales.iter().flat_map(|(keys, values)| [keys, values]));
+    check_overlap(OP, &[&q, &k, &v, &cos, &sin, &tables, &lengths], &written)?;
     let window = not_negative(OP, "window", window)?;
     let inputs = AttentionInputs {
         q: q.as_ref(),
@@ -339,6 +455,7 @@ pub fn paged_attention(
         AttentionOutputs {
             keys: keys.as_mut(),
             values: values.as_mut(),
+            scales: scales.as_ref().map(|(keys, values)| CodeScales { keys: keys.as_mut(), values: values.as_mut() }),
             partials: partials.as_mut(),
             arrived: arrived.as_mut(),
             out: out.as_mut(),

@@ -41,6 +41,8 @@ pub struct Pager {
     state: Mutex<AnyPager>,
     /// The first failure of the driver: what is queued is unknown from then on.
     broken: OnceLock<String>,
+    /// the parameters as they were read last
+    params: Mutex<Vec<Option<Tensor>>>,
     /// tensors whose memory is lent, by frame
     lent: Mutex<Vec<Option<Py<PyAny>>>>,
     /// device memory of the table in use
@@ -67,9 +69,10 @@ impl Pager {
         let state = opened.map_err(to_py_err)?;
         let frames = with_pager!(&state, pager => pager.frames().len());
         let lent = Mutex::new((0..frames).map(|_| None).collect());
+        let params = Mutex::new(vec![None; numels.len()]);
         let _table = table.map(|table| table.clone().unbind());
         let broken = OnceLock::new();
-        Ok(Self { device, numels, moments, state: Mutex::new(state), broken, lent, _table })
+        Ok(Self { device, numels, moments, state: Mutex::new(state), broken, params, lent, _table })
     }
 
     /// Bytes of device memory that the table of a CUDA pager takes.
@@ -82,6 +85,18 @@ impl Pager {
     #[staticmethod]
     fn host_budget() -> Option<u64> {
         host_budget()
+    }
+
+    fn reserve(&self, py: Python<'_>, bytes: usize) -> PyResult<Address> {
+        let memory = self.run(py, |state| with_pager!(state, pager => pager.device().reserve(bytes)))?;
+        Ok(memory.cpu)
+    }
+
+    fn is_near(&self) -> bool {
+        match &mut *self.lock() {
+            AnyPager::Cpu(_) => false,
+            AnyPager::Cuda(pager) => pager.device().is_near(),
+        }
     }
 
     fn frames(&self) -> Vec<FrameInfo> {
@@ -142,11 +157,15 @@ impl Pager {
         self.run(py, run)
     }
 
-    fn wait_for(&self, py: Python<'_>, param: usize) -> PyResult<()> {
-        if param >= self.numels.len() {
-            return Err(PyValueError::new_err(format!("wait_for: param must be one of the pager's, got {param}")));
+    fn wait_for(&self, py: Python<'_>, params: Vec<usize>) -> PyResult<()> {
+        if let Some(param) = params.iter().find(|&&param| param >= self.numels.len()) {
+            let message = format!("wait_for: params must be numbers of the pager's, got {param}");
+            return Err(PyValueError::new_err(message));
         }
-        self.run(py, |state| with_pager!(state, pager => pager.wait_for(param)))
+        self.run(py, |state| {
+            let mut params = params.iter();
+            with_pager!(state, pager => params.try_for_each(|&param| pager.wait_for(param)))
+        })
     }
 
     fn wait_for_all(&self, py: Python<'_>) -> PyResult<()> {
@@ -274,19 +293,35 @@ impl Pager {
         grad: Option<Object<'_, '_>>,
         rule: &Rule,
     ) -> PyResult<Target> {
+        let param = self.param(op, i, param)?;
+        let grad = grad.map(|grad| Tensor::read_beside(op, "grad", grad, &param)).transpose()?;
+        let &(lr, beta1, beta2, eps, weight_decay, step) = rule;
+        let scalars = AdamwScalars { lr, beta1, beta2, eps, weight_decay, step };
+        // SAFETY: only the address is taken; gradients and state are never a parameter's own memory.
+        let target = unsafe { Target::new(param.as_mut(), grad.as_ref().map(Tensor::as_ref), &scalars, self.moments) };
+        target.map_err(to_py_err)
+    }
+
+    /// Reading a tensor takes a call of Python's for each of its properties, and a step has hundreds of them: of a
+    /// parameter that is where it was only the layout is read again.
+    fn param(&self, op: &str, i: usize, param: Object<'_, '_>) -> PyResult<Tensor> {
+        // Python is never called with the lock held: it may let another thread run.
+        let params = || self.params.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = params()[i].clone();
+        if let Some(known) = known
+            && known.is_still(param)?
+        {
+            return Ok(known);
+        }
         let param = Tensor::read(op, "param", param)?;
-        let grad = grad.map(|grad| Tensor::read(op, "grad", grad)).transpose()?;
         let (numel, device) = (param.as_ref().numel(), param.device);
         if numel != self.numels[i] || device != self.device {
             let (expected, on) = (self.numels[i], self.device);
             let message = format!("{op}: param {i} must have {expected} elements on {on}, got {numel} on {device}");
             return Err(PyValueError::new_err(message));
         }
-        let &(lr, beta1, beta2, eps, weight_decay, step) = rule;
-        let scalars = AdamwScalars { lr, beta1, beta2, eps, weight_decay, step };
-        // SAFETY: only the address is taken; gradients and state are never a parameter's own memory.
-        let target = unsafe { Target::new(param.as_mut(), grad.as_ref().map(Tensor::as_ref), &scalars, self.moments) };
-        target.map_err(to_py_err)
+        params()[i] = Some(param.clone());
+        Ok(param)
     }
 
     fn scale(&self, op: &str, scale: &Tensor) -> PyResult<Address> {

@@ -11,7 +11,7 @@ use pyo3::sync::PyOnceLock;
 use crate::recording;
 
 /// What was read from one torch tensor; the tensor itself is kept alive by the caller's arguments.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Tensor {
     name: &'static str,
     ptr: usize,
@@ -28,8 +28,31 @@ pub struct Layout {
 
 impl Tensor {
     pub fn read(op: &str, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let py = object.py();
         let (dtype, device) = read_kind(op, name, object)?;
+        Self::read_contiguous(op, name, object, dtype, device)
+    }
+
+    /// As [`Tensor::read`], of what torch keeps where `other` is: a gradient beside its parameter.
+    pub fn read_beside(op: &str, name: &'static str, object: &Bound<'_, PyAny>, other: &Tensor) -> PyResult<Self> {
+        let dtype = read_dtype(op, name, &object.getattr(intern!(object.py(), "dtype"))?)?;
+        Self::read_contiguous(op, name, object, dtype, other.device)
+    }
+
+    /// Whether `object`, from which this was read, still has the memory and the layout that it had.
+    pub fn is_still(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = object.py();
+        let ptr: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        Ok(ptr == self.ptr && object.call_method0(intern!(py, "is_contiguous"))?.is_truthy()?)
+    }
+
+    fn read_contiguous(
+        op: &str,
+        name: &'static str,
+        object: &Bound<'_, PyAny>,
+        dtype: DType,
+        device: Device,
+    ) -> PyResult<Self> {
+        let py = object.py();
         if !object.call_method0(intern!(py, "is_contiguous"))?.is_truthy()? {
             let strides = object.call_method0(intern!(py, "stride"))?;
             return Err(PyValueError::new_err(format!("{op}: {name} must be contiguous, got strides {strides}")));

@@ -1,7 +1,7 @@
 //! The CPU backend: the plain loops, or their SIMD siblings where the processor has them.
 
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
@@ -9,6 +9,7 @@ use crate::ops::double_quantize::DoubleQuantize;
 use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
+use crate::ops::gemv_4bit_chain::Gemv4bitChain;
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
@@ -89,6 +90,11 @@ impl Backend for CpuBackend {
     fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
         args.into_products().for_each(|product| product.run_on_cpu(self.simd));
         Ok(())
+    }
+
+    fn gemv_4bit_chain(&self, args: Gemv4bitChain<'_>) -> Result<()> {
+        let got = args.arrived.device().to_string();
+        Err(Error::Argument { op: "gemv_4bit_chain", name: "arrived", expected: "on a GPU", got })
     }
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {

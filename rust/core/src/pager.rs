@@ -20,10 +20,14 @@
 //!
 //! The streams live as long as the pager (R1), no step waits on the host (R8), every wait is on an event and the
 //! default stream is not used unless it is the caller's (R11).
+//!
+//! A fault in the middle of an update can leave a page half written. No one gets to see it: a driver that had a fault
+//! fails every later call, and [`Pager::settle`], which comes before any reading, is one of them.
 
 mod budget;
 mod cpu;
 mod device;
+mod numa;
 pub mod schedule;
 pub mod simulated;
 

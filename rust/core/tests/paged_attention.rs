@@ -4,7 +4,9 @@ mod common;
 
 use common::{cast, normal};
 use half::{bf16, f16};
-use halfbyte_core::ops::paged_attention::{AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, PagedAttention};
+use halfbyte_core::ops::paged_attention::{
+    AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, CodeScales, PagedAttention,
+};
 use halfbyte_core::tensor::Float;
 use halfbyte_core::{Backend, CpuBackend, Result, TensorMut, TensorRef, parallel};
 
@@ -48,6 +50,11 @@ impl<T: Float> Case<T> {
     }
 
     fn run(&mut self) -> Result<Vec<T>> {
+        self.run_over(None)
+    }
+
+    /// Over the case's own cache, or over codes and scales of keys and of values.
+    fn run_over(&mut self, codes: Option<&mut [(Vec<u8>, Vec<f32>); 2]>) -> Result<Vec<T>> {
         let AttentionShape { batch, heads, head_dim, .. } = self.shape;
         let mut out = vec![T::from_f32(f32::NAN); batch * heads * head_dim];
         let mut partials = vec![0.0f32; self.shape.partials()];
@@ -61,9 +68,18 @@ impl<T: Float> Case<T> {
             tables: TensorRef::from_slice(&self.tables),
             lengths: TensorRef::from_slice(&self.lengths),
         };
+        let (keys, values, scales) = match codes {
+            None => (TensorMut::from_slice(&mut self.keys), TensorMut::from_slice(&mut self.values), None),
+            Some([(keys, key_scales), (values, value_scales)]) => {
+                let (of_keys, of_values) = (TensorMut::from_slice(key_scales), TensorMut::from_slice(value_scales));
+                let scales = CodeScales { keys: of_keys, values: of_values };
+                (TensorMut::from_slice(keys), TensorMut::from_slice(values), Some(scales))
+            }
+        };
         let outputs = AttentionOutputs {
-            keys: TensorMut::from_slice(&mut self.keys),
-            values: TensorMut::from_slice(&mut self.values),
+            keys,
+            values,
+            scales,
             partials: TensorMut::from_slice(&mut partials),
             arrived: TensorMut::from_slice(&mut arrived),
             out: TensorMut::from_slice(&mut out),
@@ -140,6 +156,39 @@ fn appends_the_new_token_and_nothing_else() {
     }
     case.run().unwrap();
     assert!(case.keys == keys && case.values == values);
+}
+
+/// A cache of codes of what another one holds gives nearly the same.
+#[test]
+fn codes_stand_for_numbers() {
+    let mut case = Case::<f32>::new(&[1, 17, 40], 4, 2, 16, 0);
+    let AttentionShape { blocks, kv_heads, head_dim, .. } = case.shape;
+    let mut caches = [case.keys.clone(), case.values.clone()].map(|cache| {
+        let mut codes = vec![0u8; cache.len()];
+        let mut scales = vec![0f32; blocks * kv_heads * BLOCK];
+        for (i, x) in cache.chunks(head_dim).enumerate() {
+            let (slot, head) = (i / kv_heads, i % kv_heads);
+            let scale = x.iter().fold(0.0, |most: f32, x| most.max(x.abs())) / 127.0;
+            scales[(slot / BLOCK * kv_heads + head) * BLOCK + slot % BLOCK] = scale;
+            for (x, code) in x.iter().zip(&mut codes[i * head_dim..]) {
+                *code = (128.0 + (x / scale).round()) as u8;
+            }
+        }
+        (codes, scales)
+    });
+    let exact = case.run().unwrap();
+    let coded = case.run_over(Some(&mut caches)).unwrap();
+    for (coded, exact) in coded.iter().zip(&exact) {
+        assert!((coded - exact).abs() < 0.05, "{coded} {exact}");
+    }
+    // The new token of the last row, as the other cache holds it.
+    let at = case.at(2, 39, 1);
+    for (codes, plain) in caches.iter().map(|(codes, _)| codes).zip([&case.keys, &case.values]) {
+        let most = plain[at..][..head_dim].iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+        for (&code, x) in codes[at..][..head_dim].iter().zip(&plain[at..]) {
+            assert!((f32::from(code) - 128.0 - x * 127.0 / most).abs() < 0.501);
+        }
+    }
 }
 
 #[test]

@@ -4,9 +4,9 @@
 #include "memory.cuh"
 #include "overlap.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 512;
 constexpr int GROUPS = 2; // 16-byte stores a thread, all their loads in flight at once
-constexpr int CTAS = 8;   // an SM: small tiles and all of its threads, so that few are left over at the end
+constexpr int CTAS = 4;   // an SM: small tiles and all of its threads, so that few are left over at the end
 
 // The codes of one 16-byte store: eight (4 bytes) or four (2 bytes).
 template <int COUNT>

@@ -7,7 +7,7 @@ use crate::launch::{Family, Geometry, Launcher, extent, family};
 const KERNELS: [&str; 3] = ["dequantize_4bit_f32", "dequantize_4bit_f16", "dequantize_4bit_bf16"];
 pub(crate) static FAMILY: Family = family!("dequantize_4bit", &KERNELS);
 
-pub(crate) const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 512;
 /// 16-byte stores a thread.
 pub(crate) const GROUPS: usize = 2;
 
@@ -22,7 +22,7 @@ pub(crate) fn launch(launcher: &Launcher, args: Dequantize4bit<'_>) -> Result<()
     launcher.launch(
         &FAMILY,
         KERNELS[dtype_index(dtype)],
-        Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true },
+        Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true, together: false },
         args![
             args.packed.ptr(),
             DeviceAbsmax::from(args.absmax),

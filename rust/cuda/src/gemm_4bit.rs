@@ -111,6 +111,7 @@ fn permute(launcher: &Launcher, args: &Gemm4bit<'_>) -> Result<()> {
         block: (extent(PERMUTE_THREADS), 1, 1),
         shared: 0,
         overlaps: true,
+        together: false,
     };
     launcher.launch(
         &FAMILY,
@@ -134,6 +135,7 @@ fn multiply(launcher: &Launcher, args: &Gemm4bit<'_>) -> Result<()> {
         block: (extent(128 * (tile.groups + 1)), 1, 1),
         shared: tile.shared + ALIGNMENT,
         overlaps: true,
+        together: false,
     };
     let (codebook, gain): (Codebook, f32) = codebook(args.product.quant_type);
     launcher.launch_clustered(

@@ -37,6 +37,8 @@ pub(crate) struct Geometry {
     pub shared: usize,
     /// The kernel itself waits for the one before it in the stream, so it may start before that has ended.
     pub overlaps: bool,
+    /// Its CTAs wait for each other, so all must run at once: the grid is no larger than the device holds.
+    pub together: bool,
 }
 
 /// One family's fatbin and the kernels that its launcher asks for.
@@ -102,6 +104,8 @@ pub(crate) struct Limits {
     pub multiprocessors: usize,
     /// most dynamic shared memory of a CTA, bytes
     pub shared: usize,
+    /// the NUMA node of the host that is nearest, where the driver says
+    pub numa_node: Option<u32>,
     /// Kernels were compiled for this generation, not only PTX for an older one.
     pub has_machine_code: bool,
 }
@@ -117,6 +121,8 @@ impl Limits {
             has_machine_code: has_machine_code(env!("HALFBYTE_BUILT_FOR"), capability),
             multiprocessors: read(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             shared: read(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+            // Drivers before CUDA 12.2 do not know the question, and -1 stands for none.
+            numa_node: read(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID).ok().and_then(|node| node.try_into().ok()),
         })
     }
 }
@@ -150,6 +156,10 @@ fn device_state(ordinal: u32) -> Result<&'static DeviceState> {
 }
 
 /// Gives the calling thread its current context back when dropped: torch reads the current device from it.
+///
+/// A thread without a context is on device 0 to torch, whose primary context the CUDA runtime would make current at
+/// its next call. That one is left current, as torch's matrix products warn where a thread, autograd's for one, has
+/// none.
 pub(crate) struct Bound {
     /// Null if the thread had none; absent if there is nothing to undo.
     previous: Option<sys::CUcontext>,
@@ -157,12 +167,15 @@ pub(crate) struct Bound {
 
 impl Bound {
     fn to(context: &CudaContext) -> std::result::Result<Self, DriverError> {
-        if result::ctx::get_current()? == Some(context.cu_ctx()) {
+        let previous = result::ctx::get_current()?;
+        if previous == Some(context.cu_ctx()) {
             return Ok(Self { previous: None });
         }
-        let bound = Self::restoring()?;
         context.bind_to_thread()?;
-        Ok(bound)
+        if previous.is_none() && context.ordinal() == 0 {
+            return Ok(Self { previous: None });
+        }
+        Ok(Self { previous: Some(previous.unwrap_or(ptr::null_mut())) })
     }
 
     /// Binds nothing, restores what is current now.
@@ -308,8 +321,9 @@ impl Launcher {
         let _bound = Bound::to(&self.state.context).map_err(fail)?;
         let function = self.state.function(family, kernel)?;
         let overlaps = geometry.overlaps && self.state.limits.capability >= (9, 0);
-        let mut attributes = [clusters_of(cluster), overlap()];
-        let attributes = &mut attributes[usize::from(cluster == 1)..];
+        let wanted =
+            [(cluster > 1).then(|| clusters_of(cluster)), overlaps.then(overlap), geometry.together.then(cooperation)];
+        let mut attributes: Vec<_> = wanted.into_iter().flatten().collect();
         let config = sys::CUlaunchConfig {
             gridDimX: geometry.grid.0,
             gridDimY: geometry.grid.1,
@@ -320,7 +334,7 @@ impl Launcher {
             sharedMemBytes: geometry.shared as u32,
             hStream: self.stream as usize as sys::CUstream,
             attrs: attributes.as_mut_ptr(),
-            numAttrs: u32::from(cluster > 1) + u32::from(overlaps),
+            numAttrs: attributes.len() as u32,
         };
         // An `Arg` is one address, and the driver only reads what they point to.
         let args: *mut *mut c_void = args.as_mut_ptr().cast();
@@ -368,7 +382,13 @@ impl Launcher {
         threads: u32,
         args: &mut [Arg<'_>],
     ) -> Result<()> {
-        let geometry = Geometry { grid: (extent(ctas), 1, 1), block: (threads, 1, 1), shared: 0, overlaps: false };
+        let geometry = Geometry {
+            grid: (extent(ctas), 1, 1),
+            block: (threads, 1, 1),
+            shared: 0,
+            overlaps: false,
+            together: false,
+        };
         self.launch(family, kernel, geometry, args)
     }
 }
@@ -389,6 +409,15 @@ fn overlap() -> sys::CUlaunchAttribute {
     let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
     attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
+}
+
+/// All CTAs at once, or an error.
+fn cooperation() -> sys::CUlaunchAttribute {
+    // SAFETY: all zeros is a valid attribute.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+    attribute.value.cooperative = 1;
     attribute
 }
 

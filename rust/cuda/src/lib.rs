@@ -15,6 +15,7 @@ mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
 mod paged_attention;
+mod paged_attention_mma;
 mod pager;
 mod quantize_4bit;
 mod quantize_blockwise;
@@ -32,6 +33,7 @@ use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
+use halfbyte_core::ops::gemv_4bit_chain::Gemv4bitChain;
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
@@ -66,6 +68,11 @@ pub fn status() -> std::result::Result<(), String> {
         return Err("this build has no CUDA kernels (there was no nvcc when it was built)".to_string());
     }
     launch::driver_status()
+}
+
+/// Whether `gemv_4bit_chain` has kernels for a device; false where there is none.
+pub fn has_chains(ordinal: u32) -> bool {
+    Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::runs_on(launcher.limits()))
 }
 
 /// The operations on one device, ordered on one stream.
@@ -113,6 +120,10 @@ impl Backend for CudaBackend {
 
     fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
         gemv_4bit::launch_group(&self.launcher, args)
+    }
+
+    fn gemv_4bit_chain(&self, args: Gemv4bitChain<'_>) -> Result<()> {
+        gemv_4bit_bulk::launch_chain(&self.launcher, &args)
     }
 
     fn gemv(&self, args: Gemv<'_>) -> Result<()> {

@@ -1,11 +1,15 @@
-use halfbyte_core::Result;
+use std::ffi::c_void;
+use std::ptr;
+
 use halfbyte_core::ops::paged_attention::{AttentionShape, MAX_PARTS, PagedAttention};
+use halfbyte_core::{DType, Result};
 
 use crate::args::{KernelArg, aligned_mut, args, dtype_index};
-use crate::launch::{Family, Geometry, Launcher, extent, family};
+use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
+use crate::paged_attention_mma;
 
-/// By lanes that share a token and heads of a CTA (any: rows on any boundary), then by dtype.
-const KERNELS: [&str; 27] = [
+/// By lanes that share a token and heads of a CTA (any: rows on any boundary; codes: those of 8 bits), then by dtype.
+const KERNELS: [&str; 30] = [
     "paged_attention_8_1_f32",
     "paged_attention_8_1_f16",
     "paged_attention_8_1_bf16",
@@ -33,6 +37,9 @@ const KERNELS: [&str; 27] = [
     "paged_attention_any_f32",
     "paged_attention_any_f16",
     "paged_attention_any_bf16",
+    "paged_attention_codes_f32",
+    "paged_attention_codes_f16",
+    "paged_attention_codes_bf16",
 ];
 pub(crate) static FAMILY: Family = family!("paged_attention", &KERNELS);
 
@@ -40,7 +47,29 @@ pub(crate) const WARPS: usize = 8;
 /// Elements that a lane loads at a time.
 pub(crate) const PER_LANE: usize = 8;
 
-/// `struct Shape` of paged_attention.cu.
+/// `struct Tensors` of paged_attention.cuh.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct DeviceTensors {
+    q: *const c_void,
+    k: *const c_void,
+    v: *const c_void,
+    cos: *const c_void,
+    sin: *const c_void,
+    tables: *const c_void,
+    lengths: *const c_void,
+    keys: *mut c_void,
+    values: *mut c_void,
+    key_scales: *mut c_void,
+    value_scales: *mut c_void,
+    partials: *mut c_void,
+    arrived: *mut c_void,
+    out: *mut c_void,
+}
+
+impl KernelArg for DeviceTensors {}
+
+/// `struct Shape` of paged_attention.cuh.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct DeviceShape {
@@ -55,9 +84,9 @@ struct DeviceShape {
 impl KernelArg for DeviceShape {}
 
 /// Place among the kernels of a dtype, and heads of a CTA.
-fn variant(shape: AttentionShape, vector: bool) -> (usize, usize) {
-    if !vector {
-        return (8, 1);
+fn variant(shape: AttentionShape, codes: bool, vector: bool) -> (usize, usize) {
+    if codes || !vector {
+        return (8 + usize::from(codes), 1);
     }
     let tile = [1, 4, 8].into_iter().position(|heads| shape.group() <= heads).unwrap_or(2);
     match shape.head_dim.div_ceil(PER_LANE) {
@@ -67,38 +96,59 @@ fn variant(shape: AttentionShape, vector: bool) -> (usize, usize) {
     }
 }
 
+/// The kernel for these arguments, and heads of a CTA.
+fn kernel(limits: Limits, args: &PagedAttention<'_>) -> (&'static Family, &'static str, usize) {
+    let (keys, values, codes) = (&args.outputs.keys, &args.outputs.values, args.outputs.scales.is_some());
+    let (dtype, head_dim) = (args.inputs.q.dtype(), args.shape.head_dim);
+    let vector = head_dim % PER_LANE == 0 && aligned_mut(keys, 16) && aligned_mut(values, 16);
+    let half = [DType::F16, DType::BF16].into_iter().position(|half| half == dtype);
+    let size = [64, 128].into_iter().position(|size| size == head_dim);
+    if let (true, Some(half), Some(size)) = (vector && limits.capability >= (8, 0), half, size) {
+        let kernel = paged_attention_mma::KERNELS[4 * usize::from(codes) + 2 * size + half];
+        return (&paged_attention_mma::FAMILY, kernel, paged_attention_mma::HEADS);
+    }
+    let (index, heads) = variant(args.shape, codes, vector);
+    (&FAMILY, KERNELS[3 * index + dtype_index(dtype)], heads)
+}
+
 pub(crate) fn launch(launcher: &Launcher, args: PagedAttention<'_>) -> Result<()> {
-    let (shape, inputs, outputs) = (args.shape, args.inputs, args.outputs);
+    let shape = args.shape;
     if shape.batch == 0 {
         return Ok(());
     }
-    let vector = shape.head_dim % PER_LANE == 0 && aligned_mut(&outputs.keys, 16) && aligned_mut(&outputs.values, 16);
-    let (index, heads) = variant(shape, vector);
+    let (family, kernel, heads) = kernel(launcher.limits(), &args);
+    let (inputs, outputs) = (args.inputs, args.outputs);
+    let scales = outputs.scales.as_ref();
     let tiles = shape.kv_heads * shape.group().div_ceil(heads);
     // Parts are taken in turns by so many CTAs as fill the device twice; which parts there are depends on the row.
     let ctas = (2 * launcher.limits().multiprocessors).div_ceil(tiles * shape.batch).clamp(1, MAX_PARTS);
     launcher.launch(
-        &FAMILY,
-        KERNELS[3 * index + dtype_index(inputs.q.dtype())],
+        family,
+        kernel,
         Geometry {
             grid: (extent(ctas), extent(tiles), extent(shape.batch)),
             block: (extent(32 * WARPS), 1, 1),
             shared: 0,
             overlaps: true,
+            together: false,
         },
         args![
-            inputs.q.ptr(),
-            inputs.k.ptr(),
-            inputs.v.ptr(),
-            inputs.cos.ptr(),
-            inputs.sin.ptr(),
-            inputs.tables.ptr(),
-            inputs.lengths.ptr(),
-            outputs.keys.ptr(),
-            outputs.values.ptr(),
-            outputs.partials.ptr(),
-            outputs.arrived.ptr(),
-            outputs.out.ptr(),
+            DeviceTensors {
+                q: inputs.q.ptr(),
+                k: inputs.k.ptr(),
+                v: inputs.v.ptr(),
+                cos: inputs.cos.ptr(),
+                sin: inputs.sin.ptr(),
+                tables: inputs.tables.ptr(),
+                lengths: inputs.lengths.ptr(),
+                keys: outputs.keys.ptr(),
+                values: outputs.values.ptr(),
+                key_scales: scales.map_or(ptr::null_mut(), |scales| scales.keys.ptr()),
+                value_scales: scales.map_or(ptr::null_mut(), |scales| scales.values.ptr()),
+                partials: outputs.partials.ptr(),
+                arrived: outputs.arrived.ptr(),
+                out: outputs.out.ptr(),
+            },
             DeviceShape {
                 heads: shape.heads as i32,
                 kv_heads: shape.kv_heads as i32,

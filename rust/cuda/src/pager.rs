@@ -120,6 +120,11 @@ impl CudaPages {
         self.update as u64
     }
 
+    /// Whether all host memory was taken from the NUMA node nearest to the device.
+    pub fn is_near(&self) -> bool {
+        !self.extents.is_empty() && self.extents.iter().all(Extent::is_near)
+    }
+
     fn stream(&self, stream: Stream) -> sys::CUstream {
         match stream {
             Stream::Compute => self.compute,
@@ -150,7 +155,7 @@ impl CudaPages {
     /// Whether nothing more can be pinned, or only not so much.
     fn cannot_pin(&self, bytes: usize, error: DriverError) -> Error {
         let held = self.extents.iter().map(Extent::bytes).sum::<usize>() as u64;
-        let small = Extent::reserve(PROBE_BYTES, 0, None).is_ok_and(|probe| {
+        let small = Extent::reserve(PROBE_BYTES, 0, None, None).is_ok_and(|probe| {
             let memory = probe.address() as usize as *mut c_void;
             // SAFETY: the probe outlives its registration.
             unsafe { register(memory, probe.bytes()).and_then(|()| sys::cuMemHostUnregister(memory).result()) }.is_ok()
@@ -161,9 +166,11 @@ impl CudaPages {
     }
 
     fn release(&mut self) -> std::result::Result<(), DriverError> {
+        // Not these streams alone: activations are copied to and from host memory on the caller's.
+        result::ctx::synchronize()?;
         for stream in [self.update, self.out, self.into] {
-            // SAFETY: they were created with this and nothing is queued any more after the first call.
-            unsafe { stream::synchronize(stream).and_then(|()| stream::destroy(stream)) }?;
+            // SAFETY: they were created with this and nothing is queued any more.
+            unsafe { stream::destroy(stream) }?;
         }
         for tables in self.tables.drain(..) {
             // SAFETY: allocated by malloc_host, and no copy from it is left.
@@ -203,7 +210,7 @@ impl PageDevice for CudaPages {
 
     fn reserve(&mut self, bytes: usize) -> Result<HostMemory> {
         let held = self.extents.iter().map(Extent::bytes).sum();
-        let extent = Extent::reserve(bytes, held, self.limit)?;
+        let extent = Extent::reserve(bytes, held, self.limit, self.launcher.limits().numa_node)?;
         let memory = HostMemory { cpu: extent.address(), device: self.pin(&extent)? };
         self.extents.push(extent);
         Ok(memory)

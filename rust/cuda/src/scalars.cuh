@@ -70,6 +70,22 @@ __device__ inline uint32_t narrow2<bf16>(float first, float second) {
 }
 #endif
 
+// The halves of such a register.
+template <typename T>
+__device__ float low(uint32_t pair) {
+    return widen(T{uint16_t(pair)});
+}
+
+template <typename T>
+__device__ float high(uint32_t pair) {
+    return widen(T{uint16_t(pair >> 16)});
+}
+
+template <>
+__device__ inline float high<bf16>(uint32_t pair) {
+    return __uint_as_float(pair & 0xffff0000u);
+}
+
 // What is left of a value once it has been stored as T.
 template <typename T>
 __device__ float rounded(float value) {

@@ -1,6 +1,7 @@
 // Bound by bytes: a 16-bit element is 6 B forward and 10 B backward; 8192 x 14336 takes 164 and 273 us at 4.3 TB/s.
 #include "memory.cuh"
 #include "overlap.cuh"
+#include "sigmoid.cuh"
 
 constexpr int THREADS = 256;
 constexpr int WIDTH = 8; // elements a thread
@@ -15,18 +16,6 @@ struct Place {
         row = unit / units, first = unit % units * WIDTH;
     }
 };
-
-// 1 / (1 + exp(-x)). In 16 bits by the approximations of the special function unit, whose errors of a few fp32 steps no
-// rounding to 16 bits shows; with exact functions the kernel would be bound by instructions.
-template <typename T>
-__device__ float sigmoid(float x) {
-    if constexpr (sizeof(T) == 4)
-        return __fdiv_rn(1.0f, 1.0f + expf(-x));
-    float power, reciprocal;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
-    asm("rcp.approx.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + power));
-    return reciprocal;
-}
 
 template <typename T>
 __device__ void swiglu(const T* gate, // [rows, columns], rows gate_stride apart

@@ -31,6 +31,7 @@ static SOURCES: &[Sources] = sources!(
     gemv_4bit_bulk,
     gemv_4bit_mma,
     paged_attention,
+    paged_attention_mma,
     quantize_4bit,
     quantize_blockwise,
     rms_norm,
@@ -110,10 +111,8 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),
         ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
-        ("paged_attention", "WARPS", crate::paged_attention::WARPS),
         ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
-        ("paged_attention", "BLOCK", halfbyte_core::ops::paged_attention::BLOCK),
-        ("paged_attention", "MAX_PARTS", halfbyte_core::ops::paged_attention::MAX_PARTS),
+        ("paged_attention_mma", "HEADS", crate::paged_attention_mma::HEADS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
         ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
@@ -125,6 +124,10 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("swiglu", "WIDTH", crate::swiglu::WIDTH),
     ];
     assert_eq!(constant(include_str!("pair_table.cuh"), "TABLE"), Some(crate::gemv_4bit_mma::TABLE));
+    let shared = include_str!("paged_attention.cuh");
+    assert_eq!(constant(shared, "WARPS"), Some(crate::paged_attention::WARPS));
+    assert_eq!(constant(shared, "BLOCK"), Some(halfbyte_core::ops::paged_attention::BLOCK));
+    assert_eq!(constant(shared, "MAX_PARTS"), Some(halfbyte_core::ops::paged_attention::MAX_PARTS));
     for (family, name, value) in expected {
         let source = SOURCES.iter().find(|sources| sources.family.name == family);
         assert_eq!(source.and_then(|source| constant(source.cuda, name)), Some(value), "{family}: {name}");

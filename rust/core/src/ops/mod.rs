@@ -8,6 +8,7 @@ pub mod double_quantize;
 pub mod gemm_4bit;
 pub mod gemv;
 pub mod gemv_4bit;
+pub mod gemv_4bit_chain;
 pub mod paged_attention;
 pub mod quantize_4bit;
 pub mod quantize_blockwise;

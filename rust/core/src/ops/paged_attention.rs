@@ -14,6 +14,14 @@
 //! window only, never on the batch. A length past the table's end counts as the table's length, a block past the
 //! cache's end as its last; rows that share a block they append to get one of the
 //! values.
+//!
+//! A cache of codes holds a byte for each element, and a scale for each token and head, of keys and of values:
+//!
+//! ```text
+//! scale   = max_i |x_i| / 127
+//! code_i  = 128 + clamp(round(x_i / scale), -127, 127)          round: half to even; NaN: 0
+//! x_i    ~= (code_i - 128) scale
+//! ```
 
 use crate::check::arg;
 use crate::error::{Error, Result};
@@ -73,13 +81,21 @@ pub struct AttentionInputs<'a> {
     pub lengths: TensorRef<'a>,
 }
 
+/// Of a cache of codes: f32 `[blocks, kv_heads, BLOCK]` each.
+#[derive(Debug)]
+pub struct CodeScales<'a> {
+    pub keys: TensorMut<'a>,
+    pub values: TensorMut<'a>,
+}
+
 /// What is written.
 #[derive(Debug)]
 pub struct AttentionOutputs<'a> {
-    /// q's dtype `[blocks, BLOCK, kv_heads, D]`
+    /// q's dtype, or u8 of codes, `[blocks, BLOCK, kv_heads, D]`
     pub keys: TensorMut<'a>,
-    /// q's dtype `[blocks, BLOCK, kv_heads, D]`
+    /// as keys
     pub values: TensorMut<'a>,
+    pub scales: Option<CodeScales<'a>>,
     /// f32 `[AttentionShape::partials]`; scratch
     pub partials: TensorMut<'a>,
     /// i32 `[B, heads]`; zeros, before and after
@@ -121,8 +137,18 @@ impl<'a> PagedAttention<'a> {
         int("lengths", inputs.lengths, batch, "one a row")?;
         let cache = blocks * BLOCK * kv_heads * head_dim;
         let cache_why = "blocks x 16 x kv_heads x head_dim";
-        float("keys", outputs.keys.as_ref(), cache, cache_why)?;
-        float("values", outputs.values.as_ref(), cache, cache_why)?;
+        let cached = |name, tensor, dtype| arg(OP, name, tensor).dtype(dtype)?.numel(cache, cache_why)?.on(device, "q");
+        let cache_dtype = if outputs.scales.is_some() { DType::U8 } else { dtype };
+        cached("keys", outputs.keys.as_ref(), cache_dtype)?;
+        cached("values", outputs.values.as_ref(), cache_dtype)?;
+        if let Some(CodeScales { keys, values }) = &outputs.scales {
+            let scales = |name, tensor| {
+                let scales = arg(OP, name, tensor).dtype(DType::F32)?;
+                scales.numel(blocks * kv_heads * BLOCK, "blocks x kv_heads x 16")?.on(device, "q")
+            };
+            scales("key_scales", keys.as_ref())?;
+            scales("value_scales", values.as_ref())?;
+        }
         float("out", outputs.out.as_ref(), batch * heads * head_dim, "that of q")?;
         int("arrived", outputs.arrived.as_ref(), batch * heads, "batch x heads")?;
         let partials = arg(OP, "partials", outputs.partials.as_ref()).dtype(DType::F32)?;
@@ -155,19 +181,21 @@ impl PagedAttention<'_> {
         let (q, k, v): (&[T], &[T], &[T]) = (q.as_slice(), k.as_slice(), v.as_slice());
         let (cos, sin): (&[T], &[T]) = (cos.as_slice(), sin.as_slice());
         let rows = Rows { tables: tables.as_slice(), lengths: lengths.as_slice(), shape, window: self.window };
-        let keys: &mut [T] = self.outputs.keys.into_slice();
-        let values: &mut [T] = self.outputs.values.into_slice();
+        let (key_scales, value_scales) = self.outputs.scales.map(|scales| (scales.keys, scales.values)).unzip();
+        let mut keys = Cached::<T>::new(self.outputs.keys, key_scales, shape);
+        let mut values = Cached::<T>::new(self.outputs.values, value_scales, shape);
         let (d, kv_heads, group) = (shape.head_dim, shape.kv_heads, shape.group());
         let turn = |row: usize| Rotation { cos: &cos[row * d..][..d], sin: &sin[row * d..][..d] };
+        let mut rotated = vec![T::from_f32(0.0); d];
         for row in (0..shape.batch).filter(|&row| rows.length(row) > 0) {
             let slot = rows.slot(row, rows.length(row) - 1);
             for head in 0..kv_heads {
-                let (from, to) = ((row * kv_heads + head) * d, (slot * kv_heads + head) * d);
-                turn(row).rotate(&k[from..][..d], &mut keys[to..][..d]);
-                values[to..][..d].copy_from_slice(&v[from..][..d]);
+                let from = (row * kv_heads + head) * d;
+                turn(row).rotate(&k[from..][..d], &mut rotated);
+                keys.put(slot, head, &rotated);
+                values.put(slot, head, &v[from..][..d]);
             }
         }
-        let (keys, values): (&[T], &[T]) = (keys, values);
         let out: &mut [T] = self.outputs.out.into_slice();
         let chunks = out.chunks_mut(group * d).enumerate();
         parallel::for_each(chunks, shape.batch * kv_heads, |(i, out)| {
@@ -176,19 +204,89 @@ impl PagedAttention<'_> {
             for (q, rotated) in q[i * group * d..].chunks(d).zip(rotated.chunks_mut(d)) {
                 turn(row).rotate(q, rotated);
             }
-            let at = |t: usize| (rows.slot(row, t) * kv_heads + head) * d;
-            let (key, value) = (|t| &keys[at(t)..][..d], |t| &values[at(t)..][..d]);
+            let tokens = Tokens { keys: &keys, values: &values, rows: &rows, row, head };
             match simd {
                 // SAFETY: the level was detected.
                 #[cfg(target_arch = "x86_64")]
-                Simd::Avx512 => unsafe { attend_avx512(&rotated, rows.span(row), key, value, out) },
+                Simd::Avx512 => unsafe { attend_avx512(&rotated, tokens, out) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                Simd::Avx2 => unsafe { attend_avx2(&rotated, rows.span(row), key, value, out) },
-                _ => attend(&rotated, rows.span(row), key, value, out),
+                Simd::Avx2 => unsafe { attend_avx2(&rotated, tokens, out) },
+                _ => attend(&rotated, tokens, out),
             }
         });
     }
+}
+
+/// All keys or all values of the cache.
+enum Cached<'a, T> {
+    Plain { elements: &'a mut [T], shape: AttentionShape },
+    Codes { codes: &'a mut [u8], scales: &'a mut [f32], shape: AttentionShape },
+}
+
+impl<'a, T: Float> Cached<'a, T> {
+    fn new(elements: TensorMut<'a>, scales: Option<TensorMut<'a>>, shape: AttentionShape) -> Self {
+        match scales {
+            None => Self::Plain { elements: elements.into_slice(), shape },
+            Some(scales) => Self::Codes { codes: elements.into_slice(), scales: scales.into_slice(), shape },
+        }
+    }
+
+    fn put(&mut self, slot: usize, head: usize, x: &[T]) {
+        match self {
+            Self::Plain { elements, shape } => {
+                elements[first_element(shape, slot, head)..][..x.len()].copy_from_slice(x)
+            }
+            Self::Codes { codes, scales, shape } => {
+                scales[scale_place(shape, slot, head)] = encode(x, &mut codes[first_element(shape, slot, head)..]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn read(&self, slot: usize, head: usize, out: &mut [f32]) {
+        match self {
+            Self::Plain { elements, shape } => {
+                let x = &elements[first_element(shape, slot, head)..];
+                x.iter().zip(out).for_each(|(x, out)| *out = x.to_f32());
+            }
+            Self::Codes { codes, scales, shape } => {
+                let scale = scales[scale_place(shape, slot, head)];
+                let codes = &codes[first_element(shape, slot, head)..];
+                codes.iter().zip(out).for_each(|(&code, out)| *out = (f32::from(code) - 128.0) * scale);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn first_element(shape: &AttentionShape, slot: usize, head: usize) -> usize {
+    (slot * shape.kv_heads + head) * shape.head_dim
+}
+
+#[inline(always)]
+fn scale_place(shape: &AttentionShape, slot: usize, head: usize) -> usize {
+    (slot / BLOCK * shape.kv_heads + head) * BLOCK + slot % BLOCK
+}
+
+/// x as codes; their scale is returned, NaN or Inf where x has one.
+fn encode<T: Float>(x: &[T], codes: &mut [u8]) -> f32 {
+    let largest = x.iter().map(|x| x.to_f32().abs().to_bits()).max().map_or(0.0, f32::from_bits);
+    let scale = largest / 127.0;
+    for (x, code) in x.iter().zip(codes) {
+        let rounded = (x.to_f32() / scale).round_ties_even() as i32;
+        *code = (128 + rounded.clamp(-127, 127)) as u8;
+    }
+    scale
+}
+
+/// The tokens of one row as one key head sees them.
+struct Tokens<'a, T> {
+    keys: &'a Cached<'a, T>,
+    values: &'a Cached<'a, T>,
+    rows: &'a Rows<'a>,
+    row: usize,
+    head: usize,
 }
 
 /// Where the rows' tokens lie.
@@ -236,46 +334,29 @@ impl<T: Float> Rotation<'_, T> {
 /// [`attend`] in the compiler's vectors of 512 bits; the same operations in the same order, hence the same bits.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn attend_avx512<'a, T: Float>(
-    q: &[T],
-    span: std::ops::Range<usize>,
-    key: impl Fn(usize) -> &'a [T],
-    value: impl Fn(usize) -> &'a [T],
-    out: &mut [T],
-) {
-    attend(q, span, key, value, out);
+unsafe fn attend_avx512<T: Float>(q: &[T], tokens: Tokens<'_, T>, out: &mut [T]) {
+    attend(q, tokens, out);
 }
 
 /// [`attend`] in the compiler's vectors of 256 bits.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn attend_avx2<'a, T: Float>(
-    q: &[T],
-    span: std::ops::Range<usize>,
-    key: impl Fn(usize) -> &'a [T],
-    value: impl Fn(usize) -> &'a [T],
-    out: &mut [T],
-) {
-    attend(q, span, key, value, out);
+unsafe fn attend_avx2<T: Float>(q: &[T], tokens: Tokens<'_, T>, out: &mut [T]) {
+    attend(q, tokens, out);
 }
 
-/// out `[group, D]` of the rotated queries `[group, D]` over the tokens of `span`; zeros where there are none.
+/// out `[group, D]` of the rotated queries `[group, D]` over the tokens of their row; zeros where there are none.
 #[inline(always)]
-fn attend<'a, T: Float>(
-    q: &[T],
-    span: std::ops::Range<usize>,
-    key: impl Fn(usize) -> &'a [T],
-    value: impl Fn(usize) -> &'a [T],
-    out: &mut [T],
-) {
-    let d = key(span.start).len();
+fn attend<T: Float>(q: &[T], tokens: Tokens<'_, T>, out: &mut [T]) {
+    let Tokens { keys, values, rows, row, head } = tokens;
+    let (d, span) = (rows.shape.head_dim, rows.span(row));
     let group = q.len() / d;
     let scale = 1.0 / (d as f32).sqrt();
     let q: Vec<f32> = q.iter().map(|q| q.to_f32()).collect();
     let mut wide = vec![0.0; d];
     let mut scores = vec![0.0; group * span.len()];
     for (t, scores) in span.clone().zip(scores.chunks_mut(group)) {
-        widen(key(t), &mut wide);
+        keys.read(rows.slot(row, t), head, &mut wide);
         for (q, score) in q.chunks(d).zip(scores) {
             *score = dot(q, &wide) * scale;
         }
@@ -284,22 +365,17 @@ fn attend<'a, T: Float>(
     let largest: Vec<f32> = (0..group).map(largest).collect();
     let (mut sums, mut weights) = (vec![0.0; group * d], vec![0.0; group]);
     for (t, scores) in span.zip(scores.chunks(group)) {
-        widen(value(t), &mut wide);
-        for head in 0..group {
-            let weight = (scores[head] - largest[head]).exp();
-            weights[head] += weight;
-            sums[head * d..][..d].iter_mut().zip(&wide).for_each(|(sum, value)| *sum += weight * value);
+        values.read(rows.slot(row, t), head, &mut wide);
+        for query in 0..group {
+            let weight = (scores[query] - largest[query]).exp();
+            weights[query] += weight;
+            sums[query * d..][..d].iter_mut().zip(&wide).for_each(|(sum, value)| *sum += weight * value);
         }
     }
     for (i, out) in out.iter_mut().enumerate() {
         let weight = weights[i / d];
         *out = T::from_f32(if weight > 0.0 || weight.is_nan() { sums[i] / weight } else { 0.0 });
     }
-}
-
-#[inline(always)]
-fn widen<T: Float>(from: &[T], to: &mut [f32]) {
-    from.iter().zip(to).for_each(|(from, to)| *to = from.to_f32());
 }
 
 /// Sixteen partial sums, so that the compiler can use vector registers of any width.

@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::{MmapMut, MmapOptions};
 
 use crate::error::{Error, Result};
 use crate::ops::adamw::Address;
+use crate::pager::numa;
 
 /// Share of what is available that the pager may take.
 const SHARE: f64 = 0.8;
@@ -59,11 +61,13 @@ fn group_headroom(root: &Path, text: &str) -> Option<u64> {
 #[derive(Debug)]
 pub struct Extent {
     memory: MmapMut,
+    near: bool,
 }
 
 impl Extent {
-    /// `held`: what the pager has already; `limit`: most bytes that it may have in all, where the caller sets one.
-    pub fn reserve(bytes: usize, held: usize, limit: Option<u64>) -> Result<Self> {
+    /// `held`: what the pager has already; `limit`: most bytes that it may have in all, where the caller sets one;
+    /// `node`: the NUMA node whose memory is wanted, if there is a choice.
+    pub fn reserve(bytes: usize, held: usize, limit: Option<u64>, node: Option<u32>) -> Result<Self> {
         let allowed = limit.map(|limit| limit.saturating_sub(held as u64));
         let available = [allowed, host_budget()].into_iter().flatten().min().unwrap_or(u64::MAX);
         let fail = |reason: String| Error::HostMemory { need: bytes as u64, held: held as u64, available, reason };
@@ -76,8 +80,13 @@ impl Extent {
             // Huge pages are quicker to pin, and a fork that copied pinned memory would break it; both only help.
             let _ = memory.advise(advice);
         }
-        touch(&mut memory);
-        Ok(Self { memory })
+        let near = touch(&mut memory, node);
+        Ok(Self { memory, near })
+    }
+
+    /// Whether it was taken from the node that was asked for, as far as that node had memory.
+    pub fn is_near(&self) -> bool {
+        self.near
     }
 
     pub fn bytes(&self) -> usize {
@@ -89,14 +98,21 @@ impl Extent {
     }
 }
 
-/// Makes every page present, so that pinning need not.
-fn touch(memory: &mut [u8]) {
+/// Makes every page present, so that pinning need not, by threads that run on `node`: a page comes from the memory of
+/// the processor that touches it first. Whether they all could run there.
+fn touch(memory: &mut [u8], node: Option<u32>) -> bool {
+    let processors = node.and_then(numa::processors).unwrap_or_default();
+    let near = AtomicBool::new(!processors.is_empty());
     let part = memory.len().div_ceil(TOUCHERS).max(SMALL_PAGE);
     std::thread::scope(|scope| {
         for part in memory.chunks_mut(part) {
-            scope.spawn(|| part.iter_mut().step_by(SMALL_PAGE).for_each(|byte| *byte = std::hint::black_box(0)));
+            scope.spawn(|| {
+                near.fetch_and(numa::run_on(&processors), Ordering::Relaxed);
+                part.iter_mut().step_by(SMALL_PAGE).for_each(|byte| *byte = std::hint::black_box(0));
+            });
         }
     });
+    near.into_inner()
 }
 
 #[cfg(test)]
@@ -127,9 +143,17 @@ mod tests {
 
     #[test]
     fn too_much_is_refused_in_words() {
-        let error = Extent::reserve(1 << 20, 1 << 20, Some(3 << 19)).map(|_| ()).expect_err("too much");
+        let error = Extent::reserve(1 << 20, 1 << 20, Some(3 << 19), None).map(|_| ()).expect_err("too much");
         let text = error.to_string();
         assert!(text.contains("1048576 bytes") && text.contains("524288"), "{text}");
-        assert!(Extent::reserve(1 << 20, 0, Some(1 << 20)).is_ok());
+        assert!(Extent::reserve(1 << 20, 0, Some(1 << 20), None).is_ok());
+    }
+    #[test]
+    fn memory_is_there_whatever_node_is_asked_for() {
+        for node in [None, Some(0), Some(9999)] {
+            let extent = Extent::reserve(3 << 20, 0, None, node).expect("there is memory");
+            assert_eq!(extent.bytes(), 3 << 20);
+            assert!(!extent.is_near() || node == Some(0));
+        }
     }
 }

@@ -34,7 +34,7 @@ impl PageDevice for CpuPages {
 
     fn reserve(&mut self, bytes: usize) -> Result<HostMemory> {
         let held: usize = self.extents.iter().map(Extent::bytes).sum();
-        let extent = Extent::reserve(bytes, held, self.limit)?;
+        let extent = Extent::reserve(bytes, held, self.limit, None)?;
         let cpu = extent.address();
         self.extents.push(extent);
         Ok(HostMemory { cpu, device: cpu })

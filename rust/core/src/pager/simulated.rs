@@ -12,6 +12,7 @@ use std::panic::Location;
 use crate::error::{Error, Result};
 use crate::ops::adamw::{Address, Update};
 use crate::pager::{HostMemory, PageDevice, Stream};
+use crate::tensor::Device;
 
 /// What freed memory holds.
 pub const POISON: u64 = 0xDBDB_DBDB_DBDB_DBDB;
@@ -82,6 +83,8 @@ pub struct Simulated {
     next_host: Address,
     /// reservations that succeed before one fails
     reservations: usize,
+    /// other calls that succeed before one fails
+    calls: usize,
     free: Vec<Address>,
     next_frame: Address,
     frame_bytes: usize,
@@ -107,6 +110,7 @@ impl Simulated {
             grads: vec![POISON; pages],
             next_host: HOST,
             reservations: usize::MAX,
+            calls: usize::MAX,
             free: Vec::new(),
             next_frame: frame_bytes as Address,
             frame_bytes,
@@ -126,6 +130,21 @@ impl Simulated {
     pub fn failing_after(mut self, count: usize) -> Self {
         self.reservations = count;
         self
+    }
+
+    /// Lets the call to the device after `count` fail, and all that follow, as a driver does after a fault.
+    pub fn break_after(&mut self, count: usize) {
+        self.calls = count;
+    }
+
+    fn count(&mut self) -> Result<()> {
+        let broken = || Error::Cuda {
+            what: "a call".to_string(),
+            device: Device::Cpu,
+            message: "the simulation says so".to_string(),
+        };
+        self.calls = self.calls.checked_sub(1).ok_or_else(broken)?;
+        Ok(())
     }
 
     /// The sites that asked to wait.
@@ -307,6 +326,7 @@ impl PageDevice for Simulated {
     }
 
     fn record(&mut self, stream: Stream) -> Result<u64> {
+        self.count()?;
         self.run_a_little();
         self.events += 1;
         self.push(stream, Work::Record(self.events));
@@ -315,6 +335,7 @@ impl PageDevice for Simulated {
 
     #[track_caller]
     fn wait(&mut self, stream: Stream, event: &u64) -> Result<()> {
+        self.count()?;
         if self.in_force(Location::caller()) {
             self.push(stream, Work::Wait(*event));
         }
@@ -323,6 +344,7 @@ impl PageDevice for Simulated {
 
     #[track_caller]
     fn is_done(&mut self, event: &u64) -> Result<bool> {
+        self.count()?;
         let in_force = self.in_force(Location::caller());
         self.run_a_little();
         Ok(!in_force || self.done.contains(event))
@@ -330,6 +352,7 @@ impl PageDevice for Simulated {
 
     #[track_caller]
     fn synchronize(&mut self, event: &u64) -> Result<()> {
+        self.count()?;
         if self.in_force(Location::caller()) {
             while !self.done.contains(event) {
                 if !self.advance() {
@@ -342,6 +365,7 @@ impl PageDevice for Simulated {
     }
 
     fn copy(&mut self, stream: Stream, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.count()?;
         for offset in (0..bytes).step_by(self.page_bytes) {
             let (from, to) = (from + offset as Address, to + offset as Address);
             self.push(stream, Work::Copy { from, to });
@@ -350,6 +374,7 @@ impl PageDevice for Simulated {
     }
 
     fn stage(&mut self, version: usize, update: &Update<'_>) -> Result<()> {
+        self.count()?;
         // The step's number travels where a real update has the address of its clipping factor.
         let table = Table { step: update.grad_scale, pages: update.pages.to_vec(), work: update.work.to_vec() };
         self.staged = table.step;
@@ -364,6 +389,7 @@ impl PageDevice for Simulated {
     }
 
     fn launch(&mut self, on_device: Range<usize>, on_host: Range<usize>) -> Result<()> {
+        self.count()?;
         let mut pages: Vec<usize> = on_device.chain(on_host).collect();
         while !pages.is_empty() {
             let chosen = self.below(pages.len());

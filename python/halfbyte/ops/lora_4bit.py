@@ -1,0 +1,181 @@
+"""lora_4bit: y = x W^T + s (x A^T) B^T for the 4-bit weights W of one input, and all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halfbyte import _core
+from halfbyte.ops.dequantize_4bit import values
+from halfbyte.ops.gemm_4bit import accepted, grad_x, is_dequantized, product
+from halfbyte.ops.quant_state import QuantState
+
+Weight = tuple[Tensor, QuantState]
+
+
+class _Lora4bit(torch.autograd.Function):
+    """All weights of one input in one node; saved are the input and what is as narrow as r."""
+
+    @staticmethod
+    def forward(ctx, weights, scaling, unread, x, *tensors):
+        outs, saved = _outputs(weights, scaling, unread, x, tensors)
+        ctx.save_for_backward(*saved)
+        ctx.weights, ctx.scaling, ctx.shape = weights, scaling, x.shape
+        ctx.dropped = len(tensors) > 2 * len(weights)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        count = len(ctx.weights)
+        hidden, a, *rest = ctx.saved_tensors
+        b, inputs = rest[:count], rest[count:]
+        ranks = [own.shape[1] for own in b]
+        grads = [_rows(grad) for grad in grads]
+        of_input = ctx.needs_input_grad[3]
+        # A kernel of ours first: it leaves autograd's thread a CUDA context, without which torch's
+        # products warn.
+        dense = _dequantized(ctx.weights, a.dtype) if of_input and a.is_cuda else None
+        grad_hidden = torch.empty_like(hidden)
+        parts = _parts(grad_hidden, ranks, 1)
+        for part, grad, own in zip(parts, grads, b, strict=True):
+            part.addmm_(grad, own, beta=0, alpha=ctx.scaling)
+        pairs = zip(grads, _parts(hidden, ranks, 1), strict=True)
+        grads_b = [_product_fp32(grad.t(), part) for grad, part in pairs]
+        total, grads_dropped = None, []
+        if ctx.dropped:
+            triples = list(zip(parts, inputs, _parts(a, ranks, 0), strict=True))
+            grads_a = [_product_fp32(part.t(), dropped) for part, dropped, _ in triples]
+            grads_dropped = [torch.mm(part, own).view(ctx.shape) for part, _, own in triples]
+        else:
+            grads_a = _parts(_product_fp32(grad_hidden.t(), inputs[0]), ranks, 0)
+            total = torch.mm(grad_hidden, a) if of_input else None
+        if of_input:
+            total = _add_grad_x(total, grads, ctx.weights, dense).view(ctx.shape)
+        return None, None, None, total, *grads_a, *grads_b, *grads_dropped
+
+
+def _outputs(
+    weights: Sequence[Weight], scaling: float, unread: bool, x: Tensor, tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and what the backward needs: hidden [M, sum of r], a, every b, the inputs."""
+    count, lead = len(weights), x.shape[:-1]
+    rows = _rows(x)
+    inputs = [_rows(dropped) for dropped in tensors[2 * count :]] or [rows]
+    a, *b = _narrowed(tensors[:count], tensors[count : 2 * count], x.dtype)
+    ranks = [own.shape[1] for own in b]
+    hidden = x.new_empty(rows.shape[0], a.shape[0])
+    parts = _parts(hidden, ranks, 1)
+    if len(inputs) == 1:
+        hidden.addmm_(inputs[0], a.t(), beta=0, alpha=scaling)
+    else:
+        for part, dropped, own in zip(parts, inputs, _parts(a, ranks, 0), strict=True):
+            part.addmm_(dropped, own.t(), beta=0, alpha=scaling)
+    if unread:
+        outs = [rows.new_zeros(()).expand(rows.shape[0], own.shape[0]) for own in b]
+    else:
+        outs = _products(rows, weights, parts, b)
+    return [out.view(*lead, out.shape[1]) for out in outs], [hidden, a, *b, *inputs]
+
+
+def _products(
+    rows: Tensor, weights: Sequence[Weight], hidden: Sequence[Tensor], b: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """rows W^T + hidden b^T for each weight."""
+    if not is_dequantized(rows, weights[0][1]):
+        triples = zip(weights, hidden, b, strict=True)
+        return [product(rows, *weight).addmm_(part, own.t()) for weight, part, own in triples]
+    sizes = [own.shape[0] for own in b]
+    out = rows.new_empty(rows.shape[0], sum(sizes))
+    outs = _parts(out, sizes, 1)
+    for narrow, part, own in zip(outs, hidden, b, strict=True):
+        narrow.addmm_(part, own.t(), beta=0)
+    # The large product comes last: it reads what it adds to while it multiplies.
+    out.addmm_(rows, _dequantized(weights, rows.dtype).t())
+    return outs
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _parts(x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
+    return (x,) if len(sizes) == 1 else torch.split_with_sizes(x, sizes, dim)
+
+
+def _narrowed(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """All a, one below the other, and every b, in the dtype of the products.
+
+    Gathered and then cast, which a GPU does faster than it casts them to where they belong.
+    """
+    if len(a) == 1:
+        return [a[0].to(dtype), b[0].to(dtype)]
+    gathered = torch.cat([own.reshape(-1) for own in (*a, *b)]).to(dtype)
+    columns, ranks = a[0].shape[1], [own.shape[0] for own in a]
+    numels = [
+        sum(ranks) * columns,
+        *(own.shape[0] * rank for own, rank in zip(b, ranks, strict=True)),
+    ]
+    below, *beside = torch.split_with_sizes(gathered, numels)
+    pairs = zip(beside, ranks, strict=True)
+    return [below.view(-1, columns), *(own.view(-1, rank) for own, rank in pairs)]
+
+
+def _dequantized(weights: Sequence[Weight], dtype: torch.dtype) -> Tensor:
+    """The weights one below the other, [sum of N, K]."""
+    if len(weights) == 1:
+        return values(*weights[0], dtype)
+    sizes = [state.shape[0] for _, state in weights]
+    whole = weights[0][0].new_empty(sum(sizes), weights[0][1].shape[1], dtype=dtype)
+    for (packed, state), out in zip(weights, _parts(whole, sizes, 0), strict=True):
+        _core.dequantize_4bit(packed, *state.scale_args(), state.quant_type, state.blocksize, out)
+    return whole
+
+
+def _add_grad_x(
+    total: Tensor | None, grads: Sequence[Tensor], weights: Sequence[Weight], dense: Tensor | None
+) -> Tensor:
+    """total + the sum of grad W, in total's memory; dense: the weights, where dequantized."""
+    if dense is None:
+        for grad, weight in zip(grads, weights, strict=True):
+            ours = grad_x(grad, *weight)
+            total = ours if total is None else total.add_(ours)
+        return total
+    for grad, weight in zip(grads, _parts(dense, [g.shape[1] for g in grads], 0), strict=True):
+        total = torch.mm(grad, weight) if total is None else total.addmm_(grad, weight)
+    return total
+
+
+def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """x y as it is accumulated: a parameter's gradient is not rounded to 16 bits first."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return torch.mm(x.float(), y.float())
+
+
+def lora_4bit(
+    x: Tensor,
+    weights: Sequence[Weight],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling: float,
+    dropped: Sequence[Tensor] = (),
+    unread: bool = False,
+) -> list[Tensor]:
+    """[x W^T + scaling (x a^T) b^T] for each weight with its adapter; differentiable in all floats.
+
+    x: [..., K], fp32, fp16 or bf16; under autocast it is cast to autocast's dtype. weights:
+    (packed, state) of W [N, K]. a: [r, K], b: [N, r], fp32, multiplied in x's dtype; their
+    gradients are fp32. dropped: instead of x for each a, x's shape. unread: only gradients are
+    asked for, the outputs may hold anything. Returns [..., N] each, in the (cast) dtype of x.
+
+    Raises what gemm_4bit raises.
+    """
+    x = accepted(x, *weights[0])
+    for packed, state in weights[1:]:
+        accepted(x, packed, state)
+    tensors = (*a, *b, *(other.to(x.dtype) for other in dropped))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+        return list(_Lora4bit.apply(weights, scaling, unread, x, *tensors))
+    return _outputs(weights, scaling, unread, x, tensors)[0]

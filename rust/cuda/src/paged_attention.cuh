@@ -1,0 +1,237 @@
+// What the attention kernels share: where a row's tokens lie, how its context is cut, and how the parts meet.
+#pragma once
+#include "memory.cuh"
+#include "overlap.cuh"
+#include "reduce.cuh"
+
+constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
+constexpr int BLOCK = 16;
+constexpr int MAX_PARTS = 32;
+constexpr int MIN_PART = 256;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LOWEST = -3.4028235e38f; // below every score, and its difference from one is a number
+
+struct Shape {
+    int heads, kv_heads, D, blocks, table, window;
+};
+
+// C: what the cache holds, T itself or codes of 8 bits, which have a scale for each token and head.
+template <typename T, typename C>
+struct Tensors {
+    const T* q;          // [B, heads, D]
+    const T* k;          // [B, kv_heads, D]
+    const T* v;          // [B, kv_heads, D]
+    const T* cos;        // [B, D]
+    const T* sin;        // [B, D]
+    const int* tables;   // [B, table]
+    const int* lengths;  // [B]
+    C* keys;             // [blocks, BLOCK, kv_heads, D]
+    C* values;           // [blocks, BLOCK, kv_heads, D]
+    float* key_scales;   // [blocks, kv_heads, BLOCK], of codes only
+    float* value_scales; // [blocks, kv_heads, BLOCK], of codes only
+    float* partials;     // [B, heads, MAX_PARTS, D], then their weights and largest scores
+    int* arrived;        // [B, heads], zeros
+    T* out;              // [B, heads, D]
+};
+
+// Element i of x [D] rotated, in x's dtype.
+template <typename T>
+__device__ T rotate(const T* x, const T* cos, const T* sin, int i, int D) {
+    const int partner = i < D / 2 ? i + D / 2 : i - D / 2;
+    const float a = __fmul_rn(widen(x[i]), widen(cos[i])), b = __fmul_rn(widen(x[partner]), widen(sin[i]));
+    return narrow<T>(__fadd_rn(rounded<T>(a), rounded<T>(b)));
+}
+
+// A row's context, cut by its own length, so that its result depends on nothing else. Parts begin with blocks.
+struct Cut {
+    int first, length, part_size, parts;
+
+    Cut() = default;
+    __device__ Cut(int length_, int most, int window) : length(max(0, min(length_, most))) {
+        first = window > 0 ? max(0, length - window) : 0;
+        const int span = length - start(), cut = (span + MAX_PARTS - 1) / MAX_PARTS;
+        part_size = max(1, (cut + MIN_PART - 1) / MIN_PART) * MIN_PART;
+        parts = (span + part_size - 1) / part_size;
+    }
+    __device__ int start() const { return first / BLOCK * BLOCK; }
+    __device__ int begin(int part) const { return max(first, start() + part * part_size); }
+    __device__ int end(int part) const { return min(start() + (part + 1) * part_size, length); }
+};
+
+// One warp: to [D] = 128 + x / scale; the scale gives the largest element 127 of them.
+template <typename X>
+__device__ void encode(const X& x, int D, uint8_t* to, float* scale_to) {
+    uint32_t largest = 0;
+    for (int i = lane_id(); i < D; i += 32)
+        largest = max(largest, magnitude(x(i)));
+    // NaN or Inf in the scale is what is left of one in x.
+    const float scale = __fdiv_rn(__uint_as_float(lanes_max(largest, 32)), 127.0f);
+    for (int i = lane_id(); i < D; i += 32) {
+        const int code = scale > 0 ? __float2int_rn(__fdiv_rn(x(i), scale)) : 0;
+        to[i] = uint8_t(128 + max(-127, min(code, 127)));
+    }
+    if (lane_id() == 0)
+        *scale_to = scale;
+}
+
+// The heads of a CTA: at most G of those that share a key head, in one row.
+template <typename T, typename C, int G>
+struct Tile {
+    const Tensors<T, C>& x;
+    const Shape& shape;
+    int row, kv_head, first_head, heads;
+
+    __device__ Tile(const Tensors<T, C>& x_, const Shape& shape_) : x(x_), shape(shape_) {
+        const int group = shape.heads / shape.kv_heads, tiles = (group + G - 1) / G, tile = blockIdx.y % tiles;
+        row = blockIdx.z, kv_head = blockIdx.y / tiles;
+        first_head = kv_head * group + tile * G, heads = min(G, group - tile * G);
+    }
+
+    __device__ int64_t first() const { return int64_t(row) * shape.heads + first_head; }
+    __device__ int token_stride() const { return shape.kv_heads * shape.D; }
+    // Of the row's token t, among all tokens of the cache.
+    __device__ int slot(int t) const {
+        const int listed = __ldcg(x.tables + int64_t(row) * shape.table + t / BLOCK);
+        return max(0, min(listed, shape.blocks - 1)) * BLOCK + t % BLOCK;
+    }
+    // Where a slot's key or value begins.
+    __device__ int64_t element(int slot) const { return int64_t(slot) * token_stride() + kv_head * shape.D; }
+    // Where a slot's scale lies.
+    __device__ int64_t scale(int slot) const {
+        return (int64_t(slot / BLOCK) * shape.kv_heads + kv_head) * BLOCK + slot % BLOCK;
+    }
+    __device__ Cut cut() const {
+        // Not through L1, which may be out of date once this kernel has waited for the one before it.
+        return Cut(__ldcg(x.lengths + row), shape.table * BLOCK, shape.window);
+    }
+
+    // Length and table are nearly always known before the kernel before this one has ended; what they name is moved
+    // to L2 meanwhile.
+    __device__ void prefetch() const {
+        const Cut guess = cut();
+        if (int(blockIdx.x) >= guess.parts)
+            return;
+        for (int t = guess.begin(blockIdx.x) + threadIdx.x; t < guess.end(blockIdx.x); t += THREADS) {
+            const int64_t at = element(slot(t));
+            for (int i = 0; i < shape.D; i += 128 / sizeof(C))
+                prefetch_l2(x.keys + at + i), prefetch_l2(x.values + at + i);
+            if (sizeof(C) == 1 && t % BLOCK == 0)
+                prefetch_l2(x.key_scales + scale(slot(t))), prefetch_l2(x.value_scales + scale(slot(t)));
+        }
+    }
+
+    __device__ T query(int head, int d) const {
+        return rotate(x.q + (first() + head) * shape.D, x.cos + int64_t(row) * shape.D, x.sin + int64_t(row) * shape.D,
+                      d, shape.D);
+    }
+
+    // The new token as the cache holds it.
+    __device__ void make_new(C* key, C* value, float* key_scale, float* value_scale) const {
+        const T* k = x.k + (int64_t(row) * shape.kv_heads + kv_head) * shape.D;
+        const T* v = x.v + (int64_t(row) * shape.kv_heads + kv_head) * shape.D;
+        const T *cos = x.cos + int64_t(row) * shape.D, *sin = x.sin + int64_t(row) * shape.D;
+        if constexpr (sizeof(C) == 1) {
+            if (threadIdx.x / 32 == 0)
+                encode([&](int i) { return widen(rotate(k, cos, sin, i, shape.D)); }, shape.D, key, key_scale);
+            if (threadIdx.x / 32 == 1)
+                encode([&](int i) { return widen(v[i]); }, shape.D, value, value_scale);
+        } else {
+            for (int i = threadIdx.x; i < shape.D; i += THREADS)
+                key[i] = rotate(k, cos, sin, i, shape.D), value[i] = v[i];
+        }
+    }
+
+    __device__ void store_zeros() const {
+        for (int i = threadIdx.x; i < heads * shape.D; i += THREADS)
+            x.out[first() * shape.D + i] = narrow<T>(0.0f);
+    }
+};
+
+// Where the sums of a CTA's warps, and then those of a row's parts, meet; in a fixed order.
+template <int G, int MAX_D>
+struct Meeting {
+    float sums[WARPS][G][MAX_D];
+    float largest[WARPS][G], weights[WARPS][G], factors[G][MAX_PARTS];
+    bool last;
+
+    template <typename T, typename C>
+    __device__ float* sums_of_parts(const Tile<T, C, G>& tile) const {
+        return tile.x.partials + tile.first() * MAX_PARTS * tile.shape.D;
+    }
+
+    template <typename T, typename C>
+    __device__ float2* scales_of_parts(const Tile<T, C, G>& tile) const {
+        const int64_t heads = int64_t(gridDim.z) * tile.shape.heads;
+        return reinterpret_cast<float2*>(tile.x.partials + heads * MAX_PARTS * tile.shape.D) + tile.first() * MAX_PARTS;
+    }
+
+    // The warps' sums of a part; of the only part the result.
+    template <typename T, typename C>
+    __device__ void add_warps(const Tile<T, C, G>& tile, int part, int parts) {
+        const int D = tile.shape.D;
+        T* out = tile.x.out + tile.first() * D;
+        __syncthreads();
+        for (int i = threadIdx.x; i < tile.heads * D; i += THREADS) {
+            const int head = i / D, d = i % D;
+            float top = largest[0][head];
+#pragma unroll
+            for (int w = 1; w < WARPS; ++w)
+                top = fmaxf(top, largest[w][head]);
+            float total = 0, total_weight = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                const float keep = exp2f(largest[w][head] - top);
+                total = fmaf(sums[w][head][d], keep, total);
+                total_weight = fmaf(weights[w][head], keep, total_weight);
+            }
+            if (parts == 1) {
+                out[i] = narrow<T>(total / total_weight);
+                continue;
+            }
+            sums_of_parts(tile)[(head * MAX_PARTS + part) * D + d] = total;
+            if (d == 0)
+                scales_of_parts(tile)[head * MAX_PARTS + part] = make_float2(total_weight, top);
+        }
+        __syncthreads();
+    }
+
+    // By the CTA that comes last.
+    template <typename T, typename C>
+    __device__ void add_parts(const Tile<T, C, G>& tile, int parts) {
+        const int D = tile.shape.D;
+        __threadfence();
+        __syncthreads();
+        int* count = tile.x.arrived + tile.first();
+        if (threadIdx.x == 0) {
+            last = atomicAdd(count, 1) == min(int(gridDim.x), parts) - 1;
+            if (last)
+                *count = 0;
+        }
+        __syncthreads();
+        if (!last)
+            return;
+        __threadfence();
+        for (int head = threadIdx.x / 32; head < tile.heads; head += WARPS) {
+            // A lane has a part: MAX_PARTS is 32.
+            const float2 scales = lane_id() < parts ? __ldcg(scales_of_parts(tile) + head * MAX_PARTS + lane_id())
+                                                    : make_float2(0, LOWEST);
+            float top = scales.y;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+                top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
+            const float keep = exp2f(scales.y - top);
+            factors[head][lane_id()] = keep / warp_sum(scales.x * keep);
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < tile.heads * D; i += THREADS) {
+            const int head = i / D;
+            const float* from = sums_of_parts(tile) + int64_t(head) * MAX_PARTS * D + i % D;
+            float total = 0;
+#pragma unroll 8
+            for (int part = 0; part < parts; ++part)
+                total = fmaf(__ldcg(from + part * D), factors[head][part], total);
+            tile.x.out[tile.first() * D + i] = narrow<T>(total);
+        }
+    }
+};
