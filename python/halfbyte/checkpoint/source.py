@@ -69,8 +69,9 @@ class Source(ABC):
         out = torch.empty(tensor.shape, dtype=dtype, device=device)
         flat, start = out.view(-1), 0
         for piece in self.pieces(tensor, staging):
-            # Cast here: a copy that casts would take memory of the device for the larger dtype.
-            flat[start : start + piece.numel()].copy_(piece.to(dtype), non_blocking=True)
+            # A copy that is not waited for casts on the device, which takes memory there.
+            ahead = piece.is_pinned() and piece.dtype == dtype
+            flat[start : start + piece.numel()].copy_(piece, non_blocking=ahead)
             start += piece.numel()
         return out
 
