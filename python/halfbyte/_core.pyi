@@ -13,6 +13,7 @@ Letters: n elements, M rows of x, N out_features, K in_features. "float" is floa
 bfloat16. A block is ``blocksize`` consecutive elements of the flat tensor; the last may be short.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -363,6 +364,12 @@ def codebook(quant_type: str) -> list[float]:
 
 def dynamic_map(signed: bool) -> list[float]:
     """The 256 values of the dynamic 8-bit map, ascending."""
+
+def read_file(path: str | os.PathLike[str], offset: int, out: Tensor) -> int:
+    """Fill out (uint8, on the CPU) with a file's bytes from `offset` on, by all threads.
+
+    Returns how many there were, fewer than out has where the file ends. Raises OSError.
+    """
 
 def cuda_build() -> dict[str, str | list[str]] | None:
     """``{"nvcc": version, "archs": [...]}`` of the embedded kernels, None in a CPU-only build."""

@@ -1,6 +1,9 @@
 //! The functions of `halfbyte._core`; shapes, dtypes and errors are described in `_core.pyi`.
 
+use std::path::PathBuf;
+
 use halfbyte_core::codebook as maps;
+use halfbyte_core::file::ReadFile;
 use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
@@ -668,6 +671,14 @@ pub fn codebook(quant_type: &str) -> PyResult<Vec<f32>> {
 #[pyfunction]
 pub fn dynamic_map(signed: bool) -> Vec<f32> {
     maps::dynamic_map(signed).to_vec()
+}
+
+#[pyfunction]
+pub fn read_file(py: Python<'_>, path: PathBuf, offset: u64, out: Object<'_, '_>) -> PyResult<usize> {
+    let out = Tensor::read("read_file", "out", out)?;
+    // SAFETY: there is no other tensor.
+    let reading = ReadFile::new(unsafe { out.as_mut() }).map_err(to_py_err)?;
+    Ok(py.detach(|| reading.run(&path, offset))?)
 }
 
 #[pyfunction]
