@@ -287,6 +287,21 @@ def paged_attention(
     [B * heads * 32 * (D + 2)], scratch. arrived: int32 [B, heads], zeros before and after.
     """
 
+def draw(
+    scores: Tensor,
+    settings: Tensor,
+    top_k: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    tokens: Tensor,
+) -> None:
+    """A token for each row of scores, by filters and a draw that only the row decides.
+
+    scores: float32 [B, V], V at most 2^18. settings: float32 [B, 3], temperature, top_p and min_p.
+    top_k: int32 [B], off from V on. keys, positions: int32 [B, 2], the halves of 64 bits, low ones
+    first. tokens: int32 [B], out.
+    """
+
 def cross_entropy(
     logits: Tensor, labels: Tensor, losses: Tensor, vocab: int, divisor: Tensor | None = None
 ) -> None:
