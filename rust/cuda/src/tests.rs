@@ -99,6 +99,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("double_quantize", "LANES", halfbyte_core::ops::double_quantize::MEAN_LANES),
         ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
         ("gemm_4bit", "LINE", crate::gemm_4bit::LINE),
+        ("gemm_4bit", "MAX_PARTS", crate::gemm_4bit::MAX_PARTS),
         ("gemm_4bit", "MAX_SPLITS", crate::gemm_4bit::MAX_SPLITS),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
