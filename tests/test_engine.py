@@ -266,6 +266,16 @@ def test_gpu_graph_equals_eager(gpu_model, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_gpu_threads_capture_what_another_one_called(gpu_model):
+    """A step is called on this thread, then by the engine's own, which never computed before."""
+    engine = Engine(gpu_model, max_batch=2)
+    expected = engine.generate([1, 2, 3], max_new_tokens=2).token_ids
+    got = asyncio.run(engine.agenerate([1, 2, 3], max_new_tokens=40)).token_ids
+    steps = engine._scheduler.decode.steps.values()
+    assert got[:2] == expected and any(step.captured for step in steps)
+
+
+@pytest.mark.gpu
 def test_gpu_any_mix_equals_each_alone(gpu_model):
     expected = [
         Engine(gpu_model, max_batch=1).generate(prompt, sampling).token_ids

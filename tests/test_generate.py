@@ -17,7 +17,7 @@ from halfbyte.errors import ContextLengthError
 from halfbyte.generate import StopStrings, generate, stream
 from halfbyte.kv_cache import CacheStep
 from halfbyte.models import Decoder, DecoderConfig, Output
-from halfbyte.sampling import NOT_FINITE, Kind, Sampling, SamplingRows, filtered, seed_key, uniform
+from halfbyte.sampling import NOT_FINITE, Kind, Sampling, SamplingRows
 from halfbyte.tokenizer import Tokenizer
 
 VOCAB = 260  # 256 bytes and four special tokens
@@ -328,76 +328,6 @@ def test_temperature_sharpens():
     assert set(draws(logits * 1e30, 50, temperature=1e-30)) == {2}
 
 
-def test_uniform_is_uniform_in_seed_and_position():
-    keys = torch.tensor([seed_key(seed) for seed in range(100)])
-    values = uniform(keys[:, None], torch.arange(100)).flatten()
-    assert 0 <= values.min() and values.max() < 1
-    assert torch.histc(values, 20, 0, 1).sub(500).abs().max() < 5 * math.sqrt(500)
-    grid = values.reshape(100, 100) - 0.5
-    for other in (grid.roll(1, 0), grid.roll(1, 1)):  # neighbours in seed and in position
-        assert abs((grid * other).mean() * 12) < 0.05
-    assert uniform(keys[3], torch.tensor(5)) != uniform(keys[5], torch.tensor(3))
-
-
-def test_uniform_is_splitmix():
-    """The definition in unbounded integers, also for seeds that no int64 holds."""
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-        return x ^ (x >> 31)
-
-    golden = 0x9E3779B97F4A7C15
-    for seed in (0, 1, 2**63 + 5, 2**70 + 3):
-        key = mix((seed + 1) * golden % 2**64)
-        for position in (0, 1, 77, 10**6):
-            expected = (mix((key + position * golden) % 2**64) >> 16) / 2**48
-            assert uniform(torch.tensor(seed_key(seed)), torch.tensor(position)) == expected
-
-
-def kept_tokens(scores: torch.Tensor, sampling: Sampling) -> list[set[int]]:
-    n, vocab = scores.shape
-    left = filtered(
-        scores,
-        torch.full((n,), min(sampling.top_k or vocab, vocab)),
-        torch.full((n,), sampling.top_p),
-        torch.full((n,), sampling.min_p),
-    )
-    alive = left.isfinite()
-    assert torch.equal(left[alive], scores[alive])
-    return [set(row.nonzero()[:, 0].tolist()) for row in alive]
-
-
-FILTERS = [
-    {"top_k": 7},
-    {"top_k": 100},
-    {"top_p": 0.8},
-    {"top_p": 1e-9},
-    {"min_p": 0.1},
-    {"min_p": 1.0},
-    {"top_k": 20, "top_p": 0.7},
-    {"top_k": 9, "top_p": 0.95, "min_p": 0.05},
-]
-
-
-@pytest.mark.parametrize("fields", FILTERS, ids=str)
-def test_filters_keep_what_transformers_keeps(fields):
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
-    scores = torch.randn(16, 60, generator=torch.Generator().manual_seed(4)) * 2
-    warpers = []
-    if "top_k" in fields:
-        warpers.append(transformers.TopKLogitsWarper(fields["top_k"]))
-    if "top_p" in fields:
-        warpers.append(transformers.TopPLogitsWarper(fields["top_p"]))
-    if "min_p" in fields:
-        warpers.append(transformers.MinPLogitsWarper(fields["min_p"]))
-    expected = scores
-    for warper in warpers:
-        expected = warper(None, expected)
-    wanted = [set(row.isfinite().nonzero()[:, 0].tolist()) for row in expected]
-    assert kept_tokens(scores, Sampling(temperature=1.0, **fields)) == wanted
-
-
 def test_every_row_has_its_own_settings():
     """Rows of one batch get what each gets alone, whatever the others ask for."""
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(8)) * 3
@@ -414,7 +344,7 @@ def test_every_row_has_its_own_settings():
     kind = Kind()
     for sampling in settings:
         kind = kind | sampling.kind
-    assert kind == Kind(True, True, True, True)
+    assert kind == Kind(True, True, True)
     together = rows.sample(logits, torch.full((6,), 5), 0, kind).tokens.tolist()
     for row, sampling in enumerate(settings):
         part = {"prompts": prompts[:1], "replies": replies[:1]}

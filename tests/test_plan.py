@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
-from halfbyte import Linear4bit, LoraConfig, checkpoint, lora
+from halfbyte import Linear4bit, LoraConfig, _core, checkpoint, lora
 from halfbyte.cli import app
 from halfbyte.errors import HalfbyteError
-from halfbyte.models import Decoder, DecoderConfig
+from halfbyte.models import Decoder, DecoderConfig, recompute
 from halfbyte.ops.quant_state import Nested, QuantState
 from halfbyte.plan import Setup, footprint, parse_bytes, plan
 
@@ -47,41 +48,51 @@ def config(size: str) -> DecoderConfig:
     return DecoderConfig.from_dict(raw_config(size))
 
 
-# LoRA parameters in millions at r = 64, GB of fp32 state, KB a token of checkpoints and of the
-# recomputed layer: computed by hand from the shapes.
+# LoRA parameters in millions at r = 64, GB of fp32 state, KB a token of checkpoints: computed by
+# hand from the shapes.
 PUBLISHED = {
-    "7B": (159.9, 1.28, 262, 154),
-    "13B": (250.3, 2.00, 410, 193),
-    "33B": (487.6, 3.90, 799, 250),
-    "65B": (799.5, 6.40, 1311, 307),
+    "7B": (159.9, 1.28, 262),
+    "13B": (250.3, 2.00, 410),
+    "33B": (487.6, 3.90, 799),
+    "65B": (799.5, 6.40, 1311),
 }
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_sizes_of_llama(size):
-    lora, state, checkpoints, recompute = PUBLISHED[size]
+    lora, state, checkpoints = PUBLISHED[size]
     found = footprint(config(size), Setup(seq=1000))
     assert found.adapter / 4e6 == pytest.approx(lora, rel=1e-3)
     assert found.state / 1e9 == pytest.approx(state, rel=3e-3)
     assert found.checkpoints / 1e6 == pytest.approx(checkpoints, rel=3e-3)
-    assert found.recompute / 1e6 == pytest.approx(recompute, rel=5e-3)
     eight = footprint(config(size), Setup(seq=1000, optim="8bit"))
     assert eight.state / found.state == pytest.approx(2.03 / 8, rel=1e-3)
 
 
-# GB of torch.cuda.max_memory_allocated in a step on an H200, 7B at r = 64, state on the host.
-@pytest.mark.parametrize("batch, measured", [(1, 5.403), (4, 5.654)])
-def test_a_measured_peak_is_met(batch, measured):
-    peak = footprint(config("7B"), Setup(seq=512, batch=batch)).without_state().peak
-    assert peak / 1e9 == pytest.approx(measured, rel=0.01)
+def measured() -> dict[str, dict]:
+    """The newest row of each model that was trained under a cap."""
+    lines = (Path(__file__).parents[1] / "benches/results/paging.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["bench"] == "paging_capped"]
+    return {row["model"].upper(): row for row in rows}
+
+
+@pytest.mark.parametrize("size", ["7B", "33B", "65B"])
+def test_measured_peaks_are_met(size):
+    row = measured()[size]
+    planned = footprint(config(size), Setup(seq=row["seq"], batch=row["batch"], r=row["r"]))
+    peak = planned.without_state().peak + row["stats"]["device_bytes"]
+    assert peak / 1e9 == pytest.approx(row["peak_gb"], rel=0.05)
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of every tensor that lives, and the most there were, workspaces of kernels added."""
+    """Bytes of every tensor beside the model's, and the most there were; workspaces of kernels
+    count.
+    """
 
-    def __init__(self):
+    def __init__(self, model):
         super().__init__()
-        self.live, self.total, self.most = {}, 0, 0
+        self.live = {param.untyped_storage()._cdata: 0 for param in model.parameters()}
+        self.total = self.most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outs = func(*args, **(kwargs or {}))
@@ -135,9 +146,12 @@ def test_activations_are_those_of_a_traced_step(monkeypatch, size, batch, seq, r
     # Python takes a GPU's way; what kernels do is not traced.
     monkeypatch.setattr(FakeTensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(FakeTensor, "is_cpu", False, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(recompute, "_random_state", lambda device: 0)
+    monkeypatch.setattr(_core, "dequantize_4bit", lambda *_: None)
     with FakeTensorMode():
         model = fake_model(config, r)
-        with Meter() as meter:
+        with Meter(model) as meter:
             ids = torch.zeros(batch, seq, dtype=torch.int64)
             model(ids, labels=ids, num_items=1).loss.backward()
     found = footprint(config, Setup(seq=seq, batch=batch, r=r))
@@ -162,8 +176,8 @@ def test_rungs_free_memory_and_the_longest_sequence_just_fits():
 
 def test_what_has_to_be_paged():
     setup = Setup(seq=512)
-    needs = {gpu: plan(config("7B"), setup, parse_bytes(gpu)).needed for gpu in ("24GB", "6GB")}
-    assert needs == {"24GB": "nothing paged", "6GB": "state paged"}
+    needs = {gpu: plan(config("7B"), setup, parse_bytes(gpu)).needed for gpu in ("24GB", "6.5GB")}
+    assert needs == {"24GB": "nothing paged", "6.5GB": "state paged"}
     assert plan(config("7B"), setup, parse_bytes("4GB")).needed is None
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 
 from halfbyte import Linear4bit, quantize_4bit
+from halfbyte.capture import Captured
 from halfbyte.ops import gemm_4bit
 from halfbyte.recording import record
 
@@ -105,3 +108,21 @@ def test_an_error_ends_the_recording():
     assert torch.isfinite(gemm_4bit(torch.ones(1, 128), packed, state)).all()
     recording, _ = record(lambda: None)
     assert recording._steps == []
+
+
+@torch.inference_mode()
+def test_who_captures_has_called_before_on_the_same_thread():
+    x, calls = torch.ones(3), []
+    captured = Captured(lambda: (calls.append(1), x + 1)[1], torch.device("cpu"), None)
+    assert torch.equal(captured(), x + 1)
+
+    def elsewhere() -> bool:
+        with torch.inference_mode():
+            assert torch.equal(captured(), x + 1)
+        return captured.captured is not None
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(elsewhere).result()
+        assert pool.submit(elsewhere).result()
+    x.fill_(5)
+    assert torch.equal(captured(), x + 1) and len(calls) == 3, "a replay by now"

@@ -13,7 +13,9 @@ Letters: n elements, M rows of x, N out_features, K in_features. "float" is floa
 bfloat16. A block is ``blocksize`` consecutive elements of the flat tensor; the last may be short.
 """
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -244,6 +246,16 @@ def gemm_4bit(
     goes together.
     """
 
+def gemv_4bit_chain(phases: Sequence[Any], quant_type: str, arrived: Tensor) -> None:
+    """Up to four phases of 4-bit products, each of what the one before made, in one launch.
+
+    phases: as `halfbyte.ops.gemv_4bit_chain.Phase`, read by attribute. arrived: int32 [5] zeros,
+    and zeros again when all is done. GPUs for which `has_chains` is true only.
+    """
+
+def has_chains(device: int) -> bool:
+    """Whether `gemv_4bit_chain` has kernels for a CUDA device; false where there is none."""
+
 def paged_attention(
     q: Tensor,
     k: Tensor,
@@ -269,6 +281,21 @@ def paged_attention(
     in and out: (code - 128) * scale. tables: int32 [B, blocks of a row]. lengths: int32 [B], the
     new token included. window: attend to so many tokens at most; 0: to all. partials: float32
     [B * heads * 32 * (D + 2)], scratch. arrived: int32 [B, heads], zeros before and after.
+    """
+
+def draw(
+    scores: Tensor,
+    settings: Tensor,
+    top_k: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    tokens: Tensor,
+) -> None:
+    """A token for each row of scores, by filters and a draw that only the row decides.
+
+    scores: float32 [B, V], V at most 2^18. settings: float32 [B, 3], temperature, top_p and min_p.
+    top_k: int32 [B], off from V on. keys, positions: int32 [B, 2], the halves of 64 bits, low ones
+    first. tokens: int32 [B], out.
     """
 
 def cross_entropy(
@@ -348,6 +375,12 @@ def codebook(quant_type: str) -> list[float]:
 
 def dynamic_map(signed: bool) -> list[float]:
     """The 256 values of the dynamic 8-bit map, ascending."""
+
+def read_file(path: str | os.PathLike[str], offset: int, out: Tensor) -> int:
+    """Fill out (uint8, on the CPU) with a file's bytes from `offset` on, by all threads.
+
+    Returns how many there were, fewer than out has where the file ends. Raises OSError.
+    """
 
 def cuda_build() -> dict[str, str | list[str]] | None:
     """``{"nvcc": version, "archs": [...]}`` of the embedded kernels, None in a CPU-only build."""

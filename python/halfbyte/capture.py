@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -17,7 +18,9 @@ T = TypeVar("T")
 class Captured(Generic[T]):
     """Calls `work` the first time, captures it the second time and replays it from then on.
 
-    All ways give the same bits; after a capture the results lie in the same tensors every time.
+    All ways give the same bits; after a capture the results lie in the same tensors every time. Who
+    captures has called before, on the same thread: libraries make handles for each thread when it
+    first calls them, which would break the capture.
     device: where `work` computes. pool: torch's handle of the memory that captures share which
     never run at the same time (CUDA).
     """
@@ -26,12 +29,12 @@ class Captured(Generic[T]):
         self.work = work
         self.device = device
         self.pool = pool
-        self.called = False
+        self.thread = threading.local()
         self.captured: tuple[torch.cuda.CUDAGraph | Recording, T] | None = None
 
     def __call__(self) -> T:
-        if not self.called:
-            self.called = True
+        if self.captured is None and not hasattr(self.thread, "called"):
+            self.thread.called = True
             return self.work()
         if self.captured is None and self.device.type != "cuda":
             # Recording it has done the work.

@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
 
 from halfbyte import _core
 
@@ -21,14 +21,13 @@ ALIGNMENT = 256
 class Kept:
     """One activation that a layer reads twice: in the forward and when it is recomputed.
 
-    Calling it gives the activation itself until `leave`, a copy brought back afterwards.
+    `leave` sends it to the host after the first time; `unpack` gives it, or a copy brought back.
     """
 
     def __init__(self, x: Tensor, pool: ActivationOffload, before: Kept | None):
         self.x: Tensor | None = x
         self.pool, self.before = pool, before
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.requires_grad = x.requires_grad
         self.host: list[Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
@@ -57,22 +56,23 @@ class Kept:
                 part.copy_(host, non_blocking=True)
         if x.is_cuda:
             x.record_stream(self.pool.streams[1])
-        self.copied, self.host = event, None
-        self.x = x.requires_grad_(self.requires_grad)
+        self.x, self.copied, self.host = x, event, None
 
-    def __call__(self) -> Tensor:
-        returned = self.host is not None or self.copied is not None
+    def pack(self, tensor: Tensor) -> Tensor | Kept:
+        """What autograd shall keep of a tensor: this, if the tensor is the activation."""
+        x = self.x
+        return self if x is not None and tensor.data_ptr() == x.data_ptr() else tensor
+
+    def unpack(self) -> Tensor:
+        """The activation, for the last time; the one before it is on its way from here on."""
         self.fetch()
-        if returned and self.before is not None:
+        if self.before is not None:
             # The layer before is recomputed next: its activation travels meanwhile.
             self.before.fetch()
         if self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
-        assert self.x is not None
-        x = self.x
-        if returned:
-            # Read for the last time: the graph must not hold it until the backward has ended.
-            self.x = self.copied = None
+        x, self.x, self.copied = self.x, None, None
+        assert x is not None
         return x
 
 
@@ -104,15 +104,16 @@ class ActivationOffload:
         return sum(block.numel() for block in self.blocks)
 
     def run(self, layers: Sequence[Callable], x: Tensor, *rest: object) -> Tensor:
-        """Apply checkpointed layer(x, *rest), one after the other; every input but the last
-        layer's goes to the host meanwhile. `rest` holds a tensor of the device.
+        """Apply layer(x, *rest), one after the other, each of which keeps x for its backward; every
+        x but the last goes to the host meanwhile.
         """
         self._begin()
         before: Kept | None = None
         for index, layer in enumerate(layers):
             kept = Kept(x, self, before)
             self.kept.add(kept)
-            x = checkpoint(_apply, layer, kept, *rest, use_reentrant=False)
+            with saved_tensors_hooks(kept.pack, _unpacked):
+                x = layer(x, *rest)
             if index + 1 < len(layers):
                 kept.leave()
             before = kept
@@ -148,8 +149,8 @@ class ActivationOffload:
         return _Copying(self, out, after)
 
 
-def _apply(layer: Callable, kept: Kept, *rest: object) -> Tensor:
-    return layer(kept(), *rest)
+def _unpacked(kept: Tensor | Kept) -> Tensor:
+    return kept.unpack() if isinstance(kept, Kept) else kept
 
 
 class _Copying:

@@ -261,7 +261,8 @@ class Pager:
                     freed += slab.demote(slab.core.victims(nbytes - freed))
         if freed:
             self._evicted[cause] += freed
-            self._quiet = 0
+            # What follows decides when it comes back, not the batch that had it go.
+            self._quiet = self._longest = 0
         self.decision = f"{cause}: {nbytes:,} bytes wanted, {freed:,} of state moved to the host"
         return freed
 

@@ -22,9 +22,6 @@ CONTEXT = 600_000_000
 # What cuBLAS works in on current GPUs, for the forward's thread and for the backward's.
 CUBLAS = 2 * (32 << 20)
 STATE_BYTES = {"fp32": 8.0, "8bit": 2 + 8 / 256}
-# Vectors of a layer that its recomputed forward holds for the backward, in units of the hidden and
-# of the intermediate size, a token.
-HIDDEN_KEPT, INTERMEDIATE_KEPT = 8, 4
 
 
 def parse_bytes(text: str) -> int:
@@ -64,7 +61,8 @@ class Setup:
 class Footprint:
     """Bytes on the device at the highest point of a training step, in bf16, by what they are for.
 
-    checkpoints: one activation a layer. recompute: what one layer holds in its backward. The
+    checkpoints: one activation a layer. recompute: what one layer holds in its backward, with its
+    adapter in 16 bits. workspace: what comes and goes in it, above all dequantized weights. The
     gradients grow while the checkpoints go, so that `peak` counts the larger of both.
     """
 
@@ -128,10 +126,16 @@ def footprint(config: DecoderConfig, setup: Setup) -> Footprint:
     quantized = setup.quant_type is not None
     tokens, hidden, inner = setup.tokens, config.hidden_size, config.intermediate_size
     chunk = min(tokens, chunk_rows(tokens, config.vocab_size, 2))
-    # A weight is dequantized beside the gradient of the widest activation; in long batches the
-    # sum of two such gradients takes more.
-    workspace = max(2 * largest, 2 * tokens * inner) if quantized else 2 * tokens * inner
-    kept = HIDDEN_KEPT * hidden + INTERMEDIATE_KEPT * inner
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    # Elements a token of a recomputed layer: both norms, their sum, the output and its gradient;
+    # queries, keys and values together, rotated ones, what was attended to; gate and up.
+    kept = 5 * hidden + 3 * (q + kv) + 2 * inner
+    # Beside them at most: the MLP's product and its gradient before the last weight; the gradient
+    # of its input before the first two weights; or its product's gradient and theirs.
+    weight = 2 * largest if quantized else 0
+    row = 2 * tokens
+    workspace = max(2 * row * inner + weight, row * hidden + 2 * weight, 3 * row * inner)
     return Footprint(
         base=weights // 2 if quantized else 2 * weights,
         scales=_scales(weights, setup) if quantized else 0,
@@ -140,7 +144,7 @@ def footprint(config: DecoderConfig, setup: Setup) -> Footprint:
         gradients=4 * lora,
         state=math.ceil(STATE_BYTES[setup.optim] * lora),
         checkpoints=2 * tokens * hidden * config.num_hidden_layers,
-        recompute=2 * tokens * kept,
+        recompute=row * kept + 2 * lora // config.num_hidden_layers,
         # One chunk's, and the gradient of the hidden states that they come from.
         logits=2 * chunk * config.vocab_size + 2 * tokens * hidden,
         workspace=workspace,
@@ -232,7 +236,7 @@ def table(plan: Plan, setup: Setup, title: str):
         ),
         ("one layer recomputed", part.recompute, ""),
         ("logits of a chunk", part.logits, "while there are no gradients"),
-        ("dequantized weight", part.workspace, "the largest, or a gradient as large"),
+        ("dequantized weights, or gradients", part.workspace, "while a layer is recomputed"),
         ("cuBLAS", part.cublas, ""),
     )
     for name, nbytes, note in rows:

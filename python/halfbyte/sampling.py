@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from halfbyte.ops import draw
+
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 # Most alternatives whose log-probabilities are kept for a token, as in OpenAI's API.
@@ -109,9 +111,8 @@ class Sampling:
     def kind(self) -> Kind:
         """Which parts of sampling it needs."""
         draws = self.temperature > 0
-        filters = draws and (self.top_k, self.top_p, self.min_p) != (0, 1, 0)
         edits = self.penalizes or bool(self.logit_bias) or self.min_new_tokens > 0
-        return Kind(draws, filters, edits, self.logprobs is not None, self.json_schema is not None)
+        return Kind(draws, edits, self.logprobs is not None, self.json_schema is not None)
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -128,7 +129,6 @@ class Kind(NamedTuple):
     """The parts of sampling that a batch needs; a row gets the same token with any others on."""
 
     draws: bool = False
-    filters: bool = False
     edits: bool = False
     logprobs: bool = False
     masked: bool = False
@@ -161,20 +161,6 @@ def _signed(x: int) -> int:
 def seed_key(seed: int) -> int:
     """What a row keeps of its seed, an int64."""
     return _signed(_mix(seed * GOLDEN + GOLDEN & MASK64))
-
-
-def uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """fp64 numbers in [0, 1) that depend on nothing but the seeds' keys and the positions."""
-
-    def shift(x: Tensor, bits: int) -> Tensor:
-        return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-    x = keys + positions * _signed(GOLDEN)
-    x = (x ^ shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ shift(x, 27)) * _signed(0x94D049BB133111EB)
-    x = x ^ shift(x, 31)
-    # 48 bits, so that the product with a sum of probabilities stays below that sum.
-    return shift(x, 16).double() / (1 << 48)
 
 
 class Edits(NamedTuple):
@@ -317,7 +303,7 @@ class SamplingRows:
         tokens = scores.argmax(-1)
         finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
         if kind.draws:
-            tokens = self._draw(scores, tokens, positions, part, kind.filters)
+            tokens = self._draw(scores, tokens, positions, part)
         if edits is not None:
             edits.note(tokens)
         logprobs = alternatives = None
@@ -327,42 +313,15 @@ class SamplingRows:
             logprobs = torch.cat((every.gather(1, tokens[:, None]), top), 1)
         return Sampled(tokens.where(finite, NOT_FINITE), logprobs, alternatives)
 
-    def _draw(
-        self, scores: Tensor, best: Tensor, positions: Tensor, part: slice, filters: bool
-    ) -> Tensor:
+    def _draw(self, scores: Tensor, best: Tensor, positions: Tensor, part: slice) -> Tensor:
         """`best` for rows of temperature 0, a drawn token for the others."""
-        temperature, top_p, min_p = self.scalars[part, :3].unbind(1)
+        settings = self.scalars[part, :3]
         top_k, keys, _ = self.integers[part].unbind(1)
-        greedy = temperature == 0
-        # Less the maximum first: a tiny temperature must not turn large scores into Inf - Inf.
-        scores = scores - scores.gather(1, best[:, None])
-        scores = scores / temperature.where(~greedy, 1.0)[:, None]
-        if filters:
-            scores = filtered(scores, top_k, top_p, min_p)
-        cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        target = uniform(keys, positions)[:, None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        return best.where(greedy, drawn.clamp(max=scores.shape[-1] - 1))
+        drawn = draw(scores, settings, top_k, keys, positions)
+        return best.where(settings[:, 0] == 0, drawn)
 
 
 def _bits(masks: Tensor, count: int) -> Tensor:
     """bool [B, count] of int32 [B, words], lowest bits first."""
     bits = torch.arange(32, dtype=torch.int32, device=masks.device)
     return ((masks[:, :, None] >> bits) & 1).flatten(1)[:, :count].bool()
-
-
-def filtered(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Scores [B, V], log-probabilities up to a constant, with -inf where a filter drops a token.
-
-    top_k: int64 [B], at least 1; top_p and min_p: fp32 [B]. Tokens as likely as the last one that
-    is kept are kept.
-    """
-    order = scores.sort(-1, descending=True).values
-    kth = order.gather(1, top_k.clamp(min=1)[:, None] - 1)
-    order = order.masked_fill(order < kth, -math.inf)
-    probabilities = order.softmax(-1)
-    likelier = probabilities.cumsum(-1) - probabilities
-    kept = (likelier < top_p[:, None]) | (top_p[:, None] >= 1)
-    least = order.masked_fill(~kept, math.inf).amin(-1, keepdim=True)
-    floor = order[:, :1] + min_p.log()[:, None]
-    return scores.masked_fill((scores < kth) | (scores < least) | (scores < floor), -math.inf)

@@ -22,6 +22,7 @@ const FAMILIES: &[&str] = &[
     "dequantize_4bit",
     "dequantize_blockwise",
     "double_quantize",
+    "draw",
     "gemm_4bit",
     "gemv_4bit",
     "gemv_4bit_bulk",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte import _core
 from halfbyte.errors import CheckpointError
 from halfbyte.tokenizer import Tokenizer
 
 PIECE_BYTES = 8 << 20
-# One thread reads the page cache slower than a GPU takes what it read.
-READERS = 8
-SHARE_BYTES = PIECE_BYTES // READERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +69,9 @@ class Source(ABC):
         out = torch.empty(tensor.shape, dtype=dtype, device=device)
         flat, start = out.view(-1), 0
         for piece in self.pieces(tensor, staging):
-            flat[start : start + piece.numel()].copy_(piece, non_blocking=True)
+            # A copy that is not waited for casts on the device, which takes memory there.
+            ahead = piece.is_pinned() and piece.dtype == dtype
+            flat[start : start + piece.numel()].copy_(piece, non_blocking=ahead)
             start += piece.numel()
         return out
 
@@ -87,7 +85,6 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self._device = device
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="halfbyte-read")
         self._buffers = cycle(
             (
                 torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=on_gpu),
@@ -109,7 +106,7 @@ class Staging:
             if copied is not None:
                 copied.synchronize()
             piece = buffer[: min(step, tensor.nbytes - done)]
-            got = self._fill(tensor.file, tensor.offset + done, piece.numpy().data)
+            got = _core.read_file(tensor.file, tensor.offset + done, piece)
             if got != len(piece):
                 raise CheckpointError(
                     f"{tensor.file}: tensor {tensor.name}: expected {tensor.nbytes} bytes, "
@@ -119,21 +116,3 @@ class Staging:
             yield piece
             if copied is not None:
                 copied.record(torch.cuda.current_stream(self._device))
-
-    def _fill(self, file: Path, offset: int, view: memoryview) -> int:
-        """Read from `offset` on, a share a thread; how many bytes there were."""
-
-        def share(start: int) -> int:
-            with open(file, "rb", buffering=0) as stream:
-                stream.seek(offset + start)
-                return _read_all(stream, view[start : start + SHARE_BYTES])
-
-        return sum(self._readers.map(share, range(0, len(view), SHARE_BYTES)))
-
-
-def _read_all(stream: io.FileIO, view: memoryview) -> int:
-    """A raw read may stop early; 0 says that the file ends."""
-    done = 0
-    while done < len(view) and (got := stream.readinto(view[done:])):
-        done += got
-    return done

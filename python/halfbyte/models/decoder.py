@@ -1,6 +1,7 @@
 """The decoder: one forward for training, prefill and decode."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,9 +60,23 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, step: Step, unread: bool = False) -> Tensor:
         """x [B, T, hidden_size] -> the same shape; if `unread`, of any values."""
-        attended = self.self_attn(self.input_layernorm(x), step)
+        x, added = self.split(x, None, step, unread)
+        return x + added
+
+    def split(
+        self, x: Tensor, added: Tensor | None, step: Step, unread: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """From the stream x + added to the one behind the layer, as two terms again.
+
+        The norm that comes next adds them in one pass over both.
+        """
+        if added is None:
+            normed = self.input_layernorm(x)
+        else:
+            normed, x = self.input_layernorm.add(added, x)
+        attended = self.self_attn(normed, step)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return x + self.mlp(normed, unread)
+        return x, self.mlp(normed, unread)
 
 
 class Backbone(nn.Module):
@@ -86,15 +101,22 @@ class Backbone(nn.Module):
         step = self._step(ids, cache, x.dtype)
         if chain.takes(self.layers, x, step):
             return self.norm(chain.decode(self.layers, x, step))
-        if checkpointed and self.offload is not None:
-            return self.norm(self.offload.run(list(self.layers), x, step))
-        if checkpointed and not x.requires_grad:
-            x.requires_grad_()
-        for layer in self.layers:
-            if checkpointed:
-                x = recomputed(layer, x, step)
-            else:
+        if not torch.is_grad_enabled() and not any(map(_is_watched, self.layers)):
+            added = None
+            for layer in self.layers:
+                x, added = layer.split(x, added, step)
+            return self.norm(x) if added is None else self.norm.add(added, x)[0]
+        if not checkpointed:
+            for layer in self.layers:
                 x = layer(x, step)
+            return self.norm(x)
+        if not x.requires_grad:
+            x.requires_grad_()
+        layers = [partial(recomputed, layer) for layer in self.layers]
+        if self.offload is not None:
+            return self.norm(self.offload.run(layers, x, step))
+        for layer in layers:
+            x = layer(x, step)
         return self.norm(x)
 
     def _step(self, ids: Tensor, cache: CacheStep | None, dtype: torch.dtype) -> Step:
@@ -108,6 +130,11 @@ class Backbone(nn.Module):
             return Step(cos, sin, {}, cache)
         cached = 0 if cache is None else cache.cached
         return Step(cos, sin, spans(self.windows, positions, cached), cache)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks wait for the module to be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class Head(nn.Linear):

@@ -2,6 +2,7 @@
 
 from halfbyte.ops.cross_entropy import cross_entropy
 from halfbyte.ops.dequantize_4bit import dequantize_4bit
+from halfbyte.ops.draw import draw
 from halfbyte.ops.gemm_4bit import gemm_4bit, gemm_4bit_group
 from halfbyte.ops.gemv import gemv
 from halfbyte.ops.lora_4bit import lora_4bit
@@ -20,6 +21,7 @@ __all__ = [
     "cross_entropy",
     "dequantize_4bit",
     "dequantize_blockwise",
+    "draw",
     "dynamic_map",
     "gemm_4bit",
     "gemm_4bit_group",

@@ -1,10 +1,14 @@
 //! The functions of `halfbyte._core`; shapes, dtypes and errors are described in `_core.pyi`.
 
+use std::path::PathBuf;
+
 use halfbyte_core::codebook as maps;
+use halfbyte_core::file::ReadFile;
 use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
+use halfbyte_core::ops::draw::Draw;
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
@@ -480,6 +484,29 @@ pub fn paged_attention(
 }
 
 #[pyfunction]
+pub fn draw(
+    py: Python<'_>,
+    scores: Object<'_, '_>,
+    settings: Object<'_, '_>,
+    top_k: Object<'_, '_>,
+    keys: Object<'_, '_>,
+    positions: Object<'_, '_>,
+    tokens: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "draw";
+    let read = |name, object| Tensor::read(OP, name, object);
+    let (scores, settings, top_k) = (read("scores", scores)?, read("settings", settings)?, read("top_k", top_k)?);
+    let (keys, positions, tokens) = (read("keys", keys)?, read("positions", positions)?, read("tokens", tokens)?);
+    check_overlap(OP, &[&scores, &settings, &top_k, &keys, &positions], &[&tokens])?;
+    // SAFETY: the outputs were checked for overlap.
+    let out = unsafe { tokens.as_mut() };
+    let (keys, positions) = (keys.as_ref(), positions.as_ref());
+    let args =
+        Draw::new(scores.as_ref(), settings.as_ref(), top_k.as_ref(), keys, positions, out).map_err(to_py_err)?;
+    call(py, scores.device, |backend| backend.draw(args))
+}
+
+#[pyfunction]
 #[pyo3(signature = (logits, labels, losses, vocab, divisor=None))]
 pub fn cross_entropy(
     py: Python<'_>,
@@ -685,6 +712,14 @@ pub fn codebook(quant_type: &str) -> PyResult<Vec<f32>> {
 #[pyfunction]
 pub fn dynamic_map(signed: bool) -> Vec<f32> {
     maps::dynamic_map(signed).to_vec()
+}
+
+#[pyfunction]
+pub fn read_file(py: Python<'_>, path: PathBuf, offset: u64, out: Object<'_, '_>) -> PyResult<usize> {
+    let out = Tensor::read("read_file", "out", out)?;
+    // SAFETY: there is no other tensor.
+    let reading = ReadFile::new(unsafe { out.as_mut() }).map_err(to_py_err)?;
+    Ok(py.detach(|| reading.run(&path, offset))?)
 }
 
 #[pyfunction]

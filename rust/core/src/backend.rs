@@ -5,6 +5,7 @@ use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
+use crate::ops::draw::Draw;
 use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
@@ -30,6 +31,7 @@ pub trait Backend {
     fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()>;
     fn gemv_4bit_chain(&self, args: Gemv4bitChain<'_>) -> Result<()>;
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()>;
+    fn draw(&self, args: Draw<'_>) -> Result<()>;
     fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()>;
     fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()>;
     fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()>;

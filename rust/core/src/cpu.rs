@@ -6,6 +6,7 @@ use crate::ops::cross_entropy::CrossEntropy;
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
+use crate::ops::draw::Draw;
 use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
@@ -99,6 +100,11 @@ impl Backend for CpuBackend {
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
         args.run_on_cpu(self.simd);
+        Ok(())
+    }
+
+    fn draw(&self, args: Draw<'_>) -> Result<()> {
+        args.run_on_cpu();
         Ok(())
     }
 

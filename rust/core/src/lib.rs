@@ -8,6 +8,7 @@ mod check;
 pub mod codebook;
 pub mod cpu;
 pub mod error;
+pub mod file;
 pub mod ops;
 pub mod pager;
 pub mod parallel;

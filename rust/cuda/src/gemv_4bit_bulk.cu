@@ -583,8 +583,7 @@ struct Adapt {
     Place place;
     const A* lora_b[2];
     const T* hidden[2]; // this lane's row
-    int rank[2], ranks;
-    bool even; // every rank so far, so that pairs are aligned
+    int ranks_of[2], ranks;
     bool knows_hidden = false;
 
     __device__ void begin_phase(int p, const Walk&) {
@@ -597,14 +596,19 @@ struct Adapt {
     __device__ void end_phase(int) const {}
 
     __device__ void run(const Item& item) {
-        shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
-        if (ranks > 0 && item.is_last) {
+        float total[4] = {};
+        const bool works = ranks > 0 && item.is_last;
+        if (works) {
             if (place.moves(chain, item))
                 read_part();
             if (!knows_hidden)
                 wait_for_hidden();
-            multiply(item);
+            for (int half = 0; half < (place.gated ? 2 : 1); ++half)
+                multiply(item, half, total);
         }
+        shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
+        if (works)
+            store_sums(shared.share[item.buffer()], total, rows_x);
         __syncwarp();
         if (lane_id() == 0)
             shared.summed[item.buffer()].arrive();
@@ -615,14 +619,10 @@ struct Adapt {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const Weight& weight = phase.parts[place.part].halves[half];
-            rank[half] = weight.rank;
+            ranks_of[half] = weight.rank;
             lora_b[half] = static_cast<const A*>(weight.lora_b);
-            hidden[half] = static_cast<const T*>(phase.hidden) + lane_id() / 4 * ranks + weight.column;
+            hidden[half] = static_cast<const T*>(phase.hidden) + min(lane_id() / 4, rows_x - 1) * ranks + weight.column;
         }
-        even = (ranks | rank[0] | rank[1] | phase.parts[place.part].halves[0].column |
-                phase.parts[place.part].halves[1].column) %
-                   2 ==
-               0;
     }
 
     __device__ void wait_for_hidden() {
@@ -632,46 +632,40 @@ struct Adapt {
         knows_hidden = true;
     }
 
-    __device__ void multiply(const Item& item) const {
+    // By the hidden values of one half, which belong to both unless the halves are a gate's and an up projection's.
+    __device__ void multiply(const Item& item, int half, float (&total)[4]) const {
         const int g = lane_id() / 4, t = lane_id() % 4;
-        float total[4] = {};
+        const int rank = half ? ranks_of[1] : ranks_of[0];
+        const T* values = half ? hidden[1] : hidden[0];
+        const int64_t row = min(place.row(item.panel, half * HALF) + g, place.N - 1);
+        const A* upper = (half ? lora_b[1] : lora_b[0]) + row * rank;
+        const A* lower =
+            place.gated ? upper : lora_b[0] + min(place.row(item.panel, HALF) + g, place.N - 1) * int64_t(rank);
+        const int end = g < rows_x ? rank : 0; // of the hidden values
+        // Four steps' loads are under way together.
+        for (int first = 2 * t; first < rank + 2 * t; first += 64) {
+            uint32_t a[4][4], b[4][2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int64_t row = min(place.row(item.panel, half * HALF) + g, place.N - 1);
-            const A* b = lora_b[half] + row * rank[half];
-            const int end = g < rows_x ? rank[half] : 0;
-            // Four steps' loads are under way together.
-            for (int first = 2 * t; first < rank[half] + 2 * t; first += 64) {
-                uint32_t weights[4][2], values[4][2];
+            for (int i = 0; i < 4; ++i)
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-#pragma unroll
-                    for (int k = 0; k < 2; ++k) {
-                        weights[i][k] = pair(b, first + 16 * i + 8 * k, rank[half]);
-                        values[i][k] = pair(hidden[half], first + 16 * i + 8 * k, end);
-                    }
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    uint32_t a[4] = {};
-                    a[half] = weights[i][0], a[half + 2] = weights[i][1];
-                    multiply_add(T{}, total, a, values[i][0], values[i][1]);
+                for (int k = 0; k < 2; ++k) {
+                    const int at = first + 16 * i + 8 * k;
+                    a[i][2 * k] = pair(upper, at, half == 0 ? rank : 0);
+                    a[i][2 * k + 1] = pair(lower, at, half == 1 || !place.gated ? rank : 0);
+                    b[i][k] = pair(values, at, end);
                 }
-            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                multiply_add(T{}, total, a[i], b[i][0], b[i][1]);
         }
-        store_sums(shared.share[item.buffer()], total, rows_x);
     }
 
     // Elements k and k + 1 of a row that ends at `end`, then zeros; rounded to x's dtype, as the layer uses them.
+    // Selected addresses instead of branches: the loads stay side by side.
     template <typename E>
-    __device__ uint32_t pair(const E* row, int k, int end) const {
-        struct alignas(2 * sizeof(E)) Two {
-            E low, high;
-        };
-        if (even && k < end) {
-            const Two two = *reinterpret_cast<const Two*>(row + k);
-            return narrow2<T>(widen(two.low), widen(two.high));
-        }
-        return narrow2<T>(k < end ? widen(row[k]) : 0.0f, k + 1 < end ? widen(row[k + 1]) : 0.0f);
+    __device__ static uint32_t pair(const E* row, int k, int end) {
+        const float low = widen(row[k < end ? k : 0]), high = widen(row[k + 1 < end ? k + 1 : 0]);
+        return narrow2<T>(k < end ? low : 0.0f, k + 1 < end ? high : 0.0f);
     }
 };
 
@@ -875,11 +869,19 @@ __device__ void gemv_bulk(const Chain<PHASES>&, const Codebook&, float) {}
         gemv_bulk<T, T>(chain, codebook, gain);                                                                        \
     }
 
-// The same, and: at most TILE rows of x, A and the norms' weights 16-byte aligned; the whole grid runs at once.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool HAS_CHAINS = true;
+#else
+constexpr bool HAS_CHAINS = false; // where none has been timed
+#endif
+
+// The same, and: at most TILE rows of x, A and the norms' weights 16-byte aligned; the whole
+// grid runs at once.
 #define GEMV_4BIT_CHAIN(T, dtype, A, adapter_dtype)                                                                    \
     extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1) gemv_4bit_chain_##dtype##_##adapter_dtype(         \
         const __grid_constant__ Chain<MAX_PHASES> chain, const __grid_constant__ Codebook codebook, float gain) {      \
-        gemv_bulk<T, A>(chain, codebook, gain);                                                                        \
+        if constexpr (HAS_CHAINS)                                                                                      \
+            gemv_bulk<T, A>(chain, codebook, gain);                                                                    \
     }
 
 GEMV_4BIT_BULK(f16, f16)

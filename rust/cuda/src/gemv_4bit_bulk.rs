@@ -109,6 +109,11 @@ pub(crate) fn fits(limits: Limits, products: &[Gemv4bit<'_>]) -> bool {
     runs_on(limits) && products.iter().all(|product| fits_alone(product) && same(product))
 }
 
+/// Chains are compiled for one generation.
+pub(crate) fn has_chains(limits: Limits) -> bool {
+    limits.capability == (9, 0) && runs_on(limits)
+}
+
 pub(crate) fn runs_on(limits: Limits) -> bool {
     limits.capability >= (9, 0) && limits.has_machine_code && SHARED_BYTES <= limits.shared
 }
@@ -236,7 +241,8 @@ pub(crate) fn launch_chain(launcher: &Launcher, args: &Gemv4bitChain<'_>) -> Res
     let all = || args.phases().flat_map(|phase| phase.products());
     let phases: Vec<_> = args.phases().collect();
     let Some(head) = all().next().map(|first| &first.product) else { return Ok(()) };
-    if let Some(other) = all().find(|other| !fits_alone(&other.product) || map_of(&other.product) != map_of(head)) {
+    let misfits = |other: &ChainedProduct<'_>| !fits_alone(&other.product) || map_of(&other.product) != map_of(head);
+    if let Some(other) = all().find(|&other| misfits(other) || !has_chains(launcher.limits())) {
         let expected = "double quantization with one map, blocks of 64, K a multiple of 256, aligned to 16 bytes, and \
                         a GPU with kernels for chains";
         let got = format!("{:?}", other.product.shape);

@@ -9,6 +9,7 @@ mod cross_entropy;
 mod dequantize_4bit;
 mod dequantize_blockwise;
 mod double_quantize;
+mod draw;
 mod gemm_4bit;
 mod gemv_4bit;
 mod gemv_4bit_bulk;
@@ -30,6 +31,7 @@ use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
+use halfbyte_core::ops::draw::Draw;
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
@@ -72,7 +74,7 @@ pub fn status() -> std::result::Result<(), String> {
 
 /// Whether `gemv_4bit_chain` has kernels for a device; false where there is none.
 pub fn has_chains(ordinal: u32) -> bool {
-    Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::runs_on(launcher.limits()))
+    Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::has_chains(launcher.limits()))
 }
 
 /// The operations on one device, ordered on one stream.
@@ -133,6 +135,10 @@ impl Backend for CudaBackend {
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {
         paged_attention::launch(&self.launcher, args)
+    }
+
+    fn draw(&self, args: Draw<'_>) -> Result<()> {
+        draw::launch(&self.launcher, args)
     }
 
     fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {

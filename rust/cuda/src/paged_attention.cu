@@ -59,9 +59,7 @@ __device__ void paged_attention(const Tensors<T, C>& x, const Shape& shape) {
     const int D = shape.D;
     const Tile<T, C, G> tile(x, shape);
     let_next_kernel_start();
-    tile.prefetch();
-    wait_for_previous_kernel();
-    const Cut cut = tile.cut();
+    const Cut cut = tile.wait();
     if (cut.parts == 0 && blockIdx.x == 0)
         tile.store_zeros();
     if (int(blockIdx.x) >= cut.parts)
@@ -76,7 +74,7 @@ __device__ void paged_attention(const Tensors<T, C>& x, const Shape& shape) {
         // This CTA reads the new token.
         const int slot = tile.slot(cut.length - 1);
         const int64_t to = tile.element(slot), scale_to = tile.scale(slot);
-        tile.make_new(x.keys + to, x.values + to, x.key_scales + scale_to, x.value_scales + scale_to);
+        tile.template make_new<MAX_D>(x.keys + to, x.values + to, x.key_scales + scale_to, x.value_scales + scale_to);
     }
     __syncthreads();
 
@@ -85,6 +83,7 @@ __device__ void paged_attention(const Tensors<T, C>& x, const Shape& shape) {
     const int element = lane * PER_LANE, loaded = VECTOR ? min(element, D - PER_LANE) : element;
     for (int part = blockIdx.x; part < cut.parts; part += gridDim.x) {
         const int begin = cut.begin(part), end = cut.end(part);
+        tile.prefetch(cut, part + gridDim.x);
         float sum[G][PER_LANE] = {}, weight[G] = {}, most[G];
 #pragma unroll
         for (int g = 0; g < G; ++g)
@@ -146,7 +145,7 @@ __device__ void paged_attention(const Tensors<T, C>& x, const Shape& shape) {
                     score[u][g] = t + u * STREAMS < end ? score[u][g] : -INFINITY;
                     top = fmaxf(top, score[u][g]);
                 }
-                const float keep = exp2f(most[g] - top);
+                const float keep = power_of_2(most[g] - top);
                 most[g] = top, weight[g] *= keep;
 #pragma unroll
                 for (int i = 0; i < PER_LANE; ++i)
@@ -162,7 +161,7 @@ __device__ void paged_attention(const Tensors<T, C>& x, const Shape& shape) {
                         wide[i] *= value_scale[u];
 #pragma unroll
                 for (int g = 0; g < G; ++g) {
-                    const float p = exp2f(score[u][g] - most[g]);
+                    const float p = power_of_2(score[u][g] - most[g]);
                     weight[g] += p;
 #pragma unroll
                     for (int i = 0; i < PER_LANE; ++i)
@@ -176,7 +175,7 @@ __device__ void paged_attention(const Tensors<T, C>& x, const Shape& shape) {
 #pragma unroll
             for (int step = L; step < 32; step *= 2) {
                 const float top = fmaxf(most[g], __shfl_xor_sync(FULL_WARP, most[g], step));
-                const float keep = exp2f(most[g] - top);
+                const float keep = power_of_2(most[g] - top);
                 most[g] = top;
                 weight[g] *= keep;
                 weight[g] += __shfl_xor_sync(FULL_WARP, weight[g], step);
@@ -194,7 +193,7 @@ __device__ void paged_attention(const Tensors<T, C>& x, const Shape& shape) {
                     meeting.largest[warp][g] = most[g], meeting.weights[warp][g] = weight[g];
             }
         }
-        meeting.add_warps(tile, part, cut.parts);
+        meeting.add_warps(tile, WARPS, part, cut.parts);
     }
     if (cut.parts > 1)
         meeting.add_parts(tile, cut.parts);

@@ -12,8 +12,9 @@ constexpr int MIN_PART = 256;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -3.4028235e38f; // below every score, and its difference from one is a number
 
+// group: query heads of a key head; tiles: CTAs that share its tokens.
 struct Shape {
-    int heads, kv_heads, D, blocks, table, window;
+    int heads, kv_heads, group, tiles, D, blocks, table, window;
 };
 
 // C: what the cache holds, T itself or codes of 8 bits, which have a scale for each token and head.
@@ -35,6 +36,13 @@ struct Tensors {
     T* out;              // [B, heads, D]
 };
 
+// exp2f without its care for results below 2^-126, which are zeros here.
+__device__ inline float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Element i of x [D] rotated, in x's dtype.
 template <typename T>
 __device__ T rotate(const T* x, const T* cos, const T* sin, int i, int D) {
@@ -52,7 +60,8 @@ struct Cut {
         first = window > 0 ? max(0, length - window) : 0;
         const int span = length - start(), cut = (span + MAX_PARTS - 1) / MAX_PARTS;
         part_size = max(1, (cut + MIN_PART - 1) / MIN_PART) * MIN_PART;
-        parts = (span + part_size - 1) / part_size;
+        // Nearly all contexts are spared a division.
+        parts = part_size == MIN_PART ? (span + MIN_PART - 1) / MIN_PART : (span + part_size - 1) / part_size;
     }
     __device__ int start() const { return first / BLOCK * BLOCK; }
     __device__ int begin(int part) const { return max(first, start() + part * part_size); }
@@ -60,17 +69,22 @@ struct Cut {
 };
 
 // One warp: to [D] = 128 + x / scale; the scale gives the largest element 127 of them.
-template <typename X>
+template <int MAX_D, typename X>
 __device__ void encode(const X& x, int D, uint8_t* to, float* scale_to) {
+    constexpr int MOST = MAX_D / 32;
+    float own[MOST];
     uint32_t largest = 0;
-    for (int i = lane_id(); i < D; i += 32)
-        largest = max(largest, magnitude(x(i)));
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+        own[i] = lane_id() + 32 * i < D ? x(lane_id() + 32 * i) : 0.0f;
+        largest = max(largest, magnitude(own[i]));
+    }
     // NaN or Inf in the scale is what is left of one in x.
     const float scale = __fdiv_rn(__uint_as_float(lanes_max(largest, 32)), 127.0f);
-    for (int i = lane_id(); i < D; i += 32) {
-        const int code = scale > 0 ? __float2int_rn(__fdiv_rn(x(i), scale)) : 0;
-        to[i] = uint8_t(128 + max(-127, min(code, 127)));
-    }
+#pragma unroll
+    for (int i = 0; i < MOST; ++i)
+        if (lane_id() + 32 * i < D)
+            to[lane_id() + 32 * i] = uint8_t(128 + max(-127, min(__float2int_rn(__fdiv_rn(own[i], scale)), 127)));
     if (lane_id() == 0)
         *scale_to = scale;
 }
@@ -83,9 +97,9 @@ struct Tile {
     int row, kv_head, first_head, heads;
 
     __device__ Tile(const Tensors<T, C>& x_, const Shape& shape_) : x(x_), shape(shape_) {
-        const int group = shape.heads / shape.kv_heads, tiles = (group + G - 1) / G, tile = blockIdx.y % tiles;
-        row = blockIdx.z, kv_head = blockIdx.y / tiles;
-        first_head = kv_head * group + tile * G, heads = min(G, group - tile * G);
+        row = blockIdx.z, kv_head = shape.tiles == 1 ? blockIdx.y : blockIdx.y / shape.tiles;
+        const int tile = blockIdx.y - kv_head * shape.tiles;
+        first_head = kv_head * shape.group + tile * G, heads = min(G, shape.group - tile * G);
     }
 
     __device__ int64_t first() const { return int64_t(row) * shape.heads + first_head; }
@@ -108,11 +122,17 @@ struct Tile {
 
     // Length and table are nearly always known before the kernel before this one has ended; what they name is moved
     // to L2 meanwhile.
-    __device__ void prefetch() const {
+    __device__ Cut wait() const {
         const Cut guess = cut();
-        if (int(blockIdx.x) >= guess.parts)
+        prefetch(guess, blockIdx.x);
+        wait_for_previous_kernel();
+        return __ldcg(x.lengths + row) == guess.length ? guess : cut();
+    }
+
+    __device__ void prefetch(const Cut& cut, int part) const {
+        if (part >= cut.parts)
             return;
-        for (int t = guess.begin(blockIdx.x) + threadIdx.x; t < guess.end(blockIdx.x); t += THREADS) {
+        for (int t = cut.begin(part) + threadIdx.x; t < cut.end(part); t += THREADS) {
             const int64_t at = element(slot(t));
             for (int i = 0; i < shape.D; i += 128 / sizeof(C))
                 prefetch_l2(x.keys + at + i), prefetch_l2(x.values + at + i);
@@ -127,15 +147,16 @@ struct Tile {
     }
 
     // The new token as the cache holds it.
+    template <int MAX_D>
     __device__ void make_new(C* key, C* value, float* key_scale, float* value_scale) const {
         const T* k = x.k + (int64_t(row) * shape.kv_heads + kv_head) * shape.D;
         const T* v = x.v + (int64_t(row) * shape.kv_heads + kv_head) * shape.D;
         const T *cos = x.cos + int64_t(row) * shape.D, *sin = x.sin + int64_t(row) * shape.D;
         if constexpr (sizeof(C) == 1) {
             if (threadIdx.x / 32 == 0)
-                encode([&](int i) { return widen(rotate(k, cos, sin, i, shape.D)); }, shape.D, key, key_scale);
+                encode<MAX_D>([&](int i) { return widen(rotate(k, cos, sin, i, shape.D)); }, shape.D, key, key_scale);
             if (threadIdx.x / 32 == 1)
-                encode([&](int i) { return widen(v[i]); }, shape.D, value, value_scale);
+                encode<MAX_D>([&](int i) { return widen(v[i]); }, shape.D, value, value_scale);
         } else {
             for (int i = threadIdx.x; i < shape.D; i += THREADS)
                 key[i] = rotate(k, cos, sin, i, shape.D), value[i] = v[i];
@@ -150,7 +171,7 @@ struct Tile {
 
 // Where the sums of a CTA's warps, and then those of a row's parts, meet; in a fixed order.
 template <int G, int MAX_D>
-struct Meeting {
+struct alignas(16) Meeting {
     float sums[WARPS][G][MAX_D];
     float largest[WARPS][G], weights[WARPS][G], factors[G][MAX_PARTS];
     bool last;
@@ -166,9 +187,9 @@ struct Meeting {
         return reinterpret_cast<float2*>(tile.x.partials + heads * MAX_PARTS * tile.shape.D) + tile.first() * MAX_PARTS;
     }
 
-    // The warps' sums of a part; of the only part the result.
+    // The sums of the first `warps` for a part; of the only part the result.
     template <typename T, typename C>
-    __device__ void add_warps(const Tile<T, C, G>& tile, int part, int parts) {
+    __device__ void add_warps(const Tile<T, C, G>& tile, int warps, int part, int parts) {
         const int D = tile.shape.D;
         T* out = tile.x.out + tile.first() * D;
         __syncthreads();
@@ -177,13 +198,15 @@ struct Meeting {
             float top = largest[0][head];
 #pragma unroll
             for (int w = 1; w < WARPS; ++w)
-                top = fmaxf(top, largest[w][head]);
+                top = w < warps ? fmaxf(top, largest[w][head]) : top;
             float total = 0, total_weight = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
-                const float keep = exp2f(largest[w][head] - top);
-                total = fmaf(sums[w][head][d], keep, total);
-                total_weight = fmaf(weights[w][head], keep, total_weight);
+                if (w < warps) {
+                    const float keep = power_of_2(largest[w][head] - top);
+                    total = fmaf(sums[w][head][d], keep, total);
+                    total_weight = fmaf(weights[w][head], keep, total_weight);
+                }
             }
             if (parts == 1) {
                 out[i] = narrow<T>(total / total_weight);
@@ -220,7 +243,7 @@ struct Meeting {
 #pragma unroll
             for (int step = 16; step > 0; step /= 2)
                 top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
-            const float keep = exp2f(scales.y - top);
+            const float keep = power_of_2(scales.y - top);
             factors[head][lane_id()] = keep / warp_sum(scales.x * keep);
         }
         __syncthreads();

@@ -75,6 +75,8 @@ impl KernelArg for DeviceTensors {}
 struct DeviceShape {
     heads: i32,
     kv_heads: i32,
+    group: i32,
+    tiles: i32,
     head_dim: i32,
     blocks: i32,
     table: i32,
@@ -152,6 +154,8 @@ pub(crate) fn launch(launcher: &Launcher, args: PagedAttention<'_>) -> Result<()
             DeviceShape {
                 heads: shape.heads as i32,
                 kv_heads: shape.kv_heads as i32,
+                group: shape.group() as i32,
+                tiles: shape.group().div_ceil(heads) as i32,
                 head_dim: shape.head_dim as i32,
                 blocks: shape.blocks as i32,
                 table: shape.table as i32,

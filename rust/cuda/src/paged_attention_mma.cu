@@ -168,9 +168,7 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
     };
 
     let_next_kernel_start();
-    tile.prefetch();
-    wait_for_previous_kernel();
-    const Cut own = tile.cut();
+    const Cut own = tile.wait();
     if (own.parts == 0 && blockIdx.x == 0)
         tile.store_zeros();
     if (int(blockIdx.x) >= own.parts)
@@ -183,7 +181,7 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
     }
     const bool appends = (own.parts - 1) % gridDim.x == blockIdx.x; // and reads what it appends
     if (appends)
-        tile.make_new(new_key, new_value, new_scales, new_scales + 1);
+        tile.template make_new<D>(new_key, new_value, new_scales, new_scales + 1);
 #pragma unroll 4
     for (int i = threadIdx.x; i < tile.heads * D; i += THREADS) {
         const int head = i / D, d = i % D;
@@ -201,7 +199,8 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
             x.key_scales[tile.scale(slot)] = new_scales[0], x.value_scales[tile.scale(slot)] = new_scales[1];
     }
 
-    const float scale = LOG2_E * rsqrtf(float(D)); // scores in powers of two
+    constexpr float SCALE = LOG2_E / (D == 64 ? 8 : 11.313708498984761f); // scores in powers of two
+    static_assert(D == 64 || D == 128);
     for (int part = blockIdx.x;;) {
         const int end = cut.end(part);
         // Of a lane: heads 2 t and 2 t + 1.
@@ -242,14 +241,14 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int token = first + g + e / 2 * 8;
-                score[e] = token >= cut.first && token < cut.length ? score[e] * scale : -INFINITY;
+                score[e] = token >= cut.first && token < cut.length ? score[e] * SCALE : -INFINITY;
             }
             float keep[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const float top = columns_max(fmaxf(most[h], fmaxf(score[h], score[h + 2])));
-                keep[h] = exp2f(most[h] - top), most[h] = top;
-                score[h] = exp2f(score[h] - top), score[h + 2] = exp2f(score[h + 2] - top);
+                keep[h] = power_of_2(most[h] - top), most[h] = top;
+                score[h] = power_of_2(score[h] - top), score[h + 2] = power_of_2(score[h + 2] - top);
             }
             uint32_t p[2];
             if constexpr (CODES) {
@@ -287,13 +286,16 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
             weight[h] = columns_sum(weight[h]);
             if (head >= tile.heads)
                 continue;
+            const auto element = [&](int e) { return sum[e % TILES][e / TILES * 2 + h]; };
 #pragma unroll
-            for (int e = 0; e < 2 * TILES; ++e)
-                meeting.sums[warp][head][block.value_element(e)] = sum[e % TILES][e / TILES * 2 + h];
+            for (int e = 0; e < 2 * TILES; e += 4)
+                *reinterpret_cast<float4*>(&meeting.sums[warp][head][block.value_element(e)]) =
+                    make_float4(element(e), element(e + 1), element(e + 2), element(e + 3));
             if (g == 0)
                 meeting.largest[warp][head] = most[h], meeting.weights[warp][head] = weight[h];
         }
-        meeting.add_warps(tile, part, cut.parts);
+        const int blocks = (cut.end(part) - 1) / BLOCK - cut.begin(part) / BLOCK + 1;
+        meeting.add_warps(tile, min(WARPS, blocks), part, cut.parts);
         part += gridDim.x;
         if (part >= cut.parts)
             break;

@@ -1,0 +1,66 @@
+"""What choosing a batch's next tokens costs, from logits on: greedy, drawn, and with filters."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from bench import append_row, summary, time_row
+
+from halfbyte.sampling import Sampling, SamplingRows
+
+BANDWIDTH = 4.3e12
+LAUNCHES = 8
+SETTINGS = {
+    "greedy": Sampling(),
+    "plain": Sampling(temperature=0.8),
+    "top_k": Sampling(temperature=0.8, top_k=50),
+    "top_p": Sampling(temperature=0.8, top_p=0.95),
+    "all": Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.02),
+}
+
+
+def microseconds(sampling: Sampling, batch: int, vocab: int) -> list[float]:
+    """Per step, of replays of a graph of a few."""
+    rows = SamplingRows(batch, vocab, "cuda")
+    for row in range(batch):
+        rows.set(row, sampling, row, [1], [], [2])
+    logits = (torch.randn(batch, vocab, device="cuda") * 3).bfloat16()
+    positions = torch.arange(batch, device="cuda")
+
+    def work() -> None:
+        for _ in range(LAUNCHES):
+            rows.sample(logits, positions, 0, sampling.kind)
+
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
+    for event in events:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    pairs = zip(events[1:], events[2:], strict=False)
+    return [1e3 * a.elapsed_time(b) / LAUNCHES for a, b in pairs]
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 128256])
+    args = parser.parse_args()
+    for vocab in args.vocab:
+        for batch in args.batch:
+            for name, sampling in SETTINGS.items():
+                took = summary([us / 1e6 for us in microseconds(sampling, batch, vocab)])
+                floor = 2 * batch * vocab / BANDWIDTH * 1e6
+                fields = {"settings": name, "batch": batch, "N": vocab}
+                row = time_row("sampling", {"halfbyte": took}, floor, **fields)
+                append_row("sampling", row)
+                print(f"vocabulary {vocab:6} batch {batch:2} {name:6}: {row['us']:7.2f} us")
+
+
+if __name__ == "__main__":
+    main()
