@@ -309,7 +309,13 @@ def test_group_is_its_parts(device, nested):
                     outs = gemm_4bit_group(x, chosen)
                     for y, (packed, state) in zip(outs, chosen, strict=True):
                         assert y.requires_grad == tracked
-                        assert torch.equal(y, gemm_4bit(x, packed, state))
+                        expected = gemm_4bit(x, packed, state)
+                        if device.type == "cuda" and len(x) * rows > 8:
+                            # The order of a sum may follow from all that go together.
+                            step = torch.finfo(dtype).eps
+                            torch.testing.assert_close(y, expected, rtol=step, atol=16 * step)
+                        else:
+                            assert torch.equal(y, expected)
 
 
 def test_maps_are_shared_but_saved_apart(device):

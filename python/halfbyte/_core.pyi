@@ -222,23 +222,6 @@ def gemv_4bit(
     ``dequantize_4bit``. Sums are fp32; a row of ``out`` depends on its row of ``x`` only.
     """
 
-def gemm_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: float,
-    quant_type: str,
-    blocksize: int,
-    out: Tensor,
-    workspace: Tensor,
-) -> None:
-    """``gemv_4bit`` for tens to hundreds of rows of x.
-
-    workspace: x's dtype [M, K], scratch. Sums are fp32; their order may depend on M.
-    """
-
 def gemv_4bit_group(
     x: Tensor,
     products: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, Tensor]],
@@ -248,6 +231,19 @@ def gemv_4bit_group(
     """``gemv_4bit`` of one x with several W, in one launch where a kernel takes them so.
 
     products: (packed, absmax, nested_absmax, nested_map, offset, out) of each W, at most four.
+    """
+
+def gemm_4bit(
+    x: Tensor,
+    products: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, Tensor]],
+    quant_type: str,
+    blocksize: int,
+    workspace: Tensor,
+) -> None:
+    """``gemv_4bit_group`` for tens to hundreds of rows of x.
+
+    workspace: x's dtype [M, K], scratch. Sums are fp32; their order may depend on M and on what
+    goes together.
     """
 
 def gemv_4bit_chain(phases: Sequence[Any], quant_type: str, arrived: Tensor) -> None:

@@ -116,8 +116,8 @@ def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
         if m <= few:
             _core.gemv_4bit(x, packed, *scales, quant_type, blocksize, out)
         else:
-            args = (packed, *scales, quant_type, blocksize, out, torch.empty_like(x))
-            _core.gemm_4bit(x, *args)
+            products = [(packed, *scales, out)]
+            _core.gemm_4bit(x, products, quant_type, blocksize, torch.empty_like(x))
         return out
     state = _state(*scales, quant_type, blocksize, (n, k))
     if x.is_cuda or _multiplies(x.dtype):
@@ -136,11 +136,16 @@ def _forward_group(
     x: Tensor, packed, absmax, nested_absmax, nested_map, offset, quant_type, blocksize, n
 ) -> list[Tensor]:
     weights = zip(packed, absmax, nested_absmax, nested_map, offset, n, strict=True)
-    if not x.is_cuda or len(x) > _code_rows(x, True, blocksize)[0]:
+    few, many = _code_rows(x, True, blocksize)
+    if not x.is_cuda or len(x) > max(few, many):
         return [_forward(x, *weight, quant_type, blocksize, rows) for *weight, rows in weights]
     outs = [x.new_empty(len(x), rows) for rows in n]
     products = list(zip(packed, absmax, nested_absmax, nested_map, offset, outs, strict=True))
-    _core.gemv_4bit_group(x.contiguous(), products, quant_type, blocksize)
+    x = x.contiguous()
+    if len(x) <= few:
+        _core.gemv_4bit_group(x, products, quant_type, blocksize)
+    else:
+        _core.gemm_4bit(x, products, quant_type, blocksize, torch.empty_like(x))
     return outs
 
 
@@ -250,8 +255,10 @@ def gemm_4bit(x: Tensor, packed: Tensor, state: QuantState) -> Tensor:
 def gemm_4bit_group(x: Tensor, weights: Sequence[tuple[Tensor, QuantState]]) -> list[Tensor]:
     """`[gemm_4bit(x, packed, state) for packed, state in weights]`, at most four of one K.
 
-    A few rows of x without a gradient go through all weights in one launch where a kernel takes
-    them so: double quantization, one quant_type and one blocksize. Raises what gemm_4bit raises.
+    Up to 64 rows of x without a gradient go through all weights in one launch where a kernel takes
+    them so: double quantization, one quant_type and one blocksize. Then for more than 8 rows the
+    order of a sum, and with it the last bit of a result, may be another than gemm_4bit's. Raises
+    what gemm_4bit raises.
     """
     states = [state for _, state in weights]
     kinds = {(state.quant_type, state.blocksize, state.nested is None) for state in states}

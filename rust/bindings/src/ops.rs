@@ -240,31 +240,6 @@ pub fn gemv_4bit(
     call(py, weight.packed.device, |backend| backend.gemv_4bit(args))
 }
 
-#[pyfunction]
-pub fn gemm_4bit(
-    py: Python<'_>,
-    x: Object<'_, '_>,
-    packed: Object<'_, '_>,
-    absmax: Object<'_, '_>,
-    nested_absmax: Option<Object<'_, '_>>,
-    nested_map: Option<Object<'_, '_>>,
-    offset: f32,
-    quant_type: &str,
-    blocksize: i64,
-    out: Object<'_, '_>,
-    workspace: Object<'_, '_>,
-) -> PyResult<()> {
-    const OP: &str = "gemm_4bit";
-    let rows = Rows4bit::read(OP, x, quant_type, blocksize)?;
-    let weight = Weight::read(OP, packed, absmax, nested_absmax, nested_map, offset, out)?;
-    let workspace = Tensor::read(OP, "workspace", workspace)?;
-    check_overlap(OP, &weight.inputs(&rows.x), &[&weight.out, &workspace])?;
-    // SAFETY: the outputs were checked for overlap.
-    let (product, scratch) = unsafe { (rows.times(&weight)?, workspace.as_mut()) };
-    let args = Gemm4bit::new(product, scratch).map_err(to_py_err)?;
-    call(py, weight.packed.device, |backend| backend.gemm_4bit(args))
-}
-
 type Product<'py> = (
     Bound<'py, PyAny>,
     Bound<'py, PyAny>,
@@ -273,6 +248,38 @@ type Product<'py> = (
     f32,
     Bound<'py, PyAny>,
 );
+
+/// Products of one x.
+struct Group {
+    rows: Rows4bit,
+    weights: Vec<Weight>,
+}
+
+impl Group {
+    fn read(
+        op: &'static str,
+        x: Object<'_, '_>,
+        products: &[Product<'_>],
+        quant_type: &str,
+        blocksize: i64,
+    ) -> PyResult<Self> {
+        let rows = Rows4bit::read(op, x, quant_type, blocksize)?;
+        let read = |(packed, absmax, nested_absmax, nested_map, offset, out): &Product<'_>| {
+            Weight::read(op, packed, absmax, nested_absmax.as_ref(), nested_map.as_ref(), *offset, out)
+        };
+        Ok(Self { rows, weights: products.iter().map(read).collect::<PyResult<Vec<_>>>()? })
+    }
+
+    /// Nothing that is written, `others` too, may overlap what is read.
+    fn build(&self, op: &'static str, others: &[&Tensor]) -> PyResult<Gemv4bitGroup<'static>> {
+        let inputs: Vec<_> = self.weights.iter().flat_map(|weight| weight.inputs(&self.rows.x)).collect();
+        let outputs: Vec<_> = self.weights.iter().map(|weight| &weight.out).chain(others.iter().copied()).collect();
+        check_overlap(op, &inputs, &outputs)?;
+        // SAFETY: the outputs were checked for overlap.
+        let products = self.weights.iter().map(|weight| unsafe { self.rows.times(weight) });
+        Gemv4bitGroup::new(products.collect::<PyResult<Vec<_>>>()?).map_err(to_py_err)
+    }
+}
 
 #[pyfunction]
 pub fn gemv_4bit_group(
@@ -283,17 +290,27 @@ pub fn gemv_4bit_group(
     blocksize: i64,
 ) -> PyResult<()> {
     const OP: &str = "gemv_4bit_group";
-    let rows = Rows4bit::read(OP, x, quant_type, blocksize)?;
-    let read = |(packed, absmax, nested_absmax, nested_map, offset, out): &Product<'_>| {
-        Weight::read(OP, packed, absmax, nested_absmax.as_ref(), nested_map.as_ref(), *offset, out)
-    };
-    let weights = products.iter().map(read).collect::<PyResult<Vec<_>>>()?;
-    let inputs: Vec<_> = weights.iter().flat_map(|weight| weight.inputs(&rows.x)).collect();
-    check_overlap(OP, &inputs, &weights.iter().map(|weight| &weight.out).collect::<Vec<_>>())?;
+    let group = Group::read(OP, x, &products, quant_type, blocksize)?;
+    let args = group.build(OP, &[])?;
+    call(py, group.rows.x.device, |backend| backend.gemv_4bit_group(args))
+}
+
+#[pyfunction]
+pub fn gemm_4bit(
+    py: Python<'_>,
+    x: Object<'_, '_>,
+    products: Vec<Product<'_>>,
+    quant_type: &str,
+    blocksize: i64,
+    workspace: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "gemm_4bit";
+    let group = Group::read(OP, x, &products, quant_type, blocksize)?;
+    let workspace = Tensor::read(OP, "workspace", workspace)?;
+    let products = group.build(OP, &[&workspace])?;
     // SAFETY: the outputs were checked for overlap.
-    let products = weights.iter().map(|weight| unsafe { rows.times(weight) }).collect::<PyResult<Vec<_>>>()?;
-    let group = Gemv4bitGroup::new(products).map_err(to_py_err)?;
-    call(py, rows.x.device, |backend| backend.gemv_4bit_group(group))
+    let args = Gemm4bit::new(products, unsafe { workspace.as_mut() }).map_err(to_py_err)?;
+    call(py, group.rows.x.device, |backend| backend.gemm_4bit(args))
 }
 
 #[derive(FromPyObject)]

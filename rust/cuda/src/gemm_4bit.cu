@@ -1,9 +1,13 @@
 // x Wᵀ of tens to hundreds of rows x on Hopper's warpgroup instructions, from the checkpoint's bytes.
 //
-// W is operand A of wgmma, out of registers: bytes become pairs of values in a table, and scales enter the fp32 sums
-// of a block, so that the only rounding of a weight is that of sixteen constants. x is operand B, out of shared memory,
-// where the copy engine puts it; a small kernel before this one writes it in the order in which the bytes of W feed the
-// contraction. The CTAs of a cluster share a tile of out and split K; each adds up a part of their sums, in order.
+// W is operand A of wgmma, out of registers: bytes become pairs of values in a table. x is operand B, out of shared
+// memory, where the copy engine puts it. The CTAs of a cluster share a tile of out and split K; each adds up a part of
+// their sums, in order.
+//
+// In a tile of few rows of x, scales enter the fp32 sums of a block, so that the only rounding of a weight is that of
+// sixteen constants; a small kernel before this one writes x in the order in which the bytes of W feed the contraction.
+// The sums of many rows fill the registers: there scales enter the weights, which are rounded once to the type of x,
+// and x is read as it is.
 #include "absmax.cuh"
 #include "codes.cuh"
 #include "memory.cuh"
@@ -11,13 +15,28 @@
 #include "pair_table.cuh"
 #include "pipeline.cuh"
 
+constexpr int MAX_PARTS = 4;
+
 // A tensor map of the driver.
-struct alignas(64) Map {
+struct alignas(128) Map {
     uint8_t bytes[128];
 };
 
 struct Codebook {
     float values[16];
+};
+
+// One weight [N, K] and where its product goes, laid out as the launcher's `Part`.
+struct Part {
+    Map map;
+    Absmax absmax;
+    void* out;
+    int N, first_tile;
+};
+static_assert(sizeof(Part) == 256, "as the launcher's");
+
+struct Parts {
+    Part at[MAX_PARTS];
 };
 
 // Sixteen bytes a thread: the pairs of elements that one step of the contraction takes of a block of 64.
@@ -34,6 +53,7 @@ extern "C" __global__ void __launch_bounds__(256) gemm_4bit_permute(const uint32
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 constexpr int LINE = 256; // weights of a row of one stage: 128 bytes
+constexpr int BLOCKS = LINE / 64;
 constexpr int MAX_SPLITS = 4;
 
 // `sum` (+)= a b of 64 rows of W, N rows of x and 16 elements of K; b: a descriptor of shared memory.
@@ -49,6 +69,11 @@ struct Wgmma;
 #define S3                                                                                                             \
     S2 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"                                              \
        ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define S4                                                                                                             \
+    S3 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"                                              \
+       ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"                                              \
+       ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"                                  \
+       ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 #define WGMMA(T, dtype, N, SUMS, A, B, ADDS, ...)                                                                      \
     template <>                                                                                                        \
@@ -66,7 +91,9 @@ struct Wgmma;
     WGMMA(T, dtype, 32, S1, "%16,%17,%18,%19", "%20", "%21", D8(0), D8(8))                                             \
     WGMMA(T, dtype, 64, S2, "%32,%33,%34,%35", "%36", "%37", D8(0), D8(8), D8(16), D8(24))                             \
     WGMMA(T, dtype, 128, S3, "%64,%65,%66,%67", "%68", "%69", D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48),    \
-          D8(56))
+          D8(56))                                                                                                      \
+    WGMMA(T, dtype, 256, S4, "%128,%129,%130,%131", "%132", "%133", D8(0), D8(8), D8(16), D8(24), D8(32), D8(40),      \
+          D8(48), D8(56), D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120))
 
 WGMMAS(bf16, bf16)
 WGMMAS(f16, f16)
@@ -99,9 +126,69 @@ __device__ inline float4 load_of_cluster(const float* p, int rank) {
     return v;
 }
 
-// TOKENS rows of x by 64 * GROUPS rows of W.
+__device__ inline const Part& part_of(const Parts& parts, int tile) {
+    int i = 0;
+    while (i + 1 < MAX_PARTS && tile >= parts.at[i + 1].first_tile)
+        ++i;
+    return parts.at[i];
+}
+
+// Sums of rows `row` and row + 8 of W take the place of the stages, which all who multiply have read.
+template <int TOKENS, int ROWS>
+__device__ void publish(float (&sums)[TOKENS][ROWS + 4], const float (&total)[TOKENS / 2], int row) {
+    asm volatile("bar.sync 1, %0;" ::"n"(2 * ROWS) : "memory");
+#pragma unroll
+    for (int k = 0; k < TOKENS / 2; k += 4) {
+        const int m = k * 2 + lane_id() % 4 * 2;
+        sums[m][row] = total[k], sums[m + 1][row] = total[k + 1];
+        sums[m][row + 8] = total[k + 2], sums[m + 1][row + 8] = total[k + 3];
+    }
+}
+
+// By those who multiply: each CTA of the cluster finishes an equal share of the rows of x, from `token` on.
+template <typename T, int TOKENS, int ROWS>
+__device__ void finish(const float (&sums)[TOKENS][ROWS + 4], const Part& part, int row, int token, int M, int splits,
+                       float factor) {
+    const int share = TOKENS / splits, rank = blockIdx.x % splits;
+    T* const out = static_cast<T*>(part.out) + int64_t(token) * part.N + row;
+    const int rows = min(part.N - row, ROWS), tokens = min(M - token, (rank + 1) * share);
+    const bool vector = part.N % 4 == 0 && reinterpret_cast<uintptr_t>(part.out) % 8 == 0;
+    for (int e = threadIdx.x; e < share * (ROWS / 4); e += 2 * ROWS) {
+        const int m = rank * share + e / (ROWS / 4), r = e % (ROWS / 4) * 4;
+        if (m >= tokens || r >= rows)
+            continue;
+        float4 v[MAX_SPLITS];
+#pragma unroll
+        for (int split = 0; split < MAX_SPLITS; ++split)
+            v[split] = split < splits ? load_of_cluster(&sums[m][r], split) : make_float4(0, 0, 0, 0);
+        float4 sum = v[0];
+#pragma unroll
+        for (int split = 1; split < MAX_SPLITS; ++split)
+            sum.x += v[split].x, sum.y += v[split].y, sum.z += v[split].z, sum.w += v[split].w;
+        T* to = out + int64_t(m) * part.N + r;
+        const float values[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+        if (vector) {
+            *reinterpret_cast<uint2*>(to) =
+                make_uint2(narrow2<T>(values[0], values[1]), narrow2<T>(values[2], values[3]));
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (r + i < rows)
+                to[i] = narrow<T>(values[i]);
+    }
+}
+
+template <typename Entry>
+__device__ void fill_tables(uint4* table, int threads, const Parts& parts, const Codebook& codebook, float gain) {
+    const float entry = codebook.values[lane_id() % 16] * gain;
+    fill_table(table, 0, threads, [&](int b) { return narrow2<Entry>(lookup16(entry, b >> 4), lookup16(entry, b)); });
+    fill_table(table, 1, threads, [&](int b) { return __float_as_uint(__ldg(parts.at[0].absmax.map + b)); });
+}
+
+// TOKENS rows of x, few, by 64 * GROUPS rows of W.
 template <typename T, int TOKENS, int GROUPS>
-struct Tile {
+struct Few {
     static constexpr int ROWS = 64 * GROUPS, MULTIPLIERS = 128 * GROUPS, THREADS = MULTIPLIERS + 128;
     static constexpr int STAGES = GROUPS == 2 ? 3 : 2;
     static constexpr int X_STAGES = TOKENS > 64 ? 6 : GROUPS == 2 ? 12 : 8; // of 64 elements of K
@@ -126,11 +213,13 @@ struct Tile {
     };
 
     Shared& shared;
+    const Part& part;
     const Table table;
     int row, token, first, last; // of out; lines [first, last) of K
 
-    __device__ Tile(Shared& shared, int splits, int lines)
-        : shared(shared), table(shared.table), row(blockIdx.x / splits * ROWS), token(blockIdx.y * TOKENS),
+    __device__ Few(Shared& shared, const Parts& parts, int splits, int lines)
+        : shared(shared), part(part_of(parts, blockIdx.x / splits)), table(shared.table),
+          row((int(blockIdx.x / splits) - part.first_tile) * ROWS), token(blockIdx.y * TOKENS),
           first(lines * int(blockIdx.x % splits) / splits), last(lines * int(blockIdx.x % splits + 1) / splits) {}
 
     __device__ static void init(Shared& shared) {
@@ -141,15 +230,28 @@ struct Tile {
         Barrier::publish();
     }
 
-    // By one thread. Weights may be read before the previous kernel has ended, x may not.
-    __device__ void copy(const Map& weight_map, const Map& x_map) const {
+    // By one thread, before any other has come here.
+    __device__ void begin() const {
+        init(shared);
+        for (int line = first; line < min(first + STAGES, last); ++line)
+            copy_codes(line);
+    }
+
+    __device__ void copy_codes(int line) const {
+        const int stage = (line - first) % STAGES;
+        shared.full[stage].arrive_expecting(sizeof shared.codes[stage]);
+        copy_box(shared.codes[stage], &part.map, line * (LINE / 2), row, shared.full[stage]);
+    }
+
+    // By one thread: x, which may be read when the previous kernel has ended, and the codes that did not fit at first.
+    __device__ void copy(const Map& x_map) const {
+        wait_for_previous_kernel();
         for (int line = first; line < last; ++line) {
             const int i = line - first, stage = i % STAGES;
-            shared.empty[stage].wait(i / STAGES % 2 ^ 1);
-            shared.full[stage].arrive_expecting(sizeof shared.codes[stage]);
-            copy_box(shared.codes[stage], &weight_map, line * (LINE / 2), row, shared.full[stage]);
-            if (i == 0)
-                wait_for_previous_kernel();
+            if (i >= STAGES) {
+                shared.empty[stage].wait(i / STAGES % 2 ^ 1);
+                copy_codes(line);
+            }
             for (int j = 0; j < 4; ++j) {
                 const int block = i * 4 + j, x_stage = block % X_STAGES;
                 shared.x_empty[x_stage].wait(block / X_STAGES % 2 ^ 1);
@@ -160,20 +262,22 @@ struct Tile {
     }
 
     // By a warp, for every SCALERS-th line from `turn` on.
-    __device__ void decode_scales(const Absmax& absmax, int N, int row_blocks, int turn) const {
+    __device__ void decode_scales(int row_blocks, int turn) const {
+        const Absmax& absmax = part.absmax;
         for (int line = first + turn; line < last; line += SCALERS) {
             const int i = line - first, stage = i % STAGES;
 #pragma unroll 1
-            for (int part = 0; part < ROWS; part += 128) {
+            for (int strip = 0; strip < ROWS; strip += 128) {
                 uint32_t codes[4];
                 float nested[4];
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
-                    const uint32_t n = min(row + part + r * 32 + lane_id(), N - 1), at = n * row_blocks + line * 4;
+                    const uint32_t n = min(row + strip + r * 32 + lane_id(), part.N - 1),
+                                   at = n * row_blocks + line * 4;
                     codes[r] = __ldg(reinterpret_cast<const uint32_t*>(absmax.codes + at));
                     nested[r] = __ldg(absmax.absmax + at / 256);
                 }
-                if (part == 0)
+                if (strip == 0)
                     shared.empty[stage].wait(i / STAGES % 2 ^ 1);
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
@@ -181,7 +285,7 @@ struct Tile {
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
                         v[j] = __fadd_rn(__fmul_rn(table.scale(codes[r], j), nested[r]), absmax.offset);
-                    store16(shared.scales[stage][part + r * 32 + lane_id()], v);
+                    store16(shared.scales[stage][strip + r * 32 + lane_id()], v);
                 }
             }
             __syncwarp();
@@ -256,116 +360,289 @@ struct Tile {
             a[step][2] = table.pair(u, byte + 1), a[step][3] = table.pair(l, byte + 1);
         }
     }
+};
 
-    // Sums take the place of the stages, which all who multiply have read.
-    __device__ void publish(const float (&total)[TOKENS / 2]) const {
-        asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory");
-        const int mine = lane_row();
-#pragma unroll
-        for (int k = 0; k < TOKENS / 2; k += 4) {
-            const int m = k * 2 + lane_id() % 4 * 2;
-            shared.sums[m][mine] = total[k], shared.sums[m + 1][mine] = total[k + 1];
-            shared.sums[m][mine + 8] = total[k + 2], shared.sums[m + 1][mine + 8] = total[k + 3];
+// TOKENS rows of x, many, by 128 rows of W.
+template <typename T, int TOKENS>
+struct Many {
+    static constexpr int ROWS = 128, MULTIPLIERS = 256;
+    static constexpr int STAGES = TOKENS == 256 ? 2 : 3;
+    static constexpr int X_STAGES = TOKENS == 256 ? 3 : 6; // of 64 elements of K
+    static constexpr int MANY_REGISTERS = 216, FEW_REGISTERS = 72;
+
+    struct alignas(1024) Shared {
+        union {
+            struct {
+                uint4 table[TABLE / 16];
+                uint8_t codes[STAGES][ROWS][LINE / 2];
+                uint8_t x[X_STAGES][TOKENS][128];
+            };
+            float sums[TOKENS][ROWS + 4];
+        };
+        float scales[STAGES][ROWS][BLOCKS];
+        Barrier full[STAGES], empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
+    };
+
+    // Codes of a block of two rows of W, eight apart; of each word a lane looks up one byte.
+    struct Block {
+        uint4 upper[2], lower[2];
+    };
+
+    Shared& shared;
+    const Part& part;
+    const Table table;
+    int row, token, first, last; // of out; lines [first, last) of K
+
+    __device__ Many(Shared& shared, const Parts& parts, int splits, int lines)
+        : shared(shared), part(parts.at[0]), table(shared.table), row(blockIdx.x / splits * ROWS),
+          token(blockIdx.y * TOKENS), first(lines * int(blockIdx.x % splits) / splits),
+          last(lines * int(blockIdx.x % splits + 1) / splits) {}
+
+    // By one thread, before any other has come here.
+    __device__ void begin() const {
+        for (int i = 0; i < STAGES; ++i)
+            shared.full[i].init(2), shared.empty[i].init(MULTIPLIERS / 32);
+        for (int i = 0; i < X_STAGES; ++i)
+            shared.x_full[i].init(1), shared.x_empty[i].init(MULTIPLIERS / 32);
+        Barrier::publish();
+        copy_codes(first, min(first + STAGES, last));
+    }
+
+    // By one thread.
+    __device__ void copy_codes(int from, int to) const {
+        for (int line = from; line < to; ++line) {
+            const int i = line - first, stage = i % STAGES;
+            shared.empty[stage].wait(i / STAGES % 2 ^ 1);
+            shared.full[stage].arrive_expecting(sizeof shared.codes[stage]);
+            copy_box(shared.codes[stage], &part.map, line * (LINE / 2), row, shared.full[stage]);
         }
     }
 
-    // Each CTA of the cluster finishes an equal share of the rows of x.
-    __device__ void finish(T* out, int M, int N, int splits, float factor) const {
-        const int share = TOKENS / splits, rank = blockIdx.x % splits;
-        for (int e = threadIdx.x; e < share * (ROWS / 4); e += MULTIPLIERS) {
-            const int m = rank * share + e / (ROWS / 4), r = e % (ROWS / 4) * 4;
-            float4 v[MAX_SPLITS];
-#pragma unroll
-            for (int split = 0; split < MAX_SPLITS; ++split)
-                v[split] = split < splits ? load_of_cluster(&shared.sums[m][r], split) : make_float4(0, 0, 0, 0);
-            float4 sum = v[0];
-#pragma unroll
-            for (int split = 1; split < MAX_SPLITS; ++split)
-                sum.x += v[split].x, sum.y += v[split].y, sum.z += v[split].z, sum.w += v[split].w;
-            const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-            T* to = out + int64_t(token + m) * N + row + r;
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (token + m < M && row + r + i < N)
-                    to[i] = narrow<T>(values[i] * factor);
+    // By one thread.
+    __device__ void copy_x(const Map& map) const {
+        wait_for_previous_kernel();
+        for (int block = 0; block < (last - first) * BLOCKS; ++block) {
+            const int stage = block % X_STAGES;
+            shared.x_empty[stage].wait(block / X_STAGES % 2 ^ 1);
+            shared.x_full[stage].arrive_expecting(sizeof shared.x[stage]);
+            copy_box(shared.x[stage], &map, first * LINE + block * 64, token, shared.x_full[stage]);
         }
+    }
+
+    // By a warp: scales, times `factor`.
+    __device__ void decode_scales(int row_blocks, float factor) const {
+        for (int line = first; line < last; ++line) {
+            const int i = line - first, stage = i % STAGES;
+            uint32_t codes[ROWS / 32];
+            float nested[ROWS / 32];
+#pragma unroll
+            for (int r = 0; r < ROWS / 32; ++r) {
+                const uint32_t n = min(row + r * 32 + lane_id(), part.N - 1), at = n * row_blocks + line * BLOCKS;
+                codes[r] = __ldg(reinterpret_cast<const uint32_t*>(part.absmax.codes + at));
+                nested[r] = __ldg(part.absmax.absmax + at / 256);
+            }
+            shared.empty[stage].wait(i / STAGES % 2 ^ 1);
+#pragma unroll
+            for (int r = 0; r < ROWS / 32; ++r) {
+                float v[BLOCKS];
+#pragma unroll
+                for (int j = 0; j < BLOCKS; ++j)
+                    v[j] = __fadd_rn(__fmul_rn(table.scale(codes[r], j), nested[r]), part.absmax.offset) * factor;
+                store16(shared.scales[stage][r * 32 + lane_id()], v);
+            }
+            release(shared.full[stage]);
+        }
+    }
+
+    __device__ static void release(Barrier& barrier) {
+        __syncwarp();
+        if (lane_id() == 0)
+            barrier.arrive();
+    }
+
+    __device__ static int lane_row() { return threadIdx.x / 32 * 16 + lane_id() / 4; }
+
+    // Weights of one block are looked up while those of the block before it are multiplied.
+    __device__ void multiply(float (&sum)[TOKENS / 2]) const {
+        uint32_t a[2][4][4];
+        for (int line = first; line < last; ++line) {
+            const int i = line - first, stage = i % STAGES;
+            shared.full[stage].wait(i / STAGES % 2);
+            const float4 us = *reinterpret_cast<const float4*>(shared.scales[stage][lane_row()]);
+            const float4 ls = *reinterpret_cast<const float4*>(shared.scales[stage][lane_row() + 8]);
+            const float upper[BLOCKS] = {us.x, us.y, us.z, us.w}, lower[BLOCKS] = {ls.x, ls.y, ls.z, ls.w};
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) {
+                look_up(load(stage, j), upper[j], lower[j], a[j % 2]);
+                if (j + 1 == BLOCKS)
+                    release(shared.empty[stage]);
+                const int block = i * BLOCKS + j;
+                shared.x_full[block % X_STAGES].wait(block / X_STAGES % 2);
+                hold(sum);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                const uint64_t b = swizzled_rows(shared.x[block % X_STAGES]);
+#pragma unroll
+                for (int step = 0; step < 4; ++step)
+                    Wgmma<T, TOKENS>::run(sum, a[j % 2][step], b + step * 2, block > 0 || step > 0);
+                asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (block > 0)
+                    release(shared.x_empty[(block - 1) % X_STAGES]);
+            }
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        hold(sum);
+    }
+
+    // Chunks of 16 bytes are swizzled by the row's place among eight.
+    __device__ Block load(int stage, int block) const {
+        const uint8_t (*const rows)[LINE / 2] = &shared.codes[stage][lane_row()];
+        Block b;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int chunk = ((2 * block + half) ^ lane_row() % 8) * 16;
+            b.upper[half] = *reinterpret_cast<const uint4*>(rows[0] + chunk);
+            b.lower[half] = *reinterpret_cast<const uint4*>(rows[8] + chunk);
+        }
+        return b;
+    }
+
+    // Operand A of the four steps of a block; each contracts two words of codes.
+    __device__ void look_up(const Block& b, float upper_scale, float lower_scale, uint32_t (&a)[4][4]) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t u[4] = {b.upper[half].x, b.upper[half].y, b.upper[half].z, b.upper[half].w};
+            const uint32_t l[4] = {b.lower[half].x, b.lower[half].y, b.lower[half].z, b.lower[half].w};
+#pragma unroll
+            for (int word = 0; word < 4; ++word) {
+                uint32_t (&step)[4] = a[half * 2 + word / 2];
+                step[word % 2 * 2] = weights(u[word], upper_scale);
+                step[word % 2 * 2 + 1] = weights(l[word], lower_scale);
+            }
+        }
+    }
+
+    // The table holds fp16, which has more bits than a rounded weight of bf16.
+    __device__ uint32_t weights(uint32_t word, float scale) const {
+        const uint32_t pair = table.pair(word, lane_id() % 4);
+        return narrow2<T>(widen(f16{uint16_t(pair)}) * scale, widen(f16{uint16_t(pair >> 16)}) * scale);
     }
 };
 
 template <typename T, int TOKENS, int GROUPS>
-__device__ void gemm(const Map& weight_map, const Map& x_map, const Absmax& absmax, T* out, int M, int N, int K,
-                     int splits, const Codebook& codebook, float gain) {
-    using OneTile = Tile<T, TOKENS, GROUPS>;
-    using Shared = typename OneTile::Shared;
+__device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K, int splits, const Codebook& codebook,
+                             float gain) {
+    using Tile = Few<T, TOKENS, GROUPS>;
+    using Shared = typename Tile::Shared;
     extern __shared__ char dynamic[];
     // Swizzling goes by addresses.
     Shared& shared = *reinterpret_cast<Shared*>(dynamic + (-shared_address(dynamic) & 1023));
     let_next_kernel_start();
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x == OneTile::MULTIPLIERS)
-        OneTile::init(shared);
-    if (warp < 4 * GROUPS) {
-        const float entry = codebook.values[lane_id() % 16] * gain;
-        fill_table(shared.table, 0, OneTile::MULTIPLIERS,
-                   [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
-        fill_table(shared.table, 1, OneTile::MULTIPLIERS,
-                   [&](int b) { return __float_as_uint(__ldg(absmax.map + b)); });
-    }
+    const Tile tile(shared, parts, splits, K / LINE);
+    const int job = int(threadIdx.x / 32) - 4 * GROUPS; // below 0: multiplies
+    if (job == 0 && lane_id() == 0)
+        tile.begin();
+    else if (job < 0)
+        fill_tables<T>(shared.table, Tile::MULTIPLIERS, parts, codebook, gain);
     __syncthreads();
-    const OneTile tile(shared, splits, (K + LINE - 1) / LINE);
-    if (warp < 4 * GROUPS) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OneTile::MANY_REGISTERS));
+    if (job < 0) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::MANY_REGISTERS));
         float total[TOKENS / 2];
         tile.multiply(total);
-        tile.publish(total);
+        publish<TOKENS, Tile::ROWS>(shared.sums, total, Tile::lane_row());
         cluster_sync();
         wait_for_previous_kernel();
-        tile.finish(out, M, N, splits, 1.0f / gain);
-        cluster_sync(); // the others may still be reading here
-        return;
+        finish<T, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, 1.0f / gain);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
+        if (job == 0 && lane_id() == 0)
+            tile.copy(x_map);
+        else if (job > 0 && job <= Tile::SCALERS)
+            tile.decode_scales(K / 64, job - 1);
+        __syncwarp();
+        cluster_sync();
     }
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(OneTile::FEW_REGISTERS));
-    const int job = warp - 4 * GROUPS;
-    if (job == 0 && lane_id() == 0)
-        tile.copy(weight_map, x_map);
-    else if (job > 0 && job <= OneTile::SCALERS)
-        tile.decode_scales(absmax, N, K / 64, job - 1);
-    __syncwarp();
-    cluster_sync();
-    cluster_sync();
+    cluster_sync(); // the others may still be reading here
 }
 
-#define HAS_SIZE(T, tokens, groups, shared_bytes)                                                                      \
-    static_assert(sizeof(Tile<T, tokens, groups>::Shared) == shared_bytes, "the launcher asks for so much");
+template <typename T, int TOKENS>
+__device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K, int splits, const Codebook& codebook,
+                              float gain) {
+    using Tile = Many<T, TOKENS>;
+    using Shared = typename Tile::Shared;
+    extern __shared__ char dynamic[];
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic + (-shared_address(dynamic) & 1023));
+    let_next_kernel_start();
+    const Tile tile(shared, parts, splits, K / LINE);
+    const int job = int(threadIdx.x / 32) - Tile::MULTIPLIERS / 32; // below 0: multiplies
+    if (job == 0 && lane_id() == 0)
+        tile.begin();
+    else if (job < 0)
+        fill_tables<f16>(shared.table, Tile::MULTIPLIERS, parts, codebook, gain);
+    __syncthreads();
+    if (job < 0) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::MANY_REGISTERS));
+        float sum[TOKENS / 2];
+        tile.multiply(sum);
+        publish<TOKENS, Tile::ROWS>(shared.sums, sum, Tile::lane_row());
+        cluster_sync();
+        wait_for_previous_kernel();
+        finish<T, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, 1.0f);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
+        if (job == 0 && lane_id() == 0)
+            tile.copy_codes(min(tile.first + Tile::STAGES, tile.last), tile.last);
+        else if (job == 1 && lane_id() == 0)
+            tile.copy_x(x_map);
+        else if (job == 2)
+            tile.decode_scales(K / 64, 1.0f / gain);
+        __syncwarp();
+        cluster_sync();
+    }
+    cluster_sync(); // the others may still be reading here
+}
+
+#define HAS_SIZE(shared_bytes, ...)                                                                                    \
+    static_assert(sizeof(__VA_ARGS__::Shared) == shared_bytes, "the launcher asks for so much");
 
 #else
 
-#define HAS_SIZE(T, tokens, groups, shared_bytes)
+#define HAS_SIZE(shared_bytes, ...)
 
 template <typename T, int TOKENS, int GROUPS>
-__device__ void gemm(const Map&, const Map&, const Absmax&, T*, int, int, int, int, const Codebook&, float) {}
+__device__ void multiply_few(const Parts&, const Map&, int, int, int, const Codebook&, float) {}
+
+template <typename T, int TOKENS>
+__device__ void multiply_many(const Parts&, const Map&, int, int, int, const Codebook&, float) {}
 
 #endif
 
-// Maps: boxes of 128 bytes by 64 * groups rows of packed [N, K / 2], and by `tokens` rows of the permuted x [M, K],
-// swizzled; nested absmax with codes 4-byte aligned, blocks of 64, K % 256 == 0, N * K < 2^38; grid (tiles of W *
-// splits, tiles of x), clusters of `splits`, at most K / 256 and MAX_SPLITS.
-#define GEMM_4BIT(T, dtype, tokens, groups, shared_bytes)                                                              \
-    HAS_SIZE(T, tokens, groups, shared_bytes)                                                                          \
-    extern "C" __global__ void __launch_bounds__(128 * (groups + 1), 1) gemm_4bit_##tokens##x##groups##_##dtype(       \
-        const __grid_constant__ Map weight_map, const __grid_constant__ Map x_map, Absmax absmax, T* out, int M,       \
-        int N, int K, int splits, const __grid_constant__ Codebook codebook, float gain) {                             \
-        gemm<T, tokens, groups>(weight_map, x_map, absmax, out, M, N, K, splits, codebook, gain);                      \
+// Maps: boxes of 128 bytes by the tile's rows of packed [N, K / 2], and by `tokens` rows of x [M, K], permuted where
+// they are few, swizzled; nested absmax with one map for all and codes 4-byte aligned, blocks of 64, K % 256 == 0,
+// N * K < 2^38; parts: unused ones begin past the last tile, many rows of x have one part; grid (tiles of W * splits,
+// tiles of x), clusters of `splits`, at most K / 256 and MAX_SPLITS.
+#define GEMM_4BIT(name, threads, multiply)                                                                             \
+    extern "C" __global__ void __launch_bounds__(threads, 1)                                                           \
+        gemm_4bit_##name(const __grid_constant__ Parts parts, const __grid_constant__ Map x_map, int M, int K,         \
+                         int splits, const __grid_constant__ Codebook codebook, float gain) {                          \
+        multiply(parts, x_map, M, K, splits, codebook, gain);                                                          \
     }
+#define GEMM_4BIT_FEW(T, dtype, tokens, groups, shared_bytes)                                                          \
+    HAS_SIZE(shared_bytes, Few<T, tokens, groups>)                                                                     \
+    GEMM_4BIT(tokens##x##groups##_##dtype, 128 * (groups + 1), (multiply_few<T, tokens, groups>))
+#define GEMM_4BIT_MANY(T, dtype, tokens, shared_bytes)                                                                 \
+    HAS_SIZE(shared_bytes, Many<T, tokens>)                                                                            \
+    GEMM_4BIT(many_##tokens##_##dtype, 384, (multiply_many<T, tokens>))
 
 #define GEMM_4BIT_TILES(T, dtype)                                                                                      \
-    GEMM_4BIT(T, dtype, 16, 2, 146432)                                                                                 \
-    GEMM_4BIT(T, dtype, 16, 4, 156672)                                                                                 \
-    GEMM_4BIT(T, dtype, 32, 2, 171008)                                                                                 \
-    GEMM_4BIT(T, dtype, 32, 4, 173056)                                                                                 \
-    GEMM_4BIT(T, dtype, 64, 2, 220160)                                                                                 \
-    GEMM_4BIT(T, dtype, 64, 4, 205824)                                                                                 \
-    GEMM_4BIT(T, dtype, 128, 2, 220160)
+    GEMM_4BIT_FEW(T, dtype, 16, 2, 146432)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 16, 4, 156672)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 32, 2, 171008)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 32, 4, 173056)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 64, 2, 220160)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 64, 4, 205824)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 128, 2, 220160)                                                                            \
+    GEMM_4BIT_MANY(T, dtype, 128, 220160)                                                                              \
+    GEMM_4BIT_MANY(T, dtype, 256, 201728)
 
 GEMM_4BIT_TILES(f16, f16)
 GEMM_4BIT_TILES(bf16, bf16)

@@ -1,14 +1,17 @@
+use std::ffi::c_void;
+
 use cudarc::driver::sys::{CUtensorMap, CUtensorMapDataType};
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
-use halfbyte_core::{DType, Result};
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
+use halfbyte_core::{DType, Result, TensorMut};
 
 use crate::args::{DeviceAbsmax, KernelArg, aligned_mut, args};
 use crate::gemv_4bit;
-use crate::gemv_4bit_bulk::{Codebook, codebook, fits_alone};
-use crate::launch::{Family, Geometry, Launcher, Limits, Matrix, extent, family};
+use crate::gemv_4bit_bulk::{self, Codebook, codebook};
+use crate::launch::{Family, Geometry, Launcher, Matrix, extent, family};
 
 /// Tiles, first in fp16, then in bf16.
-const KERNELS: [&str; 15] = [
+const KERNELS: [&str; 19] = [
     "gemm_4bit_16x2_f16",
     "gemm_4bit_16x4_f16",
     "gemm_4bit_32x2_f16",
@@ -16,6 +19,8 @@ const KERNELS: [&str; 15] = [
     "gemm_4bit_64x2_f16",
     "gemm_4bit_64x4_f16",
     "gemm_4bit_128x2_f16",
+    "gemm_4bit_many_128_f16",
+    "gemm_4bit_many_256_f16",
     "gemm_4bit_16x2_bf16",
     "gemm_4bit_16x4_bf16",
     "gemm_4bit_32x2_bf16",
@@ -23,6 +28,8 @@ const KERNELS: [&str; 15] = [
     "gemm_4bit_64x2_bf16",
     "gemm_4bit_64x4_bf16",
     "gemm_4bit_128x2_bf16",
+    "gemm_4bit_many_128_bf16",
+    "gemm_4bit_many_256_bf16",
     "gemm_4bit_permute",
 ];
 pub(crate) static FAMILY: Family = family!("gemm_4bit", &KERNELS);
@@ -34,31 +41,61 @@ pub(crate) struct Tile {
     pub groups: usize,
     /// bytes, before the kernel aligns them
     pub shared: usize,
-    /// time of a slice of K, that of 64 rows of x and two groups being 2; measured on an H200
-    cost: f64,
+    /// us of a line of K, and of start and end; measured on an H200
+    line: f64,
+    ends: f64,
+    /// Scales enter the sums, and x is permuted before; else they enter the weights.
+    permutes: bool,
 }
 
-const fn tile(tokens: usize, groups: usize, shared: usize, cost: f64) -> Tile {
-    Tile { tokens, groups, shared, cost }
+const fn few(tokens: usize, groups: usize, shared: usize, line: f64) -> Tile {
+    Tile { tokens, groups, shared, line, ends: 5.0, permutes: true }
+}
+
+const fn many(tokens: usize, shared: usize, line: f64) -> Tile {
+    Tile { tokens, groups: 2, shared, line, ends: 3.5, permutes: false }
 }
 
 /// Four groups do the work of two in 1.7 times their time.
-pub(crate) const TILES: [Tile; 7] = [
-    tile(16, 2, 146432, 2.0 * 0.68),
-    tile(16, 4, 156672, 3.4 * 0.68),
-    tile(32, 2, 171008, 2.0 * 0.78),
-    tile(32, 4, 173056, 3.4 * 0.78),
-    tile(64, 2, 220160, 2.0),
-    tile(64, 4, 205824, 3.4),
-    tile(128, 2, 220160, 2.0 * 1.58),
+pub(crate) const TILES: [Tile; 9] = [
+    few(16, 2, 146432, 1.15 * 0.68),
+    few(16, 4, 156672, 1.95 * 0.68),
+    few(32, 2, 171008, 1.15 * 0.78),
+    few(32, 4, 173056, 1.95 * 0.78),
+    few(64, 2, 220160, 1.15),
+    few(64, 4, 205824, 1.95),
+    few(128, 2, 220160, 1.15 * 1.58),
+    many(128, 220160, 1.85),
+    many(256, 201728, 2.75),
 ];
 pub(crate) const LINE: usize = 256;
 pub(crate) const MAX_SPLITS: usize = 4;
+pub(crate) const MAX_PARTS: usize = MAX_GROUP;
+/// Most rows of x with which several weights go together.
+const TOGETHER: usize = 64;
 /// Swizzled memory begins at a multiple of this.
 const ALIGNMENT: usize = 1024;
 const PERMUTE_THREADS: usize = 256;
 
+/// `struct Part` of the kernels.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Part {
+    map: CUtensorMap,
+    absmax: DeviceAbsmax,
+    out: *mut c_void,
+    n: i32,
+    first_tile: i32,
+}
+
+const _: () = assert!(size_of::<Part>() == 256);
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Parts([Part; MAX_PARTS]);
+
 impl KernelArg for CUtensorMap {}
+impl KernelArg for Parts {}
 
 /// Which tile, and into how many parts K is cut.
 #[derive(Debug, Clone, Copy)]
@@ -67,14 +104,16 @@ struct Plan {
     splits: usize,
 }
 
-/// The plan of least time, by waves of CTAs over the device.
-fn plan(m: usize, n: usize, k: usize, multiprocessors: usize) -> Plan {
-    let ctas = |tile: &Tile, splits: usize| n.div_ceil(64 * tile.groups) * m.div_ceil(tile.tokens) * splits;
-    let time =
-        |tile: &Tile, splits: usize| ctas(tile, splits).div_ceil(multiprocessors) as f64 * tile.cost / splits as f64;
+/// The plan of least time, by waves of CTAs over the device; `ns`: of all weights that go together.
+fn plan(m: usize, ns: &[usize], k: usize, multiprocessors: usize) -> Plan {
+    let ctas = |tile: &Tile, splits: usize| tiles(ns, tile) * m.div_ceil(tile.tokens) * splits;
+    let time = |tile: &Tile, splits: usize| {
+        let lines = (k / LINE) as f64 / splits as f64;
+        ctas(tile, splits).div_ceil(multiprocessors) as f64 * tile.line * lines + tile.ends
+    };
     // Large clusters find room for themselves only where half of the device is free.
     let has_room = |tile: &Tile, splits: usize| splits < 4 || ctas(tile, splits) <= multiprocessors / 2;
-    // Of x no more than a tile that fits, or two of half its size; W would be read again for more of them.
+    // Of x no more than a tile that fits, or some of half its size and less; W would be read again for more of them.
     let suits = |tile: &Tile| if m > 64 { tile.tokens >= 64 } else { tile.tokens == m.next_power_of_two().max(16) };
     let mut best = (f64::INFINITY, Plan { tile: 0, splits: 1 });
     for splits in [1, 2, MAX_SPLITS].into_iter().filter(|&splits| splits <= k / LINE) {
@@ -87,25 +126,41 @@ fn plan(m: usize, n: usize, k: usize, multiprocessors: usize) -> Plan {
     best.1
 }
 
-fn fits(limits: Limits, args: &Gemm4bit<'_>) -> bool {
-    // The kernels exist for compute capability 9.0 alone.
-    limits.capability == (9, 0)
-        && limits.has_machine_code
-        && fits_alone(&args.product)
-        && aligned_mut(&args.workspace, 16)
+/// Of the rows of all weights.
+fn tiles(ns: &[usize], tile: &Tile) -> usize {
+    ns.iter().map(|n| n.div_ceil(64 * tile.groups)).sum()
 }
 
 pub(crate) fn launch(launcher: &Launcher, args: Gemm4bit<'_>) -> Result<()> {
-    let shape = args.product.shape;
-    if shape.m * shape.n == 0 || !fits(launcher.limits(), &args) {
-        return gemv_4bit::launch(launcher, args.product);
+    let limits = launcher.limits();
+    let Gemm4bit { group, workspace, .. } = args;
+    let products: Vec<_> = group.into_products().filter(|product| product.shape.m * product.shape.n > 0).collect();
+    let fits = |products: &[Gemv4bit<'_>]| {
+        // The kernels exist for compute capability 9.0 alone.
+        limits.capability == (9, 0) && gemv_4bit_bulk::fits(limits, products) && aligned_mut(&workspace, 16)
+    };
+    let together = fits(&products) && products[0].shape.m <= TOGETHER;
+    let launches = if together { vec![products] } else { products.into_iter().map(|product| vec![product]).collect() };
+    let mut is_permuted = false;
+    for products in launches {
+        if !fits(&products) {
+            products.into_iter().try_for_each(|product| gemv_4bit::launch(launcher, product))?;
+            continue;
+        }
+        let shape = products[0].shape;
+        let ns: Vec<_> = products.iter().map(|product| product.shape.n).collect();
+        let plan = plan(shape.m, &ns, shape.k, limits.multiprocessors);
+        if TILES[plan.tile].permutes && !is_permuted {
+            permute(launcher, &products[0], &workspace)?;
+            is_permuted = true;
+        }
+        multiply(launcher, &products, &workspace, plan)?;
     }
-    permute(launcher, &args)?;
-    multiply(launcher, &args)
+    Ok(())
 }
 
-fn permute(launcher: &Launcher, args: &Gemm4bit<'_>) -> Result<()> {
-    let chunks = args.product.shape.m * args.product.shape.k / 8;
+fn permute(launcher: &Launcher, product: &Gemv4bit<'_>, workspace: &TensorMut<'_>) -> Result<()> {
+    let chunks = product.shape.m * product.shape.k / 8;
     let geometry = Geometry {
         grid: (extent(chunks.div_ceil(PERMUTE_THREADS)), 1, 1),
         block: (extent(PERMUTE_THREADS), 1, 1),
@@ -113,48 +168,52 @@ fn permute(launcher: &Launcher, args: &Gemm4bit<'_>) -> Result<()> {
         overlaps: true,
         together: false,
     };
-    launcher.launch(
-        &FAMILY,
-        "gemm_4bit_permute",
-        geometry,
-        args![args.product.x.ptr(), args.workspace.ptr(), chunks as i64],
-    )
+    launcher.launch(&FAMILY, "gemm_4bit_permute", geometry, args![product.x.ptr(), workspace.ptr(), chunks as i64])
 }
 
-fn multiply(launcher: &Launcher, args: &Gemm4bit<'_>) -> Result<()> {
-    let (m, n, k) = (args.product.shape.m, args.product.shape.n, args.product.shape.k);
-    let bf16 = args.product.x.dtype() == DType::BF16;
-    let Plan { tile: index, splits } = plan(m, n, k, launcher.limits().multiprocessors);
+/// `products` as `fits` has seen them, of x or of the permuted x in `workspace`.
+fn multiply(
+    launcher: &Launcher,
+    products: &[Gemv4bit<'_>],
+    workspace: &TensorMut<'_>,
+    Plan { tile: index, splits }: Plan,
+) -> Result<()> {
+    let head = &products[0];
+    let (m, k, bf16) = (head.shape.m, head.shape.k, head.x.dtype() == DType::BF16);
     let tile = TILES[index];
-    let weight = Matrix { at: args.product.packed.ptr(), dtype: U8, size: 1, rows: n, columns: k / 2 };
-    let x = Matrix { at: args.workspace.ptr(), dtype: if bf16 { BF16 } else { F16 }, size: 2, rows: m, columns: k };
-    let weight_map = launcher.map_boxes(weight, 64 * tile.groups)?;
+    let mut parts = Vec::with_capacity(MAX_PARTS);
+    let mut first_tile = 0;
+    for product in products {
+        let n = product.shape.n;
+        let weight = Matrix { at: product.packed.ptr(), dtype: U8, size: 1, rows: n, columns: k / 2 };
+        parts.push(Part {
+            map: launcher.map_boxes(weight, 64 * tile.groups)?,
+            absmax: DeviceAbsmax::from(product.absmax),
+            out: product.out.ptr(),
+            n: n as i32,
+            first_tile: first_tile as i32,
+        });
+        first_tile += tiles(&[n], &tile);
+    }
+    let unused = Part { first_tile: i32::MAX, ..parts[0] };
+    let parts = Parts(std::array::from_fn(|i| parts.get(i).copied().unwrap_or(unused)));
+    let at = if tile.permutes { workspace.ptr().cast_const() } else { head.x.ptr() };
+    let x = Matrix { at, dtype: if bf16 { BF16 } else { F16 }, size: 2, rows: m, columns: k };
     let x_map = launcher.map_boxes(x, tile.tokens)?;
     let geometry = Geometry {
-        grid: (extent(n.div_ceil(64 * tile.groups) * splits), extent(m.div_ceil(tile.tokens)), 1),
+        grid: (extent(first_tile * splits), extent(m.div_ceil(tile.tokens)), 1),
         block: (extent(128 * (tile.groups + 1)), 1, 1),
         shared: tile.shared + ALIGNMENT,
         overlaps: true,
         together: false,
     };
-    let (codebook, gain): (Codebook, f32) = codebook(args.product.quant_type);
+    let (codebook, gain): (Codebook, f32) = codebook(head.quant_type);
     launcher.launch_clustered(
         &FAMILY,
         KERNELS[index + if bf16 { TILES.len() } else { 0 }],
         geometry,
         splits,
-        args![
-            weight_map,
-            x_map,
-            DeviceAbsmax::from(args.product.absmax),
-            args.product.out.ptr(),
-            m as i32,
-            n as i32,
-            k as i32,
-            splits as i32,
-            codebook,
-            gain,
-        ],
+        args![parts, x_map, m as i32, k as i32, splits as i32, codebook, gain],
     )
 }
 
@@ -169,36 +228,46 @@ mod tests {
     #[test]
     fn every_tile_is_compiled_with_the_memory_that_the_launcher_asks_for() {
         let source = include_str!("gemm_4bit.cu");
-        for (i, Tile { tokens, groups, shared, .. }) in TILES.into_iter().enumerate() {
-            assert!(
-                source.contains(&format!("GEMM_4BIT(T, dtype, {tokens}, {groups}, {shared})")),
-                "{tokens}x{groups}"
-            );
-            assert_eq!(KERNELS[i], format!("gemm_4bit_{tokens}x{groups}_f16"));
-            assert_eq!(KERNELS[TILES.len() + i], format!("gemm_4bit_{tokens}x{groups}_bf16"));
+        for (i, Tile { tokens, groups, shared, permutes, .. }) in TILES.into_iter().enumerate() {
+            let (compiled, name) = if permutes {
+                (format!("FEW(T, dtype, {tokens}, {groups}, {shared})"), format!("{tokens}x{groups}"))
+            } else {
+                (format!("MANY(T, dtype, {tokens}, {shared})"), format!("many_{tokens}"))
+            };
+            assert!(source.contains(&format!("GEMM_4BIT_{compiled}")), "{compiled}");
+            assert_eq!(KERNELS[i], format!("gemm_4bit_{name}_f16"));
+            assert_eq!(KERNELS[TILES.len() + i], format!("gemm_4bit_{name}_bf16"));
         }
     }
 
-    /// The fastest of all tiles and splits, as measured.
+    /// The fastest of all tiles and splits, as measured or as two measured ones let expect.
     #[test]
     fn plans_are_those_that_were_fastest() {
         let chosen = |m, n, k| {
-            let Plan { tile, splits } = plan(m, n, k, 132);
-            (TILES[tile].tokens, TILES[tile].groups, splits)
+            let Plan { tile, splits } = plan(m, &[n], k, 132);
+            (KERNELS[tile].trim_start_matches("gemm_4bit_").trim_end_matches("_f16"), splits)
         };
-        assert_eq!(chosen(64, 8192, 8192), (64, 2, 2));
-        assert_eq!(chosen(64, 28672, 8192), (64, 4, 1));
-        assert_eq!(chosen(64, 14336, 4096), (64, 4, 2));
-        assert_eq!(chosen(64, 4096, 14336), (64, 4, 4));
-        assert_eq!(chosen(16, 28672, 8192), (16, 4, 1));
-        assert_eq!(chosen(128, 28672, 8192), (128, 2, 1));
-        assert_eq!(chosen(128, 4096, 4096), (64, 2, 2));
+        assert_eq!(chosen(64, 8192, 8192), ("64x2", 2));
+        assert_eq!(chosen(64, 28672, 8192), ("64x4", 1));
+        assert_eq!(chosen(64, 14336, 4096), ("64x4", 2));
+        assert_eq!(chosen(64, 4096, 14336), ("64x4", 4));
+        assert_eq!(chosen(16, 28672, 8192), ("16x4", 1));
+        assert_eq!(chosen(128, 28672, 8192), ("128x2", 1));
+        assert_eq!(chosen(128, 4096, 4096), ("64x2", 2));
+        assert_eq!(chosen(128, 8192, 8192), ("many_128", 2));
+        assert_eq!(chosen(128, 14336, 4096), ("many_128", 1));
+        assert_eq!(chosen(128, 4096, 14336), ("64x2", 2));
+        for (n, k, splits) in [(28672, 8192, 1), (8192, 8192, 2), (14336, 4096, 1), (11008, 4096, 1)] {
+            assert_eq!(chosen(256, n, k), ("many_256", splits));
+        }
+        assert_eq!(chosen(256, 4096, 4096), ("many_128", 2));
+        assert_eq!(chosen(256, 4096, 14336), ("many_128", 2));
     }
 
     #[test]
     fn splits_have_lines() {
         for k in [256, 512, 768, 1024] {
-            assert!((9..300).all(|m| plan(m, 128, k, 132).splits <= k / LINE));
+            assert!((9..300).all(|m| plan(m, &[128, 40], k, 132).splits <= k / LINE));
         }
     }
 }

@@ -107,6 +107,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("draw", "SHARE_BITS", halfbyte_core::ops::draw::SHARE_BITS as usize),
         ("draw", "WEIGHT_BITS", halfbyte_core::ops::draw::WEIGHT_BITS as usize),
         ("gemm_4bit", "LINE", crate::gemm_4bit::LINE),
+        ("gemm_4bit", "MAX_PARTS", crate::gemm_4bit::MAX_PARTS),
         ("gemm_4bit", "MAX_SPLITS", crate::gemm_4bit::MAX_SPLITS),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),

@@ -76,12 +76,16 @@ pub struct Gemv4bitGroup<'a>([Option<Gemv4bit<'a>>; MAX_GROUP]);
 
 impl<'a> Gemv4bitGroup<'a> {
     pub fn new(products: Vec<Gemv4bit<'a>>) -> Result<Self> {
-        let (op, name) = ("gemv_4bit_group", "products");
+        let (op, name) = ("products of one x", "products");
         if products.len() > MAX_GROUP {
             return Err(Error::Argument { op, name, expected: "at most 4", got: products.len().to_string() });
         }
         let mut products = products.into_iter();
         Ok(Self(std::array::from_fn(|_| products.next())))
+    }
+
+    pub(crate) fn first(&self) -> Option<&Gemv4bit<'a>> {
+        self.0[0].as_ref()
     }
 
     pub fn into_products(self) -> impl Iterator<Item = Gemv4bit<'a>> {
