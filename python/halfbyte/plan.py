@@ -62,7 +62,7 @@ class Footprint:
     """Bytes on the device at the highest point of a training step, in bf16, by what they are for.
 
     checkpoints: one activation a layer. recompute: what one layer holds in its backward, with its
-    adapter in 16 bits. workspace: what comes and goes in it, above all dequantized weights. The
+    adapter in 16 bits. workspace: what comes and goes in it, above all a dequantized weight. The
     gradients grow while the checkpoints go, so that `peak` counts the larger of both.
     """
 
@@ -78,6 +78,7 @@ class Footprint:
     workspace: int
     earlier_gradients: int = 0
     cublas: int = CUBLAS
+    layers: int = 1
 
     @property
     def fixed(self) -> int:
@@ -88,7 +89,9 @@ class Footprint:
     @property
     def activations(self) -> int:
         """Above what is fixed, at the highest point of forward and backward."""
-        backward = max(self.checkpoints, self.gradients) + self.recompute
+        # The first layer is the last to be recomputed: its gradients alone are not there yet.
+        last = self.checkpoints // self.layers + self.gradients - self.gradients // self.layers
+        backward = max(self.checkpoints, last) + self.recompute
         return max(self.checkpoints + self.logits, backward) + self.workspace
 
     @property
@@ -128,14 +131,14 @@ def footprint(config: DecoderConfig, setup: Setup) -> Footprint:
     chunk = min(tokens, chunk_rows(tokens, config.vocab_size, 2))
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    # Elements a token of a recomputed layer: both norms, their sum, the output and its gradient;
-    # queries, keys and values together, rotated ones, what was attended to; gate and up.
-    kept = 5 * hidden + 3 * (q + kv) + 2 * inner
-    # Beside them at most: the MLP's product and its gradient before the last weight; the gradient
-    # of its input before the first two weights; or its product's gradient and theirs.
+    # Elements a token of a recomputed layer: both norms, their sum, the output's gradient;
+    # rotated queries and keys, values, what was attended to; gate and up.
+    kept = 4 * hidden + 2 * (q + kv) + 2 * inner
+    # Beside them at most: the MLP's product and its gradient before the last weight; or its
+    # product's gradient and theirs.
     weight = 2 * largest if quantized else 0
     row = 2 * tokens
-    workspace = max(2 * row * inner + weight, row * hidden + 2 * weight, 3 * row * inner)
+    workspace = max(2 * row * inner + weight, 3 * row * inner)
     return Footprint(
         base=weights // 2 if quantized else 2 * weights,
         scales=_scales(weights, setup) if quantized else 0,
@@ -149,6 +152,7 @@ def footprint(config: DecoderConfig, setup: Setup) -> Footprint:
         logits=2 * chunk * config.vocab_size + 2 * tokens * hidden,
         workspace=workspace,
         earlier_gradients=4 * lora if setup.gradient_accumulation_steps > 1 else 0,
+        layers=config.num_hidden_layers,
     )
 
 
@@ -236,7 +240,7 @@ def table(plan: Plan, setup: Setup, title: str):
         ),
         ("one layer recomputed", part.recompute, ""),
         ("logits of a chunk", part.logits, "while there are no gradients"),
-        ("dequantized weights, or gradients", part.workspace, "while a layer is recomputed"),
+        ("dequantized weight, or gradients", part.workspace, "while a layer is recomputed"),
         ("cuBLAS", part.cublas, ""),
     )
     for name, nbytes, note in rows:
