@@ -1,4 +1,8 @@
-"""Decode of a few rows with one launch between two attentions, where kernels take it so."""
+"""Decode of a few rows with adapters: one launch between two attentions, where kernels take it so.
+
+Without adapters, launches that overlap are quicker than CTAs that wait for each other (569 tokens/s
+beside 526 on an H200 at the 7B shape); with them a layer would be 25 launches more.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from halfbyte.models.attention import Step
 from halfbyte.models.norm import RMSNorm
 from halfbyte.ops.gemv_4bit_chain import (
     MAX_ROWS,
+    LowRank,
     Phase,
     Product,
     gemv_4bit_chain,
@@ -38,8 +43,13 @@ def takes(layers: Sequence[nn.Module], x: Tensor, step: Step) -> bool:
         and not layers[0].training
         and not torch.is_autocast_enabled("cuda")
         and has_chains(x.device)
+        and any(_low_rank(m, len(x)) is not None for layer in layers for m in _projections(layer))
         and _fit(layers, x.dtype)
     )
+
+
+def _low_rank(layer: nn.Module, rows: int) -> LowRank | None:
+    return layer.low_rank(rows) if hasattr(layer, "low_rank") else None
 
 
 def _fit(layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
@@ -122,7 +132,7 @@ def _phase(
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
     widths = [base.out_features for base in bases]
     outs = [x.new_empty(len(x), width) for width in (widths[:1] if gated else widths)]
-    adapters = [layer.low_rank(len(x)) if hasattr(layer, "low_rank") else None for layer in layers]
+    adapters = [_low_rank(layer, len(x)) for layer in layers]
     ranks = sum(len(adapter.a) for adapter in adapters if adapter is not None)
     products = [
         Product(

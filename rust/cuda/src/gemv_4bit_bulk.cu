@@ -205,6 +205,8 @@ struct Copy {
     const Chain<PHASES>& chain;
     Place place;
     const uint8_t* packed[2];
+    const A* lora_b[2];
+    int rank[2];
 
     __device__ void begin_phase(int p, const Walk&) const {
         if constexpr (PHASES > 1)
@@ -216,8 +218,11 @@ struct Copy {
     // Rows past the last repeat it.
     __device__ void run(const Item& item) {
         if (place.moves(chain, item))
-            for (int half = 0; half < 2; ++half)
-                packed[half] = chain.phases[place.phase].parts[place.part].halves[half].packed;
+            for (int half = 0; half < 2; ++half) {
+                const Weight& weight = chain.phases[place.phase].parts[place.part].halves[half];
+                packed[half] = weight.packed;
+                lora_b[half] = static_cast<const A*>(weight.lora_b), rank[half] = weight.rank;
+            }
         Barrier& full = shared.full[item.stage()];
         shared.empty[item.stage()].wait(item.stage_parity() ^ 1);
         const int64_t row_bytes = place.row_blocks * 32;
@@ -234,10 +239,15 @@ struct Copy {
             for (int r = 0; r < HALF; ++r)
                 copy_bulk(shared.codes[item.stage()][half * HALF + r], from + min(row + r, last) * row_bytes, bytes,
                           full, leader);
+            if constexpr (PHASES > 1)
+                if (item.is_first)
+                    prefetch<A>(lora_b[half], int64_t(row) * rank[half], int64_t(min(row + HALF, place.N)) * rank[half],
+                                lane_id(), 32);
         }
     }
 
-    // What the other warps will wait for: this CTA's share of the norm's weight, and its rows of A.
+    // What the other warps will wait for: this CTA's share of the norm's weight, and its rows of A. B's follow item by
+    // item.
     __device__ void prefetch_small(const Phase& phase) const {
         if (phase.norm != nullptr)
             prefetch<T>(phase.norm, 0, phase.K, blockIdx.x * 32 + lane_id(), gridDim.x * 32);
