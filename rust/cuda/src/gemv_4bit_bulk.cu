@@ -2,8 +2,9 @@
 //
 // As in gemv_4bit_mma, W is operand A of mma.m16n8k16, bytes become pairs of values in a table, and scales enter the
 // fp32 sums. But here every warp has one job, and barriers in shared memory are all that connects them: one warp
-// copies codes, two decode scales, sixteen multiply, one adds up what they made. So memory is read without a pause
-// while the table, which is what bounds the kernel, is never without work.
+// copies codes, one decodes scales, sixteen multiply, one adds up what they made, and in a chain one multiplies by the
+// adapters' B. So memory is read without a pause while the table, which is what bounds the kernel, is never without
+// work.
 //
 // A warp that multiplies keeps its part of x in registers: four blocks of 64 of a slice of K. The CTA takes its panels
 // of 16 rows of W one after the other, and for a long K some panels together, slice by slice. The order of every sum
