@@ -111,9 +111,6 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemm_4bit", "MAX_SPLITS", crate::gemm_4bit::MAX_SPLITS),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
-        ("gemv_4bit_bulk", "MAX_PARTS", crate::gemv_4bit_bulk::MAX_PARTS),
-        ("gemv_4bit_bulk", "MAX_PHASES", halfbyte_core::ops::gemv_4bit_chain::MAX_PHASES),
-        ("gemv_4bit_bulk", "PANEL", crate::gemv_4bit_bulk::PANEL),
         ("gemv_4bit_bulk", "TILE", crate::gemv_4bit_bulk::TILE),
         ("gemv_4bit_bulk", "SHARED_BYTES", crate::gemv_4bit_bulk::SHARED_BYTES),
         ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
@@ -134,6 +131,10 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("swiglu", "WIDTH", crate::swiglu::WIDTH),
     ];
     assert_eq!(constant(include_str!("pair_table.cuh"), "TABLE"), Some(crate::gemv_4bit_mma::TABLE));
+    let chain = include_str!("chain.cuh");
+    assert_eq!(constant(chain, "MAX_PARTS"), Some(crate::gemv_4bit_bulk::MAX_PARTS));
+    assert_eq!(constant(chain, "MAX_PHASES"), Some(halfbyte_core::ops::gemv_4bit_chain::MAX_PHASES));
+    assert_eq!(constant(chain, "PANEL"), Some(crate::gemv_4bit_bulk::PANEL));
     let shared = include_str!("paged_attention.cuh");
     assert_eq!(constant(shared, "WARPS"), Some(crate::paged_attention::WARPS));
     assert_eq!(constant(shared, "BLOCK"), Some(halfbyte_core::ops::paged_attention::BLOCK));
