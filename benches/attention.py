@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from bench import append_row, summary, time_row
+from bench import Timing, append_row, replays, time_row
 
 from halfbyte.kv_cache import BLOCK, blocks_for
 from halfbyte.ops.paged_attention import Cached, encode, paged_attention
@@ -20,7 +20,7 @@ def token_bytes(kv_heads: int, head_dim: int, codes: bool) -> int:
     return 2 * kv_heads * (head_dim + 4 if codes else 2 * head_dim)
 
 
-def microseconds(heads: tuple[int, int, int], batch: int, context: int, codes: bool) -> list[float]:
+def timing(heads: tuple[int, int, int], batch: int, context: int, codes: bool) -> Timing:
     """Per launch, of replays of a graph of launches that each read another cache."""
     query_heads, kv_heads, head_dim = heads
     each = blocks_for(context)
@@ -50,17 +50,7 @@ def microseconds(heads: tuple[int, int, int], batch: int, context: int, codes: b
         for cache in caches:
             paged_attention(q, k, v, cos, sin, cache, tables, lengths, None, arrived)
 
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
-    for event in events:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    pairs = zip(events[1:], events[2:], strict=False)
-    return [1e3 * a.elapsed_time(b) / count for a, b in pairs]
+    return replays(work, count)
 
 
 def main() -> None:
@@ -73,9 +63,7 @@ def main() -> None:
     for name in args.shapes:
         for batch in args.batch:
             for context in args.context:
-                took = summary(
-                    [us / 1e6 for us in microseconds(HEADS[name], batch, context, args.codes)]
-                )
+                took = timing(HEADS[name], batch, context, args.codes)
                 _, kv_heads, head_dim = HEADS[name]
                 nbytes = batch * context * token_bytes(kv_heads, head_dim, args.codes)
                 floor = nbytes / BANDWIDTH * 1e6

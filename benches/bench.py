@@ -54,6 +54,21 @@ def interleave(
     return {name: summary(values) for name, values in seconds.items()}
 
 
+def replays(work: Callable[[], object], launches: int) -> Timing:
+    """Seconds of each of the `launches` that `work` makes, captured in a graph (CUDA)."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
+    for event in events:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    pairs = zip(events[1:], events[2:], strict=False)
+    return summary([1e-3 * a.elapsed_time(b) / launches for a, b in pairs])
+
+
 def rotation(items: Iterable[Any], work: Callable[..., object]) -> Callable[[], object]:
     """A call of `work` on the next item every time, round and round."""
     cycle = itertools.cycle(items)

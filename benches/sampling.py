@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from bench import append_row, summary, time_row
+from bench import Timing, append_row, replays, time_row
 
 from halfbyte.sampling import Sampling, SamplingRows
 
@@ -20,7 +20,7 @@ SETTINGS = {
 }
 
 
-def microseconds(sampling: Sampling, batch: int, vocab: int) -> list[float]:
+def timing(sampling: Sampling, batch: int, vocab: int) -> Timing:
     """Per step, of replays of a graph of a few."""
     rows = SamplingRows(batch, vocab, "cuda")
     for row in range(batch):
@@ -32,17 +32,7 @@ def microseconds(sampling: Sampling, batch: int, vocab: int) -> list[float]:
         for _ in range(LAUNCHES):
             rows.sample(logits, positions, 0, sampling.kind)
 
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
-    for event in events:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    pairs = zip(events[1:], events[2:], strict=False)
-    return [1e3 * a.elapsed_time(b) / LAUNCHES for a, b in pairs]
+    return replays(work, LAUNCHES)
 
 
 @torch.inference_mode()
@@ -54,7 +44,7 @@ def main() -> None:
     for vocab in args.vocab:
         for batch in args.batch:
             for name, sampling in SETTINGS.items():
-                took = summary([us / 1e6 for us in microseconds(sampling, batch, vocab)])
+                took = timing(sampling, batch, vocab)
                 floor = 2 * batch * vocab / BANDWIDTH * 1e6
                 fields = {"settings": name, "batch": batch, "N": vocab}
                 row = time_row("sampling", {"halfbyte": took}, floor, **fields)

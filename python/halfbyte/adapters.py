@@ -19,15 +19,7 @@ from halfbyte import lora
 from halfbyte.errors import AdapterNotFoundError, CheckpointError
 from halfbyte.fingerprint import fingerprint
 from halfbyte.models import Decoder
-from halfbyte.ops import gemv_4bit_chain as ops
-
-
-class LowRank(NamedTuple):
-    """One layer's share of an adapter: a [r, in_features], b [out_features, r]."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
+from halfbyte.ops.gemv_4bit_chain import LowRank
 
 
 @dataclass(eq=False)
@@ -103,13 +95,13 @@ class AdaptedLinear(nn.Module):
         """x: [B, T, in_features], or [B, in_features] of last tokens -> [..., out_features]."""
         return self.adapt(x, self.base_layer(x))
 
-    def low_rank(self, rows: int) -> ops.LowRank | None:
+    def low_rank(self, rows: int) -> LowRank | None:
         """The rows' own adapters as a chain of products takes them."""
         if self.selection.columns is None or self.stacked is None:
             return None
         a, b, layout = self.stacked
         factors = self.selection.factors(layout)[:, 0].expand(rows, -1).contiguous()
-        return ops.LowRank(a, b, factors, 1.0)
+        return LowRank(a, b, factors, 1.0)
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """y = base(x) with each row's own adapter added."""
@@ -206,7 +198,7 @@ class Adapters:
         divisor = rank**0.5 if fields.get("use_rslora") else rank
         weight = self.model.model.embed_tokens.weight
         a, b = (x.to(weight.device, weight.dtype) for x in (a, b))
-        return LowRank(a, b, alpha / divisor)
+        return LowRank(a, b, None, alpha / divisor)
 
     def add(self, adapter: Adapter) -> None:
         """Let requests name this adapter; one of the same name goes on for those that use it.

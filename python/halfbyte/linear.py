@@ -190,5 +190,10 @@ def project(x: Tensor, *layers: nn.Module, unread: bool = False) -> list[Tensor]
 
 def is_plain(layer: nn.Module, base: nn.Module) -> bool:
     """Whether a layer is a Linear4bit, or adapts one, that calling it does nothing more than."""
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (layer, base))
-    return type(base) is Linear4bit and (layer is base or hasattr(layer, "adapt")) and not hooked
+    adapts = layer is base or hasattr(layer, "adapt")
+    return type(base) is Linear4bit and adapts and not (is_watched(layer) or is_watched(base))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks wait for the module to be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kv_cache import CacheStep
-from halfbyte.linear import project
+from halfbyte.linear import is_watched, project
 from halfbyte.models import chain
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
         step = self._step(ids, cache, x.dtype)
         if chain.takes(self.layers, x, step):
             return self.norm(chain.decode(self.layers, x, step))
-        if not torch.is_grad_enabled() and not any(map(_is_watched, self.layers)):
+        if not torch.is_grad_enabled() and not any(map(is_watched, self.layers)):
             added = None
             for layer in self.layers:
                 x, added = layer.split(x, added, step)
@@ -130,11 +130,6 @@ class Backbone(nn.Module):
             return Step(cos, sin, {}, cache)
         cached = 0 if cache is None else cache.cached
         return Step(cos, sin, spans(self.windows, positions, cached), cache)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody's hooks wait for the module to be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class Head(nn.Linear):

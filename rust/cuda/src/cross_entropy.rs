@@ -18,7 +18,7 @@ pub(crate) fn launch(launcher: &Launcher, args: CrossEntropy<'_>) -> Result<()> 
     launcher.launch(
         &FAMILY,
         KERNELS[dtype_index(dtype)],
-        Geometry { grid: (extent(rows), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true, together: false },
+        Geometry { grid: (extent(rows), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true },
         args![
             args.logits.ptr(),
             args.labels.ptr(),

@@ -22,7 +22,7 @@ pub(crate) fn launch(launcher: &Launcher, args: Dequantize4bit<'_>) -> Result<()
     launcher.launch(
         &FAMILY,
         KERNELS[dtype_index(dtype)],
-        Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true, together: false },
+        Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true },
         args![
             args.packed.ptr(),
             DeviceAbsmax::from(args.absmax),

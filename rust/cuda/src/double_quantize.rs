@@ -13,7 +13,7 @@ pub(crate) const THREADS: u32 = 256;
 const TILE: usize = 256 * (THREADS as usize / 32);
 
 fn geometry(ctas: usize) -> Geometry {
-    Geometry { grid: (extent(ctas), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true, together: false }
+    Geometry { grid: (extent(ctas), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true }
 }
 
 pub(crate) fn launch(launcher: &Launcher, args: DoubleQuantize<'_>) -> Result<()> {

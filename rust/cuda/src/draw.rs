@@ -16,7 +16,7 @@ pub(crate) fn launch(launcher: &Launcher, args: Draw<'_>) -> Result<()> {
     launcher.launch(
         &FAMILY,
         "draw",
-        Geometry { grid: (extent(rows), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true, together: false },
+        Geometry { grid: (extent(rows), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true },
         args![
             args.scores.ptr(),
             args.settings.ptr(),

@@ -166,7 +166,6 @@ fn permute(launcher: &Launcher, product: &Gemv4bit<'_>, workspace: &TensorMut<'_
         block: (extent(PERMUTE_THREADS), 1, 1),
         shared: 0,
         overlaps: true,
-        together: false,
     };
     launcher.launch(&FAMILY, "gemm_4bit_permute", geometry, args![product.x.ptr(), workspace.ptr(), chunks as i64])
 }
@@ -205,7 +204,6 @@ fn multiply(
         block: (extent(128 * (tile.groups + 1)), 1, 1),
         shared: tile.shared + ALIGNMENT,
         overlaps: true,
-        together: false,
     };
     let (codebook, gain): (Codebook, f32) = codebook(head.quant_type);
     launcher.launch_clustered(

@@ -89,7 +89,6 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemv4bit<'_>) -> Result<()> {
             block: (extent(32 * warps), 1, 1),
             shared: 0,
             overlaps: false,
-            together: false,
         },
         args![
             args.x.ptr(),

@@ -255,8 +255,7 @@ pub(crate) fn launch_chain(launcher: &Launcher, args: &Gemv4bitChain<'_>) -> Res
     let of_adapters = all().find_map(|product| product.adapter.as_ref()).map(|adapter| adapter.a.dtype());
     let kernel = 2 + 2 * usize::from(of_adapters == Some(DType::F32)) + usize::from(head.x.dtype() == DType::BF16);
     let (codebook, gain) = codebook(head.quant_type);
-    let geometry = Geometry { together: true, ..geometry(ctas, head.shape.m) };
-    launcher.launch(&FAMILY, KERNELS[kernel], geometry, args![chain, codebook, gain])
+    launcher.launch_together(&FAMILY, KERNELS[kernel], geometry(ctas, head.shape.m), args![chain, codebook, gain])
 }
 
 fn geometry(ctas: usize, m: usize) -> Geometry {
@@ -265,6 +264,5 @@ fn geometry(ctas: usize, m: usize) -> Geometry {
         block: (extent(32 * ALL_WARPS), 1, 1),
         shared: SHARED_BYTES,
         overlaps: true,
-        together: false,
     }
 }

@@ -47,7 +47,6 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemv4bit<'_>, warps: usize) -> R
         block: (extent(32 * warps), 1, 1),
         shared: shared(warps),
         overlaps: true,
-        together: false,
     };
     launcher.launch(
         &FAMILY,

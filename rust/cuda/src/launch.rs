@@ -37,8 +37,6 @@ pub(crate) struct Geometry {
     pub shared: usize,
     /// The kernel itself waits for the one before it in the stream, so it may start before that has ended.
     pub overlaps: bool,
-    /// Its CTAs wait for each other, so all must run at once: the grid is no larger than the device holds.
-    pub together: bool,
 }
 
 /// One family's fatbin and the kernels that its launcher asks for.
@@ -308,6 +306,17 @@ impl Launcher {
         self.launch_clustered(family, kernel, geometry, 1, args)
     }
 
+    /// `launch` of a grid whose CTAs wait for each other: all run at once, or the driver refuses.
+    pub fn launch_together(
+        &self,
+        family: &Family,
+        kernel: &'static str,
+        geometry: Geometry,
+        args: &mut [Arg<'_>],
+    ) -> Result<()> {
+        self.launch_with(family, kernel, geometry, Some(cooperation()), args)
+    }
+
     /// `launch` with `cluster` neighbouring CTAs of the grid's first dimension side by side (sm_90 and later).
     pub fn launch_clustered(
         &self,
@@ -317,13 +326,22 @@ impl Launcher {
         cluster: usize,
         args: &mut [Arg<'_>],
     ) -> Result<()> {
+        self.launch_with(family, kernel, geometry, (cluster > 1).then(|| clusters_of(cluster)), args)
+    }
+
+    fn launch_with(
+        &self,
+        family: &Family,
+        kernel: &'static str,
+        geometry: Geometry,
+        attribute: Option<sys::CUlaunchAttribute>,
+        args: &mut [Arg<'_>],
+    ) -> Result<()> {
         let fail = |error| self.state.error(format!("{kernel} with {geometry:?}"), error);
         let _bound = Bound::to(&self.state.context).map_err(fail)?;
         let function = self.state.function(family, kernel)?;
         let overlaps = geometry.overlaps && self.state.limits.capability >= (9, 0);
-        let wanted =
-            [(cluster > 1).then(|| clusters_of(cluster)), overlaps.then(overlap), geometry.together.then(cooperation)];
-        let mut attributes: Vec<_> = wanted.into_iter().flatten().collect();
+        let mut attributes: Vec<_> = attribute.into_iter().chain(overlaps.then(overlap)).collect();
         let config = sys::CUlaunchConfig {
             gridDimX: geometry.grid.0,
             gridDimY: geometry.grid.1,
@@ -382,13 +400,7 @@ impl Launcher {
         threads: u32,
         args: &mut [Arg<'_>],
     ) -> Result<()> {
-        let geometry = Geometry {
-            grid: (extent(ctas), 1, 1),
-            block: (threads, 1, 1),
-            shared: 0,
-            overlaps: false,
-            together: false,
-        };
+        let geometry = Geometry { grid: (extent(ctas), 1, 1), block: (threads, 1, 1), shared: 0, overlaps: false };
         self.launch(family, kernel, geometry, args)
     }
 }

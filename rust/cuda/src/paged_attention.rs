@@ -132,7 +132,6 @@ pub(crate) fn launch(launcher: &Launcher, args: PagedAttention<'_>) -> Result<()
             block: (extent(32 * WARPS), 1, 1),
             shared: 0,
             overlaps: true,
-            together: false,
         },
         args![
             DeviceTensors {

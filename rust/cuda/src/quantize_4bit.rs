@@ -20,7 +20,7 @@ pub(crate) fn launch(launcher: &Launcher, args: Quantize4bit<'_>) -> Result<()> 
     launcher.launch(
         &FAMILY,
         KERNELS[dtype_index(x.dtype())],
-        Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true, together: false },
+        Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true },
         args![
             x.ptr(),
             args.packed.ptr(),

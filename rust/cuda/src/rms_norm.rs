@@ -55,7 +55,7 @@ fn geometry(rows: usize, columns: usize, dtype: DType, multiprocessors: usize) -
     let threads = if lanes <= 32 { (rows * lanes).next_multiple_of(32).min(SMALL) } else { lanes };
     let ctas = rows.div_ceil(threads / lanes).min(multiprocessors * (most / threads));
     let block = (threads as u32, 1, 1);
-    (lanes as i32, Geometry { grid: (extent(ctas), 1, 1), block, shared: 0, overlaps: true, together: false })
+    (lanes as i32, Geometry { grid: (extent(ctas), 1, 1), block, shared: 0, overlaps: true })
 }
 
 fn vector(columns: usize, weight: TensorRef<'_>, others: &[Option<TensorRef<'_>>]) -> bool {
@@ -124,7 +124,7 @@ pub(crate) fn launch_backward(launcher: &Launcher, args: RmsNormBackward<'_>) ->
     launcher.launch(
         &FAMILY,
         PARTIALS[dtype_index(x.dtype())],
-        Geometry { grid, block: (STRIP as u32, 1, 1), shared: 0, overlaps: false, together: false },
+        Geometry { grid, block: (STRIP as u32, 1, 1), shared: 0, overlaps: false },
         args![
             grad.ptr(),
             x.ptr(),

@@ -65,7 +65,7 @@ pub(crate) fn launch(launcher: &Launcher, args: Rope<'_>) -> Result<()> {
     launcher.launch(
         &FAMILY,
         KERNELS[dtype_index(dtype)],
-        Geometry { grid: (extent(ctas), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true, together: false },
+        Geometry { grid: (extent(ctas), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true },
         args![
             DeviceHeads::new(args.q, &args.q_out),
             DeviceHeads::new(args.k, &args.k_out),

@@ -16,7 +16,7 @@ pub(crate) const WIDTH: usize = 8;
 fn geometry(rows: usize, columns: usize) -> Geometry {
     let units = rows * columns.div_ceil(WIDTH);
     let grid = (extent(units.div_ceil(THREADS as usize)), 1, 1);
-    Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true, together: false }
+    Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true }
 }
 
 /// Contiguous rows are one long row, whose length decides nothing about alignment.
