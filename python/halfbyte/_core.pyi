@@ -246,15 +246,23 @@ def gemm_4bit(
     goes together.
     """
 
-def gemv_4bit_chain(phases: Sequence[Any], quant_type: str, arrived: Tensor) -> None:
-    """Up to four phases of 4-bit products, each of what the one before made, in one launch.
+def gemv_4bit_fused(
+    x: Tensor,
+    products: Sequence[Any],
+    quant_type: str,
+    gated: bool,
+    hidden: Tensor | None = None,
+    next: Any = None,
+) -> None:
+    """One to four 4-bit products of x [M, K] with adapter, bias and gate, in one launch.
 
-    phases: as `halfbyte.ops.gemv_4bit_chain.Phase`, read by attribute. arrived: int32 [5] zeros,
-    and zeros again when all is done. GPUs for which `has_chains` is true only.
+    products, next: as `halfbyte.ops.gemv_4bit_fused` makes them, read by attribute; where gated,
+    pairs of gate and up that share an out. hidden: float32 [ceil(K / 2048), M, ranks of all
+    adapters], scratch, which adapters need. GPUs for which `fuses` is true only.
     """
 
-def has_chains(device: int) -> bool:
-    """Whether `gemv_4bit_chain` has kernels for a CUDA device; false where there is none."""
+def fuses(device: int) -> bool:
+    """Whether `gemv_4bit_fused` has kernels for a CUDA device; false where there is none."""
 
 def paged_attention(
     q: Tensor,

@@ -19,7 +19,7 @@ from halfbyte import lora
 from halfbyte.errors import AdapterNotFoundError, CheckpointError
 from halfbyte.fingerprint import fingerprint
 from halfbyte.models import Decoder
-from halfbyte.ops.gemv_4bit_chain import LowRank
+from halfbyte.ops.gemv_4bit_fused import LowRank
 
 
 @dataclass(eq=False)
@@ -96,7 +96,7 @@ class AdaptedLinear(nn.Module):
         return self.adapt(x, self.base_layer(x))
 
     def low_rank(self, rows: int) -> LowRank | None:
-        """The rows' own adapters as a chain of products takes them."""
+        """The rows' own adapters as products of a few rows take them."""
         if self.selection.columns is None or self.stacked is None:
             return None
         a, b, layout = self.stacked

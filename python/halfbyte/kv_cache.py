@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ContextLengthError
-from halfbyte.ops.gemv_4bit_chain import COUNTERS
 from halfbyte.ops.paged_attention import BLOCK, Cached, decode, encode, paged_attention
 
 # What padding writes to, and what tables name past their end; it belongs to no sequence.
@@ -86,8 +85,6 @@ class KVCache:
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
         self.layers = [Cached(*layer) for layer in zip(*parts, strict=True)]
-        # Of the launches whose CTAs wait for each other; a cache is used on one stream at a time.
-        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self.heads = config.num_attention_heads
         self.blocks = blocks
         self.device = self.layers[0].keys.device

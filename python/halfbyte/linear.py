@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from halfbyte.ops import (
     gemm_4bit,
     gemm_4bit_group,
     quantize_4bit,
+    swiglu,
 )
+from halfbyte.ops.gemv_4bit_fused import Next, Product, fuses, gemv_4bit_fused
 
 
 class Linear4bit(nn.Linear):
@@ -168,12 +171,22 @@ class Linear4bit(nn.Linear):
         )
 
 
-def project(x: Tensor, *layers: nn.Module, unread: bool = False) -> list[Tensor]:
+class Decoding(NamedTuple):
+    """What a decode step reads next, in one launch; gated: a gate and an up projection."""
+
+    following: Sequence[nn.Module] = ()
+    gated: bool = False
+
+
+def project(
+    x: Tensor, *layers: nn.Module, unread: bool = False, decoding: Decoding | None = None
+) -> list[Tensor]:
     """`[layer(x) for layer in layers]`, the 4-bit products in one launch where a kernel can.
 
     layers: Linear4bit, or what adds something to the product of its `base_layer` by
     `adapt(x, y)`; any others, and layers with hooks, are called one after the other. unread: the
-    outputs are wanted for their gradients only and may hold anything.
+    outputs are wanted for their gradients only and may hold anything. decoding: given in a decode
+    step, where biases and adapters of a few rows join the launch.
     """
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
     plain = all(map(is_plain, layers, bases))
@@ -182,10 +195,52 @@ def project(x: Tensor, *layers: nn.Module, unread: bool = False) -> list[Tensor]
         return outs
     if not x.is_cuda or not plain:
         return [layer(x) for layer in layers]
+    if decoding is not None and (outs := _fused(x, layers, bases, False, decoding)) is not None:
+        return outs
     products = gemm_4bit_group(x, [(base.weight, base._state()) for base in bases])
     outs = [base._biased(y) for base, y in zip(bases, products, strict=True)]
     adapted = zip(layers, bases, outs, strict=True)
     return [y if layer is base else layer.adapt(x, y) for layer, base, y in adapted]
+
+
+def project_gated(
+    x: Tensor, gate: nn.Module, up: nn.Module, decoding: Decoding | None = None
+) -> Tensor:
+    """swiglu(gate(x), up(x)), in a decode step in one launch where a kernel can."""
+    bases = [getattr(layer, "base_layer", layer) for layer in (gate, up)]
+    if decoding is not None and x.is_cuda and all(map(is_plain, (gate, up), bases)):
+        if (outs := _fused(x, (gate, up), bases, True, decoding)) is not None:
+            return outs[0]
+    return swiglu(*project(x, gate, up, decoding=decoding))
+
+
+def _fused(
+    x: Tensor,
+    layers: Sequence[nn.Module],
+    bases: Sequence[nn.Module],
+    gated: bool,
+    decoding: Decoding,
+) -> list[Tensor] | None:
+    """The outputs of plain layers by one kernel with what stands beside their products, if any."""
+    training = torch.is_grad_enabled() or layers[0].training or torch.compiler.is_compiling()
+    if training or torch.is_autocast_enabled("cuda"):
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    products = []
+    for layer, base in zip(layers, bases, strict=True):
+        if layer is not base and not hasattr(layer, "low_rank"):
+            return None
+        adapter = None if layer is base else layer.low_rank(len(rows))
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        products.append(Product(base.weight, base._state(), bias, adapter))
+    if not fuses(rows, products):
+        return None
+    next_bases = [getattr(layer, "base_layer", layer) for layer in decoding.following]
+    following = None
+    if next_bases and all(map(is_plain, decoding.following, next_bases)):
+        following = Next([(base.weight, base._state()) for base in next_bases], decoding.gated)
+    outs = gemv_4bit_fused(rows, products, gated, following)
+    return [out.view(*x.shape[:-1], -1) for out in outs]
 
 
 def is_plain(layer: nn.Module, base: nn.Module) -> bool:

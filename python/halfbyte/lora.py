@@ -20,7 +20,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.fingerprint import fingerprint
 from halfbyte.linear import Linear4bit, is_plain
 from halfbyte.ops import lora_4bit
-from halfbyte.ops.gemv_4bit_chain import LowRank
+from halfbyte.ops.gemv_4bit_fused import LowRank
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -161,7 +161,7 @@ class LoRALinear(nn.Module):
         return add_product(y, hidden, self.lora_B.weight)
 
     def low_rank(self, rows: int) -> LowRank:
-        """The adapter as a chain of products takes it."""
+        """The adapter as a product of a few rows takes it."""
         return LowRank(self.lora_A.weight, self.lora_B.weight, None, self.scaling)
 
     def delta(self) -> Tensor:

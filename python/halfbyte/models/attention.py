@@ -1,6 +1,6 @@
 """Grouped-query attention over a forward's own keys or over cached ones."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.kv_cache import CacheStep
-from halfbyte.linear import project
+from halfbyte.linear import Decoding, project
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.ops import rope
@@ -34,6 +34,12 @@ class Step(NamedTuple):
     sin: Tensor
     spans: dict[int | None, Span]
     cache: CacheStep | None
+
+    def decoding(self, *following: nn.Module, gated: bool = False) -> Decoding | None:
+        """What `project` takes in a decode step, given the layers that come next."""
+        if self.cache is None or not self.cache.decodes:
+            return None
+        return Decoding(following, gated)
 
 
 def spans(windows: Iterable[int | None], positions: Tensor, cached: int) -> dict[int | None, Span]:
@@ -100,12 +106,14 @@ class Attention(nn.Module):
         self.window = config.sliding_windows[layer]
         self.attention_dropout = config.attention_dropout
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """x [B, T, hidden_size] -> the same shape."""
-        return self.o_proj(self.mix(project(x, self.q_proj, self.k_proj, self.v_proj), step))
+    @property
+    def inputs(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The layers that read the attention's input."""
+        return self.q_proj, self.k_proj, self.v_proj
 
-    def mix(self, projected: Sequence[Tensor], step: Step) -> Tensor:
-        """What goes into o_proj, of q, k and v [B, T, heads * head_dim] as projected."""
+    def forward(self, x: Tensor, step: Step, decoding: Decoding | None = None) -> Tensor:
+        """x [B, T, hidden_size] -> the same shape; decoding: of the last projection."""
+        projected = project(x, *self.inputs, decoding=step.decoding(self.o_proj))
         q, k, v = (part.reshape(*part.shape[:2], -1, self.head_dim) for part in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -119,4 +127,4 @@ class Attention(nn.Module):
                 if span.cached is not None:
                     k, v = step.cache.read(self.layer, span.cached, q.dtype)
             out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
-        return out.reshape(*out.shape[:2], -1)
+        return project(out.reshape(*out.shape[:2], -1), self.o_proj, decoding=decoding)[0]

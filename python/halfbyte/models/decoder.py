@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -10,15 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kv_cache import CacheStep
-from halfbyte.linear import is_watched, project
-from halfbyte.models import chain
+from halfbyte.linear import Decoding, is_watched, project, project_gated
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.models.recompute import recomputed
 from halfbyte.models.rope import RotaryEmbedding
 from halfbyte.offload import ActivationOffload
-from halfbyte.ops import cross_entropy, gemv, swiglu
+from halfbyte.ops import cross_entropy, gemv
 
 IGNORE = -100
 HEAD_CHUNK = 256
@@ -42,10 +42,15 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, unread: bool = False) -> Tensor:
-        """x [..., hidden_size] -> the same shape; if `unread`, of any values."""
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return project(swiglu(gate, up), self.down_proj, unread=unread)[0]
+    def forward(
+        self, x: Tensor, step: Step, unread: bool = False, decoding: Decoding | None = None
+    ) -> Tensor:
+        """x [..., hidden_size] -> the same shape; if `unread`, of any values.
+
+        decoding: of the last projection.
+        """
+        gated = project_gated(x, self.gate_proj, self.up_proj, step.decoding(self.down_proj))
+        return project(gated, self.down_proj, unread=unread, decoding=decoding)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -64,19 +69,27 @@ class DecoderLayer(nn.Module):
         return x + added
 
     def split(
-        self, x: Tensor, added: Tensor | None, step: Step, unread: bool = False
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        step: Step,
+        unread: bool = False,
+        following: "DecoderLayer | None" = None,
     ) -> tuple[Tensor, Tensor]:
         """From the stream x + added to the one behind the layer, as two terms again.
 
-        The norm that comes next adds them in one pass over both.
+        The norm that comes next adds them in one pass over both. following: the layer that will.
         """
         if added is None:
             normed = self.input_layernorm(x)
         else:
             normed, x = self.input_layernorm.add(added, x)
-        attended = self.self_attn(normed, step)
+        mlp = self.mlp
+        before_mlp = step.decoding(mlp.gate_proj, mlp.up_proj, gated=True)
+        attended = self.self_attn(normed, step, before_mlp)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return x, self.mlp(normed, unread)
+        after = step.decoding(*(following.self_attn.inputs if following is not None else ()))
+        return x, mlp(normed, step, unread, after)
 
 
 class Backbone(nn.Module):
@@ -99,12 +112,10 @@ class Backbone(nn.Module):
     def forward(self, ids: Tensor, cache: CacheStep | None, checkpointed: bool) -> Tensor:
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
-        if chain.takes(self.layers, x, step):
-            return self.norm(chain.decode(self.layers, x, step))
         if not torch.is_grad_enabled() and not any(map(is_watched, self.layers)):
             added = None
-            for layer in self.layers:
-                x, added = layer.split(x, added, step)
+            for layer, following in zip_longest(self.layers, self.layers[1:]):
+                x, added = layer.split(x, added, step, following=following)
             return self.norm(x) if added is None else self.norm.add(added, x)[0]
         if not checkpointed:
             for layer in self.layers:

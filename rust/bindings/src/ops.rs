@@ -12,7 +12,7 @@ use halfbyte_core::ops::draw::Draw;
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
-use halfbyte_core::ops::gemv_4bit_chain::{Adapter, ChainPhase, ChainedProduct, Gemv4bitChain};
+use halfbyte_core::ops::gemv_4bit_fused::{Adapter, FusedProduct, Gemv4bitFused, Next, NextWeight};
 use halfbyte_core::ops::paged_attention::{
     AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, CodeScales, PagedAttention,
 };
@@ -322,7 +322,7 @@ struct PyAdapter<'py> {
 }
 
 #[derive(FromPyObject)]
-struct PyProduct<'py> {
+pub struct PyFusedProduct<'py> {
     packed: Bound<'py, PyAny>,
     absmax: Bound<'py, PyAny>,
     nested_absmax: Bound<'py, PyAny>,
@@ -333,88 +333,95 @@ struct PyProduct<'py> {
     out: Bound<'py, PyAny>,
 }
 
-#[derive(FromPyObject)]
-pub struct PyPhase<'py> {
-    x: Bound<'py, PyAny>,
-    products: Vec<PyProduct<'py>>,
-    gated: bool,
-    norm: Option<Bound<'py, PyAny>>,
-    eps: f32,
-    residual: Option<Bound<'py, PyAny>>,
-    hidden: Option<Bound<'py, PyAny>>,
-}
-
-impl PyPhase<'_> {
-    /// What is read goes to `read`, what is written to `written`.
+impl PyFusedProduct<'_> {
+    /// The product and its output; what is read goes to `read`.
     fn build(
         &self,
-        quant_type: &str,
+        op: &'static str,
+        rows: &Rows4bit,
         read: &mut Vec<Tensor>,
-        written: &mut Vec<Tensor>,
-    ) -> PyResult<ChainPhase<'static>> {
-        const OP: &str = "gemv_4bit_chain";
-        let rows = Rows4bit::read(OP, &self.x, quant_type, 64)?;
+    ) -> PyResult<(FusedProduct<'static>, Tensor)> {
         let mut input = |name, object: &Bound<'_, PyAny>| {
-            let tensor = Tensor::read(OP, name, object)?;
+            let tensor = Tensor::read(op, name, object)?;
             let borrowed = tensor.as_ref();
             read.push(tensor);
             PyResult::Ok(borrowed)
         };
-        let mut products = Vec::new();
-        for product in &self.products {
-            let (absmax, map) = (Some(&product.nested_absmax), Some(&product.nested_map));
-            let weight = Weight::read(OP, &product.packed, &product.absmax, absmax, map, product.offset, &product.out)?;
-            // SAFETY: `gemv_4bit_chain` checks the outputs for overlap before anything runs.
-            let args = unsafe { rows.times(&weight) }?;
-            let bias = product.bias.as_ref().map(|bias| input("bias", bias)).transpose()?;
-            let adapter = match &product.adapter {
-                Some(adapter) => {
-                    let (rank, _) = read_matrix(OP, "lora_a", &adapter.a)?;
-                    let (a, b) = (input("lora_a", &adapter.a)?, input("lora_b", &adapter.b)?);
-                    let factors = adapter.factors.as_ref().map(|factors| input("factors", factors)).transpose()?;
-                    Some(Adapter::new(a, b, factors, adapter.scaling, rank))
-                }
-                None => None,
-            };
-            products.push(ChainedProduct::new(args, bias, adapter).map_err(to_py_err)?);
-            input("packed", &product.packed)?;
-            // Gate and up share what the pair writes.
-            if !self.gated || products.len() % 2 == 1 {
-                written.push(weight.out);
+        let (absmax, map) = (Some(&self.nested_absmax), Some(&self.nested_map));
+        let weight = Weight::read(op, &self.packed, &self.absmax, absmax, map, self.offset, &self.out)?;
+        // SAFETY: the caller checks the outputs for overlap before anything runs.
+        let product = unsafe { rows.times(&weight) }?;
+        let bias = self.bias.as_ref().map(|bias| input("bias", bias)).transpose()?;
+        let adapter = match &self.adapter {
+            Some(adapter) => {
+                let (rank, _) = read_matrix(op, "lora_a", &adapter.a)?;
+                let (a, b) = (input("lora_a", &adapter.a)?, input("lora_b", &adapter.b)?);
+                let factors = adapter.factors.as_ref().map(|factors| input("factors", factors)).transpose()?;
+                Some(Adapter::new(a, b, factors, adapter.scaling, rank))
             }
+            None => None,
+        };
+        input("packed", &self.packed)?;
+        Ok((FusedProduct::new(product, bias, adapter).map_err(to_py_err)?, weight.out))
+    }
+}
+
+/// What the next launch reads: (codes, codes of their scales, N, K) each, in pairs where gated.
+#[derive(FromPyObject)]
+pub struct PyNext<'py> {
+    weights: Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>, usize, usize)>,
+    gated: bool,
+}
+
+impl PyNext<'_> {
+    fn build(&self, op: &'static str, read: &mut Vec<Tensor>) -> PyResult<Next<'static>> {
+        let mut weights = Vec::new();
+        for (packed, absmax, n, k) in &self.weights {
+            let (packed, absmax) = (Tensor::read(op, "next", packed)?, Tensor::read(op, "next", absmax)?);
+            weights.push(NextWeight { packed: packed.as_ref(), absmax: absmax.as_ref(), n: *n, k: *k });
+            read.extend([packed, absmax]);
         }
-        let norm = self.norm.as_ref().map(|norm| input("norm", norm)).transpose()?;
-        // An earlier phase may write it, as it writes x.
-        let residual = self.residual.as_ref().map(|residual| Tensor::read(OP, "residual", residual)).transpose()?;
-        let hidden = self.hidden.as_ref().map(|hidden| Tensor::read(OP, "hidden", hidden)).transpose()?;
-        // SAFETY: as above.
-        let scratch = hidden.as_ref().map(|hidden| unsafe { hidden.as_mut() });
-        written.extend(hidden);
-        let (norm, residual) = (norm.map(|norm| (norm, self.eps)), residual.map(|residual| residual.as_ref()));
-        ChainPhase::new(products, self.gated, norm, residual, scratch).map_err(to_py_err)
+        Next::new(weights, self.gated).map_err(to_py_err)
     }
 }
 
 #[pyfunction]
-pub fn gemv_4bit_chain(
+#[pyo3(signature = (x, products, quant_type, gated, hidden=None, next=None))]
+pub fn gemv_4bit_fused(
     py: Python<'_>,
-    phases: Vec<PyPhase<'_>>,
+    x: Object<'_, '_>,
+    products: Vec<PyFusedProduct<'_>>,
     quant_type: &str,
-    arrived: Object<'_, '_>,
+    gated: bool,
+    hidden: Option<Object<'_, '_>>,
+    next: Option<PyNext<'_>>,
 ) -> PyResult<()> {
-    const OP: &str = "gemv_4bit_chain";
-    let (mut read, mut written) = (Vec::new(), vec![Tensor::read(OP, "arrived", arrived)?]);
-    let build = |phase: &PyPhase<'_>| phase.build(quant_type, &mut read, &mut written);
-    let phases = phases.iter().map(build).collect::<PyResult<Vec<_>>>()?;
+    const OP: &str = "gemv_4bit_fused";
+    let rows = Rows4bit::read(OP, x, quant_type, 64)?;
+    let (mut read, mut written) = (Vec::new(), Vec::new());
+    let mut fused = Vec::new();
+    for product in &products {
+        let (args, out) = product.build(OP, &rows, &mut read)?;
+        fused.push(args);
+        // Gate and up share what the pair writes.
+        if !gated || fused.len() % 2 == 1 {
+            written.push(out);
+        }
+    }
+    let hidden = hidden.map(|hidden| Tensor::read(OP, "hidden", hidden)).transpose()?;
+    // SAFETY: the outputs are checked for overlap before anything runs.
+    let scratch = hidden.as_ref().map(|hidden| unsafe { hidden.as_mut() });
+    written.extend(hidden);
+    read.push(Tensor::read(OP, "x", x)?);
     check_overlap(OP, &read.iter().collect::<Vec<_>>(), &written.iter().collect::<Vec<_>>())?;
-    // SAFETY: the outputs were checked for overlap.
-    let chain = Gemv4bitChain::new(phases, unsafe { written[0].as_mut() }).map_err(to_py_err)?;
-    call(py, written[0].device, |backend| backend.gemv_4bit_chain(chain))
+    let next = next.map_or(Ok(Next::default()), |next| next.build(OP, &mut read))?;
+    let fused = Gemv4bitFused::new(fused, gated, scratch, next).map_err(to_py_err)?;
+    call(py, rows.x.device, |backend| backend.gemv_4bit_fused(fused))
 }
 
 #[pyfunction]
-pub fn has_chains(device: u32) -> bool {
-    halfbyte_cuda::has_chains(device)
+pub fn fuses(device: u32) -> bool {
+    halfbyte_cuda::fuses(device)
 }
 
 #[pyfunction]

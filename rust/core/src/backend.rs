@@ -9,7 +9,7 @@ use crate::ops::draw::Draw;
 use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
-use crate::ops::gemv_4bit_chain::Gemv4bitChain;
+use crate::ops::gemv_4bit_fused::Gemv4bitFused;
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
@@ -29,7 +29,7 @@ pub trait Backend {
     fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()>;
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
     fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()>;
-    fn gemv_4bit_chain(&self, args: Gemv4bitChain<'_>) -> Result<()>;
+    fn gemv_4bit_fused(&self, args: Gemv4bitFused<'_>) -> Result<()>;
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()>;
     fn draw(&self, args: Draw<'_>) -> Result<()>;
     fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()>;

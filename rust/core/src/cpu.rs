@@ -10,7 +10,7 @@ use crate::ops::draw::Draw;
 use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
-use crate::ops::gemv_4bit_chain::Gemv4bitChain;
+use crate::ops::gemv_4bit_fused::Gemv4bitFused;
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
@@ -93,9 +93,9 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn gemv_4bit_chain(&self, args: Gemv4bitChain<'_>) -> Result<()> {
-        let got = args.arrived.device().to_string();
-        Err(Error::Argument { op: "gemv_4bit_chain", name: "arrived", expected: "on a GPU", got })
+    fn gemv_4bit_fused(&self, args: Gemv4bitFused<'_>) -> Result<()> {
+        let got = args.products().next().map_or(String::new(), |fused| fused.product.packed.device().to_string());
+        Err(Error::Argument { op: "gemv_4bit_fused", name: "packed", expected: "on a GPU", got })
     }
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {

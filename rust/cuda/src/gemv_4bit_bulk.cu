@@ -2,29 +2,30 @@
 //
 // As in gemv_4bit_mma, W is operand A of mma.m16n8k16, bytes become pairs of values in a table, and scales enter the
 // fp32 sums. But here every warp has one job, and barriers in shared memory are all that connects them: one warp
-// copies codes, one decodes scales, sixteen multiply, one adds up what they made, and in a chain one multiplies by the
-// adapters' B. So memory is read without a pause while the table, which is what bounds the kernel, is never without
-// work.
+// copies codes, one decodes scales, sixteen multiply, one multiplies by the adapters' B, one adds up what they made. So
+// memory is read without a pause while the table, which is what bounds the kernel, is never without work.
 //
 // A warp that multiplies keeps its part of x in registers: four blocks of 64 of a slice of K. The CTA takes its panels
 // of 16 rows of W one after the other, and for a long K some panels together, slice by slice. The order of every sum
 // follows from K alone; thus a row of out depends neither on the other rows of x nor on the number of CTAs.
 //
-// A chain is several such products in one launch, each of what the one before has made: the CTAs meet between them,
-// and while they wait the ring fills with the next weights. There x may be normed as it is read, and what is summed up
-// may get a bias, an adapter's share, go through SwiGLU and join the residual stream, each rounded as the operation of
-// that name rounds it.
-#include "chain.cuh"
+// What is summed up may get a bias and an adapter's share and go through SwiGLU, each rounded as the operation of that
+// name rounds it. A launch of its own, in front of this one, makes the adapters' hidden values x A^T.
+//
+// Between two launches memory would have nothing to do: what the next one reads first is moved to L2 by the end of this
+// one.
 #include "codes.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
 #include "overlap.cuh"
 #include "pair_table.cuh"
 #include "pipeline.cuh"
+#include "products.cuh"
 #include "sigmoid.cuh"
 
 constexpr int WARPS = 16; // that multiply
 constexpr int ALL_WARPS = WARPS + 4;
+constexpr int TILE = 8; // rows of x of one mma
 
 struct Codebook {
     float values[16];
@@ -32,52 +33,66 @@ struct Codebook {
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int SHARED_BYTES = 177504;
-constexpr int TILE = 8; // rows of x of one mma
+constexpr int SHARED_BYTES = 179136;
 constexpr int QUAD = 4; // blocks of a slice that one warp multiplies
 constexpr int SLICE = WARPS * QUAD;
 // Eight rows of 32 bytes lie in different banks.
 constexpr int ROW_BYTES = SLICE * 32 + 32;
 constexpr int SCALE_ROW = SLICE + 4;
 constexpr int SUM_ROW = PANEL + 4;
+constexpr int HIDDEN_ROW = 2 * MAX_RANK + 8;
 
 struct Shared {
     uint4 table[TABLE / 16];
     uint8_t codes[STAGES][PANEL][ROW_BYTES];
     float scales[STAGES][PANEL][SCALE_ROW];
     float sums[SUM_BUFFERS][WARPS][TILE][SUM_ROW];
-    float kept[GROUP][TILE][PANEL];                                           // of the slices so far
-    float share[SUM_BUFFERS][TILE][SUM_ROW];                                  // of the adapter in the sums
-    float squares[MAX_PHASES][WARPS][TILE], dots[MAX_PHASES][2][WARPS][TILE]; // of the rows of x, by warp
-    float roots[WARPS][TILE];                                                 // 1 / their root mean square
+    float kept[GROUP][TILE][PANEL];          // of the slices so far
+    float share[SUM_BUFFERS][TILE][SUM_ROW]; // of the adapter in the sums
+    uint16_t hidden[TILE][HIDDEN_ROW];       // of the part's adapters
     Barrier full[STAGES], empty[STAGES], summed[SUM_BUFFERS], taken[SUM_BUFFERS];
-    Barrier ready[MAX_PHASES]; // the input of a phase
 };
 
-template <typename T, typename A, int PHASES>
+// Moves what the next launch reads first to L2.
+struct Prefetch {
+    const Products& ahead;
+    Place place;
+
+    __device__ void begin(const Walk&) const {}
+    __device__ void begin_slice(const Walk&, int, int) const {}
+    __device__ void end() const {}
+
+    __device__ void run(const Item& item) {
+        if (item.index >= ahead.early)
+            return;
+        place.moves(ahead, item.panel);
+        if (const int r = lane_id(); r < PANEL) {
+            const Weight& weight = ahead.parts[place.part].halves[r / HALF];
+            const int64_t block = int64_t(min(place.row(item.panel, r), place.N - 1)) * place.row_blocks + item.block;
+            prefetch_bulk(weight.packed + block * 32, item.blocks * 32);
+            prefetch_l2(weight.absmax.codes + block);
+        }
+    }
+};
+
 struct Copy {
     Shared& shared;
-    const Chain<PHASES>& chain;
+    const Products &products, &ahead;
     Place place;
     const uint8_t* packed[2];
-    const A* lora_b[2];
-    int rank[2];
 
-    __device__ void begin_phase(int p, const Walk&) const {
-        if constexpr (PHASES > 1)
-            prefetch_small(chain.phases[p]);
+    __device__ void begin(const Walk&) const {}
+    __device__ void begin_slice(const Walk&, int, int) const {}
+    __device__ void end() const {
+        if (ahead.early > 0)
+            each_item(Walk(ahead), Prefetch{ahead});
     }
-    __device__ void begin_slice(int, int, int) const {}
-    __device__ void end_phase(int) const {}
 
     // Rows past the last repeat it.
     __device__ void run(const Item& item) {
-        if (place.moves(chain, item))
-            for (int half = 0; half < 2; ++half) {
-                const Weight& weight = chain.phases[place.phase].parts[place.part].halves[half];
-                packed[half] = weight.packed;
-                lora_b[half] = static_cast<const A*>(weight.lora_b), rank[half] = weight.rank;
-            }
+        if (place.moves(products, item.panel))
+            for (int half = 0; half < 2; ++half)
+                packed[half] = products.parts[place.part].halves[half].packed;
         Barrier& full = shared.full[item.stage()];
         shared.empty[item.stage()].wait(item.stage_parity() ^ 1);
         const int64_t row_bytes = place.row_blocks * 32;
@@ -94,39 +109,14 @@ struct Copy {
             for (int r = 0; r < HALF; ++r)
                 copy_bulk(shared.codes[item.stage()][half * HALF + r], from + min(row + r, last) * row_bytes, bytes,
                           full, leader);
-            if constexpr (PHASES > 1)
-                if (item.is_first)
-                    prefetch<A>(lora_b[half], int64_t(row) * rank[half], int64_t(min(row + HALF, place.N)) * rank[half],
-                                lane_id(), 32);
         }
-    }
-
-    // What the other warps will wait for: this CTA's share of the norm's weight, and its rows of A. B's follow item by
-    // item.
-    __device__ void prefetch_small(const Phase& phase) const {
-        if (phase.norm != nullptr)
-            prefetch<T>(phase.norm, 0, phase.K, blockIdx.x * 32 + lane_id(), gridDim.x * 32);
-        for (int r = blockIdx.x; r < phase.ranks; r += gridDim.x) {
-            const Weight& weight = adapter_of(phase, r);
-            const int64_t row = r - weight.column;
-            prefetch<A>(weight.lora_a, row * phase.K, (row + 1) * phase.K, lane_id(), 32);
-        }
-    }
-
-    // Elements [first, end), every `lanes`-th line of them.
-    template <typename E>
-    __device__ static void prefetch(const void* from, int64_t first, int64_t end, int lane, int lanes) {
-        constexpr int LINE = 128 / sizeof(E);
-        for (int64_t at = first + lane * LINE; at < end; at += lanes * LINE)
-            prefetch_l2(static_cast<const E*>(from) + at);
     }
 };
 
 // The scales of an item are on their way while those of the one before are decoded.
-template <int PHASES>
 struct DecodeScales {
     Shared& shared;
-    const Chain<PHASES>& chain;
+    const Products& products;
     const Table& table;
     Place place;
     const uint8_t* codes[2];
@@ -141,17 +131,14 @@ struct DecodeScales {
         float nested[LOADS], offset[2];
     } waiting;
 
-    __device__ void begin_phase(int, const Walk&) const {}
-    __device__ void begin_slice(int, int, int) const {}
-    __device__ void end_phase(int p) const {
-        if (PHASES == 1 || p + 1 == chain.count)
-            decode(waiting);
-    }
+    __device__ void begin(const Walk&) const {}
+    __device__ void begin_slice(const Walk&, int, int) const {}
+    __device__ void end() const { decode(waiting); }
 
     __device__ void run(const Item& item) {
-        if (place.moves(chain, item))
+        if (place.moves(products, item.panel))
             for (int half = 0; half < 2; ++half) {
-                const Absmax& absmax = chain.phases[place.phase].parts[place.part].halves[half].absmax;
+                const Absmax& absmax = products.parts[place.part].halves[half].absmax;
                 codes[half] = absmax.codes, nested[half] = absmax.absmax, offset[half] = absmax.offset;
             }
         const int block = item.block + min(lane_id() % QUADS * QUAD, item.blocks - QUAD);
@@ -187,16 +174,6 @@ struct DecodeScales {
     }
 };
 
-// What another CTA may have written in this launch.
-__device__ inline uint4 load_written(const uint4* p) {
-    uint4 v;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
-
 // The result of an mma, for rows of x that are there.
 __device__ inline void store_sums(float (&sums)[TILE][SUM_ROW], const float (&total)[4], int rows_x) {
     const int g = lane_id() / 4, m = lane_id() % 4 * 2;
@@ -206,166 +183,29 @@ __device__ inline void store_sums(float (&sums)[TILE][SUM_ROW], const float (&to
         sums[m + 1][g] = total[1], sums[m + 1][g + 8] = total[3];
 }
 
-template <typename T, typename A, int PHASES>
+template <typename T>
 struct Multiply {
     Shared& shared;
-    const Chain<PHASES>& chain;
+    const Products& products;
     const Table& table;
-    int warp;
+    int warp, rows_x;
     uint4 (&fragments)[QUAD][2];
 
-    __device__ void begin_phase(int p, const Walk& walk) const {
-        const bool norms = PHASES > 1 && chain.phases[p].norm != nullptr;
-        if (p == 0)
-            wait_for_previous_kernel();
-        else
-            shared.ready[p].wait(0);
-        if constexpr (PHASES > 1) {
-            if (fits(walk))
-                load_slice(p, 0, walk.blocks);
-            if (norms)
-                find_root(p, walk);
-            if (norms && fits(walk))
-                norm_slice(p, 0);
-            if (int(blockIdx.x) < chain.phases[p].ranks)
-                make_hidden(p, walk);
-        }
-    }
-
-    // Whether x is one slice, which then stays from the beginning of the phase to its end.
-    __device__ static bool fits(const Walk& walk) { return walk.blocks <= walk.slice; }
-
-    __device__ void end_phase(int) const {}
+    __device__ void begin(const Walk&) const { wait_for_previous_kernel(); }
+    __device__ void begin_slice(const Walk&, int block, int blocks) const { load_slice(block, blocks); }
+    __device__ void end() const {}
 
     // Elements in the order in which the bytes of W feed the contraction; zeros where x has no row.
-    __device__ void begin_slice(int p, int block, int blocks) const {
-        if (PHASES > 1 && blocks == chain.phases[p].K / 64)
-            return;
-        load_slice(p, block, blocks);
-        if constexpr (PHASES > 1)
-            if (chain.phases[p].norm != nullptr)
-                norm_slice(p, block);
-    }
-
-    __device__ void load_slice(int p, int block, int blocks) const {
-        const int g = lane_id() / 4, K = chain.phases[p].K;
-        const T* x = static_cast<const T*>(chain.phases[p].x) + int64_t(blockIdx.y * TILE + g) * K;
-        const uint4* from = reinterpret_cast<const uint4*>(x + column(block, 0, 0));
-        const bool loads = g < chain.rows_x - int(blockIdx.y) * TILE && warp * QUAD < blocks;
+    __device__ void load_slice(int block, int blocks) const {
+        const int g = lane_id() / 4;
+        const T* x = static_cast<const T*>(products.x) + int64_t(blockIdx.y * TILE + g) * products.K;
+        const uint4* from = reinterpret_cast<const uint4*>(x + (block + warp * QUAD) * 64 + lane_id() % 4 * 16);
+        const bool loads = g < rows_x && warp * QUAD < blocks;
 #pragma unroll
         for (int j = 0; j < QUAD; ++j)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                fragments[j][i] = loads ? load_written(from + j * 8 + i) : make_uint4(0, 0, 0, 0);
-    }
-
-    // fragments[j][i] is the eight elements from here on.
-    __device__ int column(int block, int j, int i) const {
-        return (block + warp * QUAD + j) * 64 + lane_id() % 4 * 16 + i * 8;
-    }
-
-    // As rms_norm rounds; past the end zeros stay zeros.
-    __device__ void norm_slice(int p, int block) const {
-        const int at = column(block, 0, 0);
-        const T* norm = static_cast<const T*>(chain.phases[p].norm) + (at < chain.phases[p].K ? at : 0);
-        const float root = shared.roots[warp][lane_id() / 4];
-#pragma unroll
-        for (int j = 0; j < QUAD; ++j)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const uint4 w = __ldg(reinterpret_cast<const uint4*>(norm + j * 64 + i * 8));
-                uint4& x = fragments[j][i];
-                x.x = norm_pair(x.x, root, w.x), x.y = norm_pair(x.y, root, w.y);
-                x.z = norm_pair(x.z, root, w.z), x.w = norm_pair(x.w, root, w.w);
-            }
-    }
-
-    __device__ static uint32_t norm_pair(uint32_t x, float root, uint32_t weight) {
-        return multiply2<T>(narrow2<T>(low<T>(x) * root, high<T>(x) * root), weight);
-    }
-
-    // Each warp finds it for itself.
-    __device__ void find_root(int p, const Walk& walk) const {
-        float squares = 0;
-        walk.each_slice([&](int block, int blocks) {
-            if (!fits(walk))
-                load_slice(p, block, blocks);
-#pragma unroll
-            for (int j = 0; j < QUAD; ++j)
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    squares = dot8(squares, fragments[j][i], fragments[j][i]);
-        });
-        const float mean = sum_of_row(squares, shared.squares[p]) / float(chain.phases[p].K);
-        shared.roots[warp][lane_id() / 4] = rsqrtf(mean + chain.phases[p].eps);
-        __syncwarp();
-    }
-
-    // sum + the products of eight values each.
-    __device__ static float dot8(float sum, uint4 a, uint4 b) {
-        const uint32_t pairs[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            sum = fmaf(low<T>(pairs[0][i]), low<T>(pairs[1][i]), sum);
-            sum = fmaf(high<T>(pairs[0][i]), high<T>(pairs[1][i]), sum);
-        }
-        return sum;
-    }
-
-    // The sum of what all lanes that share this lane's row have, by way of `terms`, where nobody may write again before
-    // everybody has met once more.
-    __device__ float sum_of_row(float term, float (&terms)[WARPS][TILE]) const {
-        const int g = lane_id() / 4;
-        term += __shfl_xor_sync(~0u, term, 1);
-        term += __shfl_xor_sync(~0u, term, 2);
-        if (lane_id() % 4 == 0)
-            terms[warp][g] = term;
-        asm volatile("bar.sync 2, %0;" ::"n"(32 * WARPS) : "memory");
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w)
-            sum += terms[w][g];
-        return sum;
-    }
-
-    // This CTA's rows of the adapters' A, rounded as a linear layer and the scaling behind it round.
-    __device__ void make_hidden(int p, const Walk& walk) const {
-        const Phase& now = chain.phases[p];
-        const int g = lane_id() / 4;
-        for (int r = blockIdx.x, turn = 0; r < now.ranks; r += gridDim.x, turn ^= 1) {
-            const Weight& weight = adapter_of(now, r);
-            const int row = r - weight.column;
-            float dot = 0;
-            walk.each_slice([&](int block, int blocks) {
-                begin_slice(p, block, blocks);
-                if (warp * QUAD < blocks)
-                    dot = add_products(dot, static_cast<const A*>(weight.lora_a) + int64_t(row) * now.K +
-                                                column(block, 0, 0));
-            });
-            dot = rounded<T>(sum_of_row(dot, shared.dots[p][turn]));
-            if (warp == 0 && lane_id() % 4 == 0 && g < chain.rows_x) {
-                const float factor = weight.factors == nullptr ? weight.scaling : weight.factors[g * weight.rank + row];
-                static_cast<T*>(now.hidden)[g * now.ranks + r] = narrow<T>(dot * factor);
-            }
-        }
-        __syncwarp();
-        if (warp == 0 && lane_id() == 0)
-            arrive(&chain.arrived[1 + p]);
-    }
-
-    // A's elements rounded to x's dtype, as the layer uses them.
-    __device__ float add_products(float dot, const A* lora_a) const {
-#pragma unroll
-        for (int j = 0; j < QUAD; ++j)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float a[8];
-                load8(lora_a + j * 64 + i * 8, a);
-                Raw8<T> rounded;
-                rounded.pack(a);
-                dot = dot8(dot, fragments[j][i], rounded.words);
-            }
-        return dot;
+                fragments[j][i] = loads ? from[j * 8 + i] : make_uint4(0, 0, 0, 0);
     }
 
     __device__ void run(const Item& item) const {
@@ -396,7 +236,7 @@ struct Multiply {
                 multiply_block(upper[j], lower[j], up[j], low[j], fragments[j], total);
         }
         shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
-        store_sums(shared.sums[item.buffer()][warp], total, chain.rows_x - int(blockIdx.y) * TILE);
+        store_sums(shared.sums[item.buffer()][warp], total, rows_x);
         __syncwarp();
         if (lane_id() == 0)
             shared.summed[item.buffer()].arrive();
@@ -422,88 +262,100 @@ struct Multiply {
 
 // Multiplies the adapters' hidden values by B on the tensor cores, a panel at a time, beside the warps that multiply
 // codes; it arrives for every item as they do.
-template <typename T, typename A, int PHASES>
+template <typename T>
 struct Adapt {
     Shared& shared;
-    const Chain<PHASES>& chain;
+    const Products& products;
     int rows_x;
     Place place;
-    const A* lora_b[2];
-    const T* hidden[2]; // this lane's row
-    int ranks_of[2], ranks;
-    bool knows_hidden = false;
 
-    __device__ void begin_phase(int p, const Walk&) {
-        if (p == 0)
-            wait_for_previous_kernel();
-        ranks = chain.phases[p].ranks;
-        knows_hidden = false;
+    __device__ void begin(const Walk& walk) const {
+        prefetch(walk);
+        wait_for_previous_kernel();
     }
-    __device__ void begin_slice(int, int, int) const {}
-    __device__ void end_phase(int) const {}
+    __device__ void begin_slice(const Walk&, int, int) const {}
+    __device__ void end() const {}
+
+    // What this CTA will read of B.
+    __device__ void prefetch(const Walk& walk) const {
+        Place place;
+        for (int panel = walk.first; panel < walk.last; ++panel) {
+            place.moves(products, panel);
+            for (int half = 0; half < 2; ++half) {
+                const Weight& weight = products.parts[place.part].halves[half];
+                const int row_bytes = weight.rank * (products.adapters_fp32 ? 4 : 2);
+                const char* from = static_cast<const char*>(weight.lora_b);
+                const int row = place.row(panel, half * HALF), bytes = min(HALF, place.N - row) * row_bytes;
+                for (int at = lane_id() * 128; at < bytes; at += 32 * 128)
+                    prefetch_l2(from + int64_t(row) * row_bytes + at);
+            }
+        }
+    }
 
     __device__ void run(const Item& item) {
         float total[4] = {};
-        const bool works = ranks > 0 && item.is_last;
-        if (works) {
-            if (place.moves(chain, item))
-                read_part();
-            if (!knows_hidden)
-                wait_for_hidden();
+        if (item.is_last) {
+            if (place.moves(products, item.panel))
+                read_hidden();
+#pragma unroll 1
             for (int half = 0; half < (place.gated ? 2 : 1); ++half)
-                multiply(item, half, total);
+                if (products.adapters_fp32)
+                    multiply<float>(item, half, total);
+                else
+                    multiply<T>(item, half, total);
         }
         shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
-        if (works)
+        if (item.is_last)
             store_sums(shared.share[item.buffer()], total, rows_x);
         __syncwarp();
         if (lane_id() == 0)
             shared.summed[item.buffer()].arrive();
     }
 
-    __device__ void read_part() {
-        const Phase& phase = chain.phases[place.phase];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const Weight& weight = phase.parts[place.part].halves[half];
-            ranks_of[half] = weight.rank;
-            lora_b[half] = static_cast<const A*>(weight.lora_b);
-            hidden[half] = static_cast<const T*>(phase.hidden) + min(lane_id() / 4, rows_x - 1) * ranks + weight.column;
-        }
-    }
+    __device__ static int padded(const Weight& weight) { return (weight.rank + 15) / 16 * 16; }
 
-    __device__ void wait_for_hidden() {
-        if (lane_id() == 0)
-            wait_for(&chain.arrived[1 + place.phase], min(ranks, int(gridDim.x)));
+    // The part's hidden values, rounded as a linear layer and the scaling behind it round; zeros up to a multiple
+    // of 16.
+    __device__ void read_hidden() const {
+        const int chunks = (products.K + CHUNK - 1) / CHUNK, stride = rows_x * products.ranks;
+#pragma unroll 1
+        for (int half = 0; half < (place.gated ? 2 : 1); ++half) {
+            const Weight& weight = products.parts[place.part].halves[half];
+            const int width = padded(weight);
+#pragma unroll 1
+            for (int i = lane_id(); i < TILE * width; i += 32) {
+                const int m = i / width, k = i - m * width;
+                float dot = 0, factor = 0;
+                if (m < rows_x && k < weight.rank) {
+                    const float* part = products.hidden + m * products.ranks + weight.column + k;
+                    factor = weight.factors == nullptr ? weight.scaling : weight.factors[m * weight.rank + k];
+#pragma unroll 8
+                    for (int chunk = 0; chunk < chunks; ++chunk)
+                        dot += part[chunk * stride];
+                }
+                shared.hidden[m][half * MAX_RANK + k] = narrow<T>(rounded<T>(dot) * factor).bits;
+            }
+        }
         __syncwarp();
-        knows_hidden = true;
     }
 
     // By the hidden values of one half, which belong to both unless the halves are a gate's and an up projection's.
+    template <typename A>
     __device__ void multiply(const Item& item, int half, float (&total)[4]) const {
-        const int g = lane_id() / 4, t = lane_id() % 4;
-        const int rank = half ? ranks_of[1] : ranks_of[0];
-        const T* values = half ? hidden[1] : hidden[0];
-        const int64_t row = min(place.row(item.panel, half * HALF) + g, place.N - 1);
-        const A* upper = (half ? lora_b[1] : lora_b[0]) + row * rank;
-        const A* lower =
-            place.gated ? upper : lora_b[0] + min(place.row(item.panel, HALF) + g, place.N - 1) * int64_t(rank);
-        const int end = g < rows_x ? rank : 0; // of the hidden values
-        // Four steps' loads are under way together.
-        for (int first = 2 * t; first < rank + 2 * t; first += 64) {
-            uint32_t a[4][4], b[4][2];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-#pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    const int at = first + 16 * i + 8 * k;
-                    a[i][2 * k] = pair(upper, at, half == 0 ? rank : 0);
-                    a[i][2 * k + 1] = pair(lower, at, half == 1 || !place.gated ? rank : 0);
-                    b[i][k] = pair(values, at, end);
-                }
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                multiply_add(T{}, total, a[i], b[i][0], b[i][1]);
+        const Weight& weight = products.parts[place.part].halves[half];
+        const int g = lane_id() / 4, t = lane_id() % 4, rank = weight.rank;
+        const int row = place.row(item.panel, half * HALF) + g, last = place.N - 1;
+        const A* b = static_cast<const A*>(weight.lora_b);
+        const A* upper = b + min(row, last) * int64_t(rank);
+        const A* lower = place.gated ? upper : b + min(row + HALF, last) * int64_t(rank);
+        const int end_upper = half == 0 ? rank : 0, end_lower = half == 1 || !place.gated ? rank : 0;
+        const uint16_t* hidden = shared.hidden[g] + half * MAX_RANK;
+#pragma unroll 2
+        for (int k = 2 * t; k < padded(weight); k += 16) {
+            const uint32_t of_b[4] = {pair(upper, k, end_upper), pair(lower, k, end_lower),
+                                      pair(upper, k + 8, end_upper), pair(lower, k + 8, end_lower)};
+            multiply_add(T{}, total, of_b, *reinterpret_cast<const uint32_t*>(hidden + k),
+                         *reinterpret_cast<const uint32_t*>(hidden + k + 8));
         }
     }
 
@@ -517,37 +369,31 @@ struct Adapt {
 };
 
 // Adds the warps' sums in ascending order of K, and those of the slices. A lane has four rows of W and one of x.
-template <typename T, int PHASES>
+template <typename T>
 struct Finish {
     Shared& shared;
-    const Chain<PHASES>& chain;
-    int first_row, rows_x;
+    const Products& products;
+    int rows_x;
     float factor;
     Place place;
     T* out;
-    const T *bias, *residual;
+    const T* bias;
     bool adapted;
 
-    __device__ void begin_phase(int p, const Walk&) const {
-        if (p == 0)
-            wait_for_previous_kernel();
-    }
-    __device__ void begin_slice(int, int, int) const {}
+    __device__ void begin(const Walk&) const { wait_for_previous_kernel(); }
+    __device__ void begin_slice(const Walk&, int, int) const {}
+    __device__ void end() const {}
 
     __device__ void run(const Item& item) {
         const int m = lane_id() / 4, r = lane_id() % 4 * 4;
-        if (place.moves(chain, item))
+        if (place.moves(products, item.panel))
             read_part(m, r);
-        const int n = place.row(item.panel, r);
-        float joined[4] = {};
-        if (PHASES > 1 && item.is_last && residual != nullptr)
-            load4(residual, m, n, joined);
         shared.summed[item.buffer()].wait(item.buffer_parity());
         const float4 sum = add(item, m, r);
         if (item.is_last) {
             float v[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
-            if constexpr (PHASES > 1)
-                finish(shared.share[item.buffer()][m] + r, m, n, joined, v);
+            const int n = place.row(item.panel, r);
+            finish(shared.share[item.buffer()][m] + r, m, n, v);
             if (!(place.gated && r >= HALF))
                 store4(m, n, v);
         }
@@ -557,36 +403,10 @@ struct Finish {
     }
 
     __device__ void read_part(int m, int r) {
-        const Phase& phase = chain.phases[place.phase];
-        const Part& part = phase.parts[place.part];
-        out = static_cast<T*>(part.out) + int64_t(first_row + m) * place.N;
-        if constexpr (PHASES > 1) {
-            const Weight& weight = part.halves[r / HALF];
-            bias = static_cast<const T*>(weight.bias);
-            adapted = weight.rank > 0;
-            residual = static_cast<const T*>(phase.residual);
-            if (residual != nullptr)
-                residual += int64_t(m) * place.N;
-        }
-    }
-
-    // Nobody waits for the last phase; who comes last leaves zeros.
-    __device__ void end_phase(int p) const {
-        if constexpr (PHASES > 1) {
-            __syncwarp();
-            if (lane_id() == 0) {
-                const uint32_t expected = (p + 1) * gridDim.x;
-                if (p + 1 < chain.count) {
-                    arrive(chain.arrived);
-                    wait_for(chain.arrived, expected);
-                    shared.ready[p + 1].arrive();
-                } else if (arrive_and_count(chain.arrived) + 1 == expected) {
-                    for (int i = 0; i <= MAX_PHASES; ++i)
-                        chain.arrived[i] = 0;
-                }
-            }
-            __syncwarp();
-        }
+        const Part& part = products.parts[place.part];
+        out = static_cast<T*>(part.out) + int64_t(blockIdx.y * TILE + m) * place.N;
+        bias = static_cast<const T*>(part.halves[r / HALF].bias);
+        adapted = part.halves[r / HALF].rank > 0;
     }
 
     // Sums of rows of x that are not there are never used.
@@ -604,11 +424,13 @@ struct Finish {
         return sum;
     }
 
-    // The product gets its bias, its adapter's share, its gate and the stream it joins.
-    __device__ void finish(const float* share, int m, int n, const float (&joined)[4], float (&v)[4]) const {
+    // The product gets its bias, its adapter's share and its gate.
+    __device__ void finish(const float* share, int m, int n, float (&v)[4]) const {
         if (bias != nullptr) {
             float b[4];
-            load4(bias, m, n, b);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                b[i] = n + i < place.N ? widen(bias[n + i]) : 0.0f;
             add4(v, b);
         }
         if (adapted && m < rows_x) {
@@ -622,8 +444,6 @@ struct Finish {
                 v[i] = rounded<T>(gate * sigmoid<T>(gate)) * up;
             }
         }
-        if (residual != nullptr)
-            add4(v, joined);
     }
 
     __device__ static void add4(float (&v)[4], const float (&more)[4]) {
@@ -651,89 +471,139 @@ __device__ inline void init_barriers(Shared& shared, bool adapts) {
         shared.full[i].init(2), shared.empty[i].init(WARPS);
     for (int i = 0; i < SUM_BUFFERS; ++i)
         shared.summed[i].init(WARPS + adapts), shared.taken[i].init(1);
-    for (int i = 0; i < MAX_PHASES; ++i)
-        shared.ready[i].init(1);
     Barrier::publish();
 }
 
 // The table and the barriers.
 __device__ inline void all_ready() { asm volatile("bar.sync 1, %0;" ::"n"(32 * ALL_WARPS) : "memory"); }
 
-template <typename T, typename A, int PHASES>
-__device__ void gemv_bulk(const Chain<PHASES>& chain, const Codebook& codebook, float gain) {
+template <typename T>
+__device__ void gemv_bulk(const Products& products, const Products& ahead, const Codebook& codebook, float gain) {
     extern __shared__ uint4 dynamic[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     let_next_kernel_start();
-    constexpr bool CHAINED = PHASES > 1;
     const int warp = threadIdx.x / 32;
     const Table table = Table::first(dynamic);
-    const int first_row = blockIdx.y * TILE;
-    const int rows_x = min(chain.rows_x - first_row, TILE);
+    const int rows_x = min(products.rows_x - int(blockIdx.y) * TILE, TILE);
+    const Walk walk(products);
 
     if (warp < WARPS) {
         const float entry = codebook.values[lane_id() % 16] * gain;
-        const float* map = chain.phases[0].parts[0].halves[0].absmax.map;
+        const float* map = products.parts[0].halves[0].absmax.map;
         fill_table(shared.table, 0, 32 * WARPS,
                    [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
         fill_table(shared.table, 1, 32 * WARPS, [&](int b) { return __float_as_uint(__ldg(map + b)); });
         all_ready();
         uint4 fragments[QUAD][2];
-        each_item(chain, Multiply<T, A, PHASES>{shared, chain, table, warp, fragments});
+        each_item(walk, Multiply<T>{shared, products, table, warp, rows_x, fragments});
         return;
     }
     if (warp == WARPS) {
         if (lane_id() == 0)
-            init_barriers(shared, CHAINED);
+            init_barriers(shared, products.ranks > 0);
         __syncwarp();
         asm volatile("bar.arrive 1, %0;" ::"n"(32 * ALL_WARPS) : "memory");
-        each_item(chain, Copy<T, A, PHASES>{shared, chain});
+        each_item(walk, Copy{shared, products, ahead});
         return;
     }
     all_ready();
-    if (warp == WARPS + 1) {
-        each_item(chain, DecodeScales<PHASES>{shared, chain, table});
-    } else if (warp == WARPS + 2) {
-        each_item(chain, Finish<T, PHASES>{shared, chain, first_row, rows_x, 1.0f / gain});
-    } else if constexpr (CHAINED) {
-        each_item(chain, Adapt<T, A, PHASES>{shared, chain, rows_x});
-    }
+    if (warp == WARPS + 1)
+        each_item(walk, DecodeScales{shared, products, table});
+    else if (warp == WARPS + 2)
+        each_item(walk, Finish<T>{shared, products, rows_x, 1.0f / gain});
+    else if (products.ranks > 0)
+        each_item(walk, Adapt<T>{shared, products, rows_x});
 }
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for so much");
 
 #else
 
-template <typename T, typename A, int PHASES>
-__device__ void gemv_bulk(const Chain<PHASES>&, const Codebook&, float) {}
+template <typename T>
+__device__ void gemv_bulk(const Products&, const Products&, const Codebook&, float) {}
 
 #endif
 
-// x and packed 16-byte aligned, nested absmax with one map for all and codes 4-byte aligned, blocks of 64,
-// K % 256 == 0, every N * K < 2^38; panels: of all parts; unused parts begin past them; grid (any, tiles of x).
+// x, packed and A 16-byte aligned, nested absmax with one map for all and codes 4-byte aligned, blocks of 64,
+// K % 256 == 0, every N * K < 2^38; unused parts begin past the last panel; grid (any, tiles of x); with adapters at
+// most TILE rows of x.
 #define GEMV_4BIT_BULK(T, dtype)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1) gemv_4bit_bulk_##dtype(                            \
-        const __grid_constant__ Chain<1> chain, const __grid_constant__ Codebook codebook, float gain) {               \
-        gemv_bulk<T, T>(chain, codebook, gain);                                                                        \
-    }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool HAS_CHAINS = true;
-#else
-constexpr bool HAS_CHAINS = false; // where none has been timed
-#endif
-
-// The same, and: at most TILE rows of x, A and the norms' weights 16-byte aligned; the whole
-// grid runs at once.
-#define GEMV_4BIT_CHAIN(T, dtype, A, adapter_dtype)                                                                    \
-    extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1) gemv_4bit_chain_##dtype##_##adapter_dtype(         \
-        const __grid_constant__ Chain<MAX_PHASES> chain, const __grid_constant__ Codebook codebook, float gain) {      \
-        if constexpr (HAS_CHAINS)                                                                                      \
-            gemv_bulk<T, A>(chain, codebook, gain);                                                                    \
+    extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1)                                                    \
+        gemv_4bit_bulk_##dtype(const __grid_constant__ Products products, const __grid_constant__ Products ahead,      \
+                               const __grid_constant__ Codebook codebook, float gain) {                                \
+        gemv_bulk<T>(products, ahead, codebook, gain);                                                                 \
     }
 
 GEMV_4BIT_BULK(f16, f16)
 GEMV_4BIT_BULK(bf16, bf16)
-GEMV_4BIT_CHAIN(f16, f16, float, f32)
-GEMV_4BIT_CHAIN(f16, f16, f16, f16)
-GEMV_4BIT_CHAIN(bf16, bf16, float, f32)
-GEMV_4BIT_CHAIN(bf16, bf16, bf16, bf16)
+
+constexpr int HIDDEN_THREADS = CHUNK / 16;
+
+// sum + the products of eight values each.
+template <typename T>
+__device__ float dot8(float sum, const Raw8<T>& a, const Raw8<T>& b) {
+    float of_a[8], of_b[8];
+    a.unpack(of_a), b.unpack(of_b);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        sum = fmaf(of_a[i], of_b[i], sum);
+    return sum;
+}
+
+// What one chunk of K gives to one hidden value, for every row of x. A's elements are rounded to x's dtype, as the
+// layer uses them; they are here before x is.
+template <typename T, typename A>
+__device__ void make_hidden(const Products& products, const Weight& weight) {
+    __shared__ float sums[TILE][HIDDEN_THREADS / 32];
+    const int r = blockIdx.x - weight.column, K = products.K, first = blockIdx.y * CHUNK + threadIdx.x * 16;
+    const bool reads = first < K;
+    const A* a = static_cast<const A*>(weight.lora_a) + int64_t(r) * K + first;
+    const T* x = static_cast<const T*>(products.x) + first;
+    Raw8<T> of_a[2]{};
+    for (int i = 0; i < 2; ++i)
+        if (reads) {
+            float v[8];
+            load8(a + i * 8, v);
+            of_a[i].pack(v);
+        }
+    wait_for_previous_kernel();
+#pragma unroll 2
+    for (int m = 0; m < products.rows_x; ++m) {
+        float dot = 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (reads) {
+                Raw8<T> of_x;
+                of_x.load(x + int64_t(m) * K + i * 8);
+                of_a[i].stay_packed();
+                dot = dot8(dot, of_a[i], of_x);
+            }
+        dot = warp_sum(dot);
+        if (lane_id() == 0)
+            sums[m][threadIdx.x / 32] = dot;
+    }
+    __syncthreads();
+    if (const int m = threadIdx.x; m < products.rows_x) {
+        float sum = 0;
+#pragma unroll
+        for (int warp = 0; warp < HIDDEN_THREADS / 32; ++warp)
+            sum += sums[m][warp];
+        products.hidden[(int64_t(blockIdx.y) * products.rows_x + m) * products.ranks + blockIdx.x] = sum;
+    }
+}
+
+// x and A 16-byte aligned, K % 16 == 0, at most TILE rows of x; grid (hidden values, chunks). Registers for one CTA
+// beside one of the products.
+#define GEMV_4BIT_HIDDEN(T, dtype)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(HIDDEN_THREADS, 16)                                                   \
+        gemv_4bit_hidden_##dtype(const __grid_constant__ Products products) {                                          \
+        let_next_kernel_start();                                                                                       \
+        const Weight& weight = adapter_of(products, blockIdx.x);                                                       \
+        if (products.adapters_fp32)                                                                                    \
+            make_hidden<T, float>(products, weight);                                                                   \
+        else                                                                                                           \
+            make_hidden<T, T>(products, weight);                                                                       \
+    }
+
+GEMV_4BIT_HIDDEN(f16, f16)
+GEMV_4BIT_HIDDEN(bf16, bf16)

@@ -3,36 +3,34 @@ use std::ptr;
 
 use halfbyte_core::codebook::{FP4, INT4, NF4};
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
-use halfbyte_core::ops::gemv_4bit_chain::{ChainPhase, ChainedProduct, Gemv4bitChain, MAX_PHASES};
+use halfbyte_core::ops::gemv_4bit_fused::{CHUNK, FusedProduct, Gemv4bitFused, Next};
 use halfbyte_core::{Absmax, DType, Error, QuantType, Result};
 
 use crate::args::{DeviceAbsmax, KernelArg, aligned, args, optional};
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 
-/// By x's dtype; chains also by that of adapters.
-const KERNELS: [&str; 6] = [
-    "gemv_4bit_bulk_f16",
-    "gemv_4bit_bulk_bf16",
-    "gemv_4bit_chain_f16_f16",
-    "gemv_4bit_chain_bf16_bf16",
-    "gemv_4bit_chain_f16_f32",
-    "gemv_4bit_chain_bf16_f32",
-];
+/// The products, and the adapters' hidden values; by x's dtype.
+const KERNELS: [&str; 4] =
+    ["gemv_4bit_bulk_f16", "gemv_4bit_bulk_bf16", "gemv_4bit_hidden_f16", "gemv_4bit_hidden_bf16"];
 pub(crate) static FAMILY: Family = family!("gemv_4bit_bulk", &KERNELS);
 
 pub(crate) const MAX_PARTS: usize = MAX_GROUP;
 pub(crate) const PANEL: usize = 16;
 pub(crate) const TILE: usize = 8;
-pub(crate) const SHARED_BYTES: usize = 177504;
+pub(crate) const SHARED_BYTES: usize = 179136;
 const HALF: usize = PANEL / 2;
 /// Blocks of a slice: four for each of the warps that multiply.
 const SLICE: usize = 64;
 const QUAD: usize = 4;
 /// Sixteen multiply, one copies, one decodes scales, one adds up, one multiplies by adapters.
 const ALL_WARPS: usize = 20;
+const HIDDEN_THREADS: usize = CHUNK / 16;
 const BLOCKSIZE: usize = 64;
 /// Scales are read four blocks at a time.
 const GRAIN: usize = 256;
+/// What is moved to L2 for the next launch: memory's work while that one begins. Twice as much costs more than it saves
+/// on an H200, as it competes with what this launch still reads.
+const EARLY_BYTES: usize = 8 << 20;
 /// Past this a block's index does not fit the kernels' 32 bits.
 const MOST_WEIGHTS: usize = 1 << 38;
 const MOST_ROWS: usize = 1 << 30;
@@ -62,39 +60,29 @@ struct Part {
     first_panel: i32,
 }
 
-/// `struct Phase` of the kernels.
+/// `struct Products` of the kernels.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Phase {
+struct Products {
     parts: [Part; MAX_PARTS],
     x: *const c_void,
-    norm: *const c_void,
-    residual: *const c_void,
     hidden: *mut c_void,
     k: i32,
     slice: i32,
     share: i32,
     rest: i32,
-    ranks: i32,
-    eps: f32,
-    gated: bool,
-}
-
-/// `struct Chain` of the kernels.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Chain<const PHASES: usize> {
-    phases: [Phase; PHASES],
-    count: i32,
     rows_x: i32,
-    arrived: *mut c_void,
+    ranks: i32,
+    early: i32,
+    gated: bool,
+    adapters_fp32: bool,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Codebook([f32; 16]);
 
-impl<const PHASES: usize> KernelArg for Chain<PHASES> {}
+impl KernelArg for Products {}
 impl KernelArg for Codebook {}
 
 /// What the kernels take as one launch: products of one x, of one codebook and one map of scales.
@@ -107,11 +95,6 @@ pub(crate) fn fits(limits: Limits, products: &[Gemv4bit<'_>]) -> bool {
             && map_of(other) == map_of(head)
     };
     runs_on(limits) && products.iter().all(|product| fits_alone(product) && same(product))
-}
-
-/// Chains are compiled for one generation.
-pub(crate) fn has_chains(limits: Limits) -> bool {
-    limits.capability == (9, 0) && runs_on(limits)
 }
 
 pub(crate) fn runs_on(limits: Limits) -> bool {
@@ -145,15 +128,18 @@ pub(crate) fn codebook(quant_type: QuantType) -> (Codebook, f32) {
 }
 
 impl Weight {
-    fn plain(product: &Gemv4bit<'_>) -> Self {
-        let none = ptr::null();
-        let (packed, absmax) = (product.packed.ptr(), DeviceAbsmax::from(product.absmax));
-        Self { packed, absmax, bias: none, lora_a: none, lora_b: none, factors: none, scaling: 0.0, rank: 0, column: 0 }
+    fn none() -> Self {
+        // SAFETY: numbers and pointers, of which zeros are values.
+        unsafe { std::mem::zeroed() }
     }
 
-    fn chained(chained: &ChainedProduct<'_>, column: &mut usize) -> Self {
-        let mut weight = Self { bias: optional(chained.bias), ..Self::plain(&chained.product) };
-        if let Some(adapter) = &chained.adapter {
+    fn plain(product: &Gemv4bit<'_>) -> Self {
+        Self { packed: product.packed.ptr(), absmax: DeviceAbsmax::from(product.absmax), ..Self::none() }
+    }
+
+    fn fused(fused: &FusedProduct<'_>, column: &mut usize) -> Self {
+        let mut weight = Self { bias: optional(fused.bias), ..Self::plain(&fused.product) };
+        if let Some(adapter) = &fused.adapter {
             (weight.lora_a, weight.lora_b) = (adapter.a.ptr(), adapter.b.ptr());
             (weight.factors, weight.scaling) = (optional(adapter.factors), adapter.scaling);
             (weight.rank, weight.column) = (adapter.rank as i32, *column as i32);
@@ -163,99 +149,125 @@ impl Weight {
     }
 }
 
-impl Phase {
-    /// Of (the two halves of a panel's rows, the product that says where the result goes).
-    fn new(weights: &[([Weight; 2], &Gemv4bit<'_>)], gated: bool, ctas: usize) -> Self {
+impl Part {
+    fn new(halves: [Weight; 2], product: &Gemv4bit<'_>) -> Self {
+        Self { halves, out: product.out.ptr(), n: product.shape.n as i32, first_panel: 0 }
+    }
+}
+
+impl Products {
+    /// Of parts that do not know yet where they begin, in panels; and the CTAs for them.
+    fn new(given: &[Part], k: usize, gated: bool, multiprocessors: usize) -> (Self, usize) {
         let rows = if gated { HALF } else { PANEL };
-        let head = weights[0].1;
         let mut panels = 0;
         let parts = std::array::from_fn(|i| {
-            let (halves, product) = weights[i.min(weights.len() - 1)];
-            let (n, first_panel) = (product.shape.n as i32, panels as i32);
-            if i < weights.len() {
-                panels += product.shape.n.div_ceil(rows);
+            let part = Part { first_panel: panels as i32, ..given[i.min(given.len() - 1)] };
+            if i < given.len() {
+                panels += (part.n as usize).div_ceil(rows);
             }
-            Part { halves, out: product.out.ptr(), n, first_panel }
+            part
         });
-        let blocks = head.shape.k / BLOCKSIZE;
-        Self {
+        let ctas = panels.min(multiprocessors).max(1);
+        let blocks = k / BLOCKSIZE;
+        let products = Self {
             parts,
-            x: head.x.ptr(),
-            norm: ptr::null(),
-            residual: ptr::null(),
+            x: ptr::null(),
             hidden: ptr::null_mut(),
-            k: head.shape.k as i32,
+            k: k as i32,
             slice: blocks.div_ceil(blocks.div_ceil(SLICE)).next_multiple_of(QUAD) as i32,
             share: (panels / ctas) as i32,
             rest: (panels % ctas) as i32,
+            rows_x: 0,
             ranks: 0,
-            eps: 0.0,
+            early: 0,
             gated,
-        }
+            adapters_fp32: false,
+        };
+        (products, ctas)
     }
 
-    fn chained(phase: &ChainPhase<'_>, ctas: usize) -> Self {
-        let mut column = 0;
-        let products: Vec<_> = phase.products().collect();
-        let weights: Vec<_> = products
-            .chunks(if phase.gated { 2 } else { 1 })
+    fn none() -> Self {
+        // SAFETY: numbers and pointers, of which zeros are values; without early items nobody looks at the rest.
+        unsafe { std::mem::zeroed() }
+    }
+
+    fn next(next: &Next<'_>, multiprocessors: usize) -> Self {
+        let weights: Vec<_> = next.weights().collect();
+        let Some(first) = weights.first() else { return Self::none() };
+        let parts: Vec<_> = weights
+            .chunks(if next.gated { 2 } else { 1 })
             .map(|pair| {
-                let first = Weight::chained(pair[0], &mut column);
-                let second = pair.get(1).map_or(first, |second| Weight::chained(second, &mut column));
-                ([first, second], &pair[0].product)
+                let halves = [pair[0], pair[pair.len() - 1]];
+                let halves = halves.map(|weight| Weight {
+                    packed: weight.packed.ptr(),
+                    absmax: DeviceAbsmax::of_codes(weight.absmax),
+                    ..Weight::none()
+                });
+                Part { halves, out: ptr::null_mut(), n: pair[0].n as i32, first_panel: 0 }
             })
             .collect();
-        Self {
-            norm: optional(phase.norm.map(|(weight, _)| weight)),
-            eps: phase.norm.map_or(0.0, |(_, eps)| eps),
-            residual: optional(phase.residual),
-            hidden: phase.hidden.as_ref().map_or(ptr::null_mut(), |hidden| hidden.ptr()),
-            ranks: phase.ranks() as i32,
-            ..Self::new(&weights, phase.gated, ctas)
-        }
+        let (mut products, ctas) = Self::new(&parts, first.k, next.gated, multiprocessors);
+        let item = PANEL * products.slice as usize * BLOCKSIZE / 2;
+        products.early = (EARLY_BYTES / (ctas * item)) as i32;
+        products
     }
 }
 
 /// `products` as `fits` has seen them.
 pub(crate) fn launch(launcher: &Launcher, products: &[Gemv4bit<'_>]) -> Result<()> {
-    let head = &products[0];
-    let panels: usize = products.iter().map(|product| product.shape.n.div_ceil(PANEL)).sum();
-    let ctas = panels.min(launcher.limits().multiprocessors);
-    let weights: Vec<_> = products.iter().map(|product| ([Weight::plain(product); 2], product)).collect();
-    let chain = Chain {
-        phases: [Phase::new(&weights, false, ctas)],
-        count: 1,
-        rows_x: head.shape.m as i32,
-        arrived: ptr::null_mut(),
-    };
-    let (codebook, gain) = codebook(head.quant_type);
-    launcher.launch(
-        &FAMILY,
-        KERNELS[usize::from(head.x.dtype() == DType::BF16)],
-        geometry(ctas, head.shape.m),
-        args![chain, codebook, gain],
-    )
+    let parts: Vec<_> = products.iter().map(|product| Part::new([Weight::plain(product); 2], product)).collect();
+    launch_parts(launcher, &products[0], &parts, false, |_| (), &Next::default())
 }
 
-pub(crate) fn launch_chain(launcher: &Launcher, args: &Gemv4bitChain<'_>) -> Result<()> {
-    let all = || args.phases().flat_map(|phase| phase.products());
-    let phases: Vec<_> = args.phases().collect();
-    let Some(head) = all().next().map(|first| &first.product) else { return Ok(()) };
-    let misfits = |other: &ChainedProduct<'_>| !fits_alone(&other.product) || map_of(&other.product) != map_of(head);
-    if let Some(other) = all().find(|&other| misfits(other) || !has_chains(launcher.limits())) {
+pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Result<()> {
+    let given: Vec<_> = fused.products().collect();
+    let head = &given[0].product;
+    let misfits = |other: &Gemv4bit<'_>| !fits_alone(other) || map_of(other) != map_of(head);
+    if let Some(other) = given.iter().find(|other| misfits(&other.product) || !runs_on(launcher.limits())) {
         let expected = "double quantization with one map, blocks of 64, K a multiple of 256, aligned to 16 bytes, and \
-                        a GPU with kernels for chains";
+                        a GPU of compute capability 9.0 or later";
         let got = format!("{:?}", other.product.shape);
-        return Err(Error::Argument { op: "gemv_4bit_chain", name: "packed", expected, got });
+        return Err(Error::Argument { op: "gemv_4bit_fused", name: "packed", expected, got });
     }
-    let ctas = launcher.limits().multiprocessors;
-    let count = phases.len() as i32;
-    let phases = std::array::from_fn(|i| Phase::chained(phases[i.min(phases.len() - 1)], ctas));
-    let chain = Chain::<MAX_PHASES> { phases, count, rows_x: head.shape.m as i32, arrived: args.arrived.ptr() };
-    let of_adapters = all().find_map(|product| product.adapter.as_ref()).map(|adapter| adapter.a.dtype());
-    let kernel = 2 + 2 * usize::from(of_adapters == Some(DType::F32)) + usize::from(head.x.dtype() == DType::BF16);
+    if head.shape.m * head.shape.n == 0 {
+        return Ok(());
+    }
+    let mut column = 0;
+    let mut parts = Vec::new();
+    for pair in given.chunks(if fused.gated { 2 } else { 1 }) {
+        let first = Weight::fused(pair[0], &mut column);
+        let second = pair.get(1).map_or(first, |second| Weight::fused(second, &mut column));
+        parts.push(Part::new([first, second], &pair[0].product));
+    }
+    let adapt = |products: &mut Products| {
+        products.hidden = fused.hidden.as_ref().map_or(ptr::null_mut(), |hidden| hidden.ptr());
+        products.ranks = column as i32;
+        products.adapters_fp32 = fused.adapters().any(|adapter| adapter.a.dtype() == DType::F32);
+    };
+    launch_parts(launcher, head, &parts, fused.gated, adapt, &fused.next)
+}
+
+fn launch_parts(
+    launcher: &Launcher,
+    head: &Gemv4bit<'_>,
+    parts: &[Part],
+    gated: bool,
+    adapt: impl FnOnce(&mut Products),
+    next: &Next<'_>,
+) -> Result<()> {
+    let multiprocessors = launcher.limits().multiprocessors;
+    let (mut products, ctas) = Products::new(parts, head.shape.k, gated, multiprocessors);
+    (products.x, products.rows_x) = (head.x.ptr(), head.shape.m as i32);
+    adapt(&mut products);
+    let half = usize::from(head.x.dtype() == DType::BF16);
+    if products.ranks > 0 {
+        let grid = (extent(products.ranks as usize), extent(head.shape.k.div_ceil(CHUNK)), 1);
+        let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared: 0, overlaps: true };
+        launcher.launch(&FAMILY, KERNELS[2 + half], geometry, args![products])?;
+    }
+    let ahead = Products::next(next, multiprocessors);
     let (codebook, gain) = codebook(head.quant_type);
-    launcher.launch_together(&FAMILY, KERNELS[kernel], geometry(ctas, head.shape.m), args![chain, codebook, gain])
+    launcher.launch(&FAMILY, KERNELS[half], geometry(ctas, head.shape.m), args![products, ahead, codebook, gain])
 }
 
 fn geometry(ctas: usize, m: usize) -> Geometry {

@@ -306,17 +306,6 @@ impl Launcher {
         self.launch_clustered(family, kernel, geometry, 1, args)
     }
 
-    /// `launch` of a grid whose CTAs wait for each other: all run at once, or the driver refuses.
-    pub fn launch_together(
-        &self,
-        family: &Family,
-        kernel: &'static str,
-        geometry: Geometry,
-        args: &mut [Arg<'_>],
-    ) -> Result<()> {
-        self.launch_with(family, kernel, geometry, Some(cooperation()), args)
-    }
-
     /// `launch` with `cluster` neighbouring CTAs of the grid's first dimension side by side (sm_90 and later).
     pub fn launch_clustered(
         &self,
@@ -326,22 +315,12 @@ impl Launcher {
         cluster: usize,
         args: &mut [Arg<'_>],
     ) -> Result<()> {
-        self.launch_with(family, kernel, geometry, (cluster > 1).then(|| clusters_of(cluster)), args)
-    }
-
-    fn launch_with(
-        &self,
-        family: &Family,
-        kernel: &'static str,
-        geometry: Geometry,
-        attribute: Option<sys::CUlaunchAttribute>,
-        args: &mut [Arg<'_>],
-    ) -> Result<()> {
         let fail = |error| self.state.error(format!("{kernel} with {geometry:?}"), error);
         let _bound = Bound::to(&self.state.context).map_err(fail)?;
         let function = self.state.function(family, kernel)?;
         let overlaps = geometry.overlaps && self.state.limits.capability >= (9, 0);
-        let mut attributes: Vec<_> = attribute.into_iter().chain(overlaps.then(overlap)).collect();
+        let clustered = (cluster > 1).then(|| clusters_of(cluster));
+        let mut attributes: Vec<_> = clustered.into_iter().chain(overlaps.then(overlap)).collect();
         let config = sys::CUlaunchConfig {
             gridDimX: geometry.grid.0,
             gridDimY: geometry.grid.1,
@@ -421,15 +400,6 @@ fn overlap() -> sys::CUlaunchAttribute {
     let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
     attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;
-    attribute
-}
-
-/// All CTAs at once, or an error.
-fn cooperation() -> sys::CUlaunchAttribute {
-    // SAFETY: all zeros is a valid attribute.
-    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
-    attribute.value.cooperative = 1;
     attribute
 }
 

@@ -35,7 +35,7 @@ use halfbyte_core::ops::draw::Draw;
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
-use halfbyte_core::ops::gemv_4bit_chain::Gemv4bitChain;
+use halfbyte_core::ops::gemv_4bit_fused::Gemv4bitFused;
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
@@ -72,9 +72,9 @@ pub fn status() -> std::result::Result<(), String> {
     launch::driver_status()
 }
 
-/// Whether `gemv_4bit_chain` has kernels for a device; false where there is none.
-pub fn has_chains(ordinal: u32) -> bool {
-    Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::has_chains(launcher.limits()))
+/// Whether `gemv_4bit_fused` has kernels for a device; false where there is none.
+pub fn fuses(ordinal: u32) -> bool {
+    Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::runs_on(launcher.limits()))
 }
 
 /// The operations on one device, ordered on one stream.
@@ -124,8 +124,8 @@ impl Backend for CudaBackend {
         gemv_4bit::launch_group(&self.launcher, args)
     }
 
-    fn gemv_4bit_chain(&self, args: Gemv4bitChain<'_>) -> Result<()> {
-        gemv_4bit_bulk::launch_chain(&self.launcher, &args)
+    fn gemv_4bit_fused(&self, args: Gemv4bitFused<'_>) -> Result<()> {
+        gemv_4bit_bulk::launch_fused(&self.launcher, &args)
     }
 
     fn gemv(&self, args: Gemv<'_>) -> Result<()> {

@@ -56,3 +56,8 @@ __device__ inline void copy_box(void* to, const void* map, int column, int row, 
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(&done))
                  : "memory");
 }
+
+// From global memory into L2; address and size are multiples of 16.
+__device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}

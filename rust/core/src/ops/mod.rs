@@ -9,7 +9,7 @@ pub mod draw;
 pub mod gemm_4bit;
 pub mod gemv;
 pub mod gemv_4bit;
-pub mod gemv_4bit_chain;
+pub mod gemv_4bit_fused;
 pub mod paged_attention;
 pub mod quantize_4bit;
 pub mod quantize_blockwise;

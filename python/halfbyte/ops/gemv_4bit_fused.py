@@ -1,0 +1,135 @@
+"""gemv_4bit_fused: 4-bit products of a few rows with adapter, bias and gate, in one launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte import _core
+from halfbyte.ops.quant_state import QuantState
+
+MAX_ROWS = 8
+MAX_RANK = 256
+# Elements of K that make a share of an adapter's hidden value.
+CHUNK = 2048
+
+
+class LowRank(NamedTuple):
+    """factors * (x a^T) b^T: a [r, K], b [N, r], both fp32 or both x's dtype.
+
+    factors: fp32 [M, r], each row's own; None where `scaling` is all.
+    """
+
+    a: Tensor
+    b: Tensor
+    factors: Tensor | None
+    scaling: float
+
+
+class Product(NamedTuple):
+    """x W^T + bias + adapter, for W [N, K] held as (packed, state)."""
+
+    packed: Tensor
+    state: QuantState
+    bias: Tensor | None
+    adapter: LowRank | None
+
+
+class Next(NamedTuple):
+    """The weights that the next launch reads, as (packed, state); in pairs where it is gated."""
+
+    weights: Sequence[tuple[Tensor, QuantState]]
+    gated: bool = False
+
+
+class _Next(NamedTuple):
+    """As the compiled part takes it."""
+
+    weights: Sequence[tuple[Tensor, Tensor, int, int]]
+    gated: bool
+
+
+class _Product(NamedTuple):
+    """As the compiled part takes it."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    nested_map: Tensor
+    offset: float
+    bias: Tensor | None
+    adapter: LowRank | None
+    out: Tensor
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and _core.fuses(device.index or 0)
+
+
+def fuses(x: Tensor, products: Sequence[Product]) -> bool:
+    """Whether there is a kernel for these products of x [M, K]."""
+    head = products[0].state
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and 0 < len(x) <= MAX_ROWS
+        and _has_kernels(x.device)
+        and all(len(p.adapter.a) <= MAX_RANK for p in products if p.adapter is not None)
+        and len({p.adapter.a.dtype for p in products if p.adapter is not None}) <= 1
+        and all(_takes(product.packed, product.state, head) for product in products)
+    )
+
+
+def _takes(packed: Tensor, state: QuantState, head: QuantState) -> bool:
+    nested, map_of_head = state.nested, head.nested
+    return (
+        nested is not None
+        and map_of_head is not None
+        and nested.map.data_ptr() == map_of_head.map.data_ptr()
+        and state.quant_type == head.quant_type
+        and state.blocksize == 64
+        and state.shape[1] % 256 == 0
+        and packed.data_ptr() % 16 == 0
+        and state.absmax.data_ptr() % 4 == 0
+    )
+
+
+def gemv_4bit_fused(
+    x: Tensor,
+    products: Sequence[Product],
+    gated: bool = False,
+    following: Next | None = None,
+) -> list[Tensor]:
+    """Up to four products of x [M, K], M <= 8, that `fuses`; each [M, N] in x's dtype.
+
+    Every rounding is that of the operations one after the other (`gemm_4bit`, the bias' sum, the
+    adapter, `swiglu`). gated: the products are a gate and an up projection, and the one result is
+    silu(gate) * up. following: what the next launch reads; its beginning is moved to L2 meanwhile.
+
+    Raises ValueError for what does not fit.
+    """
+    x = x.contiguous()
+    widths = [product.state.shape[0] for product in products]
+    outs = [x.new_empty(len(x), width) for width in (widths[:1] if gated else widths)]
+    given = [
+        _Product(p.packed, *p.state.scale_args(), p.bias, p.adapter, outs[0 if gated else index])
+        for index, p in enumerate(products)
+    ]
+    ranks = sum(len(p.adapter.a) for p in products if p.adapter is not None)
+    shares = (-(-x.shape[1] // CHUNK), len(x), ranks)
+    hidden = x.new_empty(shares, dtype=torch.float32) if ranks else None
+    head = products[0].state
+    after = None if following is None else _next(following, head)
+    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, after)
+    return outs
+
+
+def _next(following: Next, head: QuantState) -> _Next | None:
+    if not all(_takes(packed, state, head) for packed, state in following.weights):
+        return None
+    weights = [(packed, state.absmax, *state.shape) for packed, state in following.weights]
+    return _Next(weights, following.gated)

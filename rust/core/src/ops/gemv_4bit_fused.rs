@@ -1,0 +1,199 @@
+//! `gemv_4bit_fused`: 4-bit products of one few-rowed x with what a decoder layer puts behind them, in one launch.
+//!
+//! ```text
+//! y   = x Wᵀ, + bias, + factors * (x Aᵀ) Bᵀ
+//! out = y, or silu(y of the gate) * (y of up)
+//! ```
+//!
+//! Every step rounds to x's dtype as the operation of its name does, so that the result is that of the operations one
+//! after the other, but for the order of the adapter's sums.
+
+use crate::check::arg;
+use crate::error::{Error, Result};
+use crate::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
+use crate::tensor::{DType, TensorMut, TensorRef};
+
+const OP: &str = "gemv_4bit_fused";
+
+/// Most rows of x beside adapters.
+pub const MAX_ROWS: usize = 8;
+/// Highest rank of an adapter.
+pub const MAX_RANK: usize = 256;
+/// Elements of K that make a share of a hidden value.
+pub const CHUNK: usize = 2048;
+/// What an adapter adds to a product: `factors * (x Aᵀ) Bᵀ`.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Adapter<'a> {
+    /// f32 or x's dtype `[rank, K]`
+    pub a: TensorRef<'a>,
+    /// a's dtype `[N, rank]`
+    pub b: TensorRef<'a>,
+    /// f32 `[M, rank]`; absent where `scaling` is all
+    pub factors: Option<TensorRef<'a>>,
+    pub scaling: f32,
+    pub rank: usize,
+}
+
+impl<'a> Adapter<'a> {
+    pub fn new(a: TensorRef<'a>, b: TensorRef<'a>, factors: Option<TensorRef<'a>>, scaling: f32, rank: usize) -> Self {
+        Self { a, b, factors, scaling, rank }
+    }
+
+    fn check(&self, product: &Gemv4bit<'_>) -> Result<()> {
+        let (shape, device) = (product.shape, product.packed.device());
+        if self.rank > MAX_RANK {
+            return wrong("lora_a", "rank 256 at most", self.rank.to_string());
+        }
+        if self.a.dtype() != DType::F32 {
+            arg(OP, "lora_a", self.a).dtype(product.x.dtype())?;
+        }
+        let a = arg(OP, "lora_a", self.a).numel(self.rank * shape.k, "rank x K")?.on(device, "packed")?;
+        a.aligned_to(16)?;
+        let b = arg(OP, "lora_b", self.b).dtype(self.a.dtype())?;
+        b.numel(shape.n * self.rank, "N x rank")?.on(device, "packed")?;
+        if let Some(factors) = self.factors {
+            let factors = arg(OP, "factors", factors).dtype(DType::F32)?;
+            factors.numel(shape.m * self.rank, "M x rank")?.on(device, "packed")?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct FusedProduct<'a> {
+    pub product: Gemv4bit<'a>,
+    /// x's dtype `[N]`
+    pub bias: Option<TensorRef<'a>>,
+    pub adapter: Option<Adapter<'a>>,
+}
+
+impl<'a> FusedProduct<'a> {
+    pub fn new(product: Gemv4bit<'a>, bias: Option<TensorRef<'a>>, adapter: Option<Adapter<'a>>) -> Result<Self> {
+        let (dtype, device) = (product.x.dtype(), product.packed.device());
+        if let Some(bias) = bias {
+            arg(OP, "bias", bias).dtype(dtype)?.numel(product.shape.n, "N")?.on(device, "packed")?;
+        }
+        if let Some(adapter) = &adapter {
+            adapter.check(&product)?;
+        }
+        Ok(Self { product, bias, adapter })
+    }
+}
+
+/// A weight `[n, k]` that the next launch reads.
+#[derive(Debug, Clone, Copy)]
+pub struct NextWeight<'a> {
+    pub packed: TensorRef<'a>,
+    /// u8, of double quantization
+    pub absmax: TensorRef<'a>,
+    pub n: usize,
+    pub k: usize,
+}
+
+/// All of them: their beginnings may be moved nearer while memory has nothing else to do.
+#[derive(Debug, Default)]
+pub struct Next<'a> {
+    weights: [Option<NextWeight<'a>>; MAX_GROUP],
+    pub gated: bool,
+}
+
+impl<'a> Next<'a> {
+    /// `weights`: at most four, or two pairs.
+    pub fn new(weights: Vec<NextWeight<'a>>, gated: bool) -> Result<Self> {
+        if weights.len() > MAX_GROUP || gated && !weights.len().is_multiple_of(2) {
+            return wrong("next", "at most 4, in pairs where gated", weights.len().to_string());
+        }
+        let mut weights = weights.into_iter();
+        let next = Self { weights: std::array::from_fn(|_| weights.next()), gated };
+        next.check()?;
+        Ok(next)
+    }
+
+    pub fn weights(&self) -> impl Iterator<Item = &NextWeight<'a>> {
+        self.weights.iter().flatten()
+    }
+
+    fn check(&self) -> Result<()> {
+        let Some(first) = self.weights().next() else { return Ok(()) };
+        for weight in self.weights() {
+            let (size, device) = (weight.n * weight.k, first.packed.device());
+            arg(OP, "next", weight.packed).dtype(DType::U8)?.numel(size.div_ceil(2), "N x K, two codes a byte")?;
+            arg(OP, "next", weight.absmax).dtype(DType::U8)?.numel(size.div_ceil(64), "a scale a block")?;
+            arg(OP, "next", weight.packed).on(device, "next")?.aligned_to(16)?;
+            if weight.k != first.k || weight.k % 256 != 0 {
+                return wrong("next", "one K, a multiple of 256", weight.k.to_string());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Gemv4bitFused<'a> {
+    products: [Option<FusedProduct<'a>>; MAX_GROUP],
+    /// Products are pairs of gate and up, and each pair has one output: its gate's.
+    pub gated: bool,
+    /// f32 `[ceil(K / CHUNK), M, ranks]`, the adapters' hidden values one after the other; scratch, which they need
+    pub hidden: Option<TensorMut<'a>>,
+    pub next: Next<'a>,
+}
+
+impl<'a> Gemv4bitFused<'a> {
+    /// `products`: one to four, or one or two pairs; all of one x.
+    pub fn new(
+        products: Vec<FusedProduct<'a>>,
+        gated: bool,
+        hidden: Option<TensorMut<'a>>,
+        next: Next<'a>,
+    ) -> Result<Self> {
+        let count = products.len();
+        if !(1..=MAX_GROUP).contains(&count) || gated && !count.is_multiple_of(2) {
+            return wrong("products", "1 to 4, in pairs where gated", count.to_string());
+        }
+        let mut products = products.into_iter();
+        let fused = Self { products: std::array::from_fn(|_| products.next()), gated, hidden, next };
+        fused.check()?;
+        Ok(fused)
+    }
+
+    pub fn products(&self) -> impl Iterator<Item = &FusedProduct<'a>> {
+        self.products.iter().flatten()
+    }
+
+    pub fn adapters(&self) -> impl Iterator<Item = &Adapter<'a>> {
+        self.products().filter_map(|product| product.adapter.as_ref())
+    }
+
+    /// Rank of all adapters.
+    pub fn ranks(&self) -> usize {
+        self.adapters().map(|adapter| adapter.rank).sum()
+    }
+
+    fn check(&self) -> Result<()> {
+        let shapes: Vec<_> = self.products().map(|product| product.product.shape).collect();
+        if self.gated && shapes.chunks(2).any(|pair| pair[0] != pair[1]) {
+            return wrong("products", "gate and up of one shape", "two shapes".to_string());
+        }
+        let Some(first) = self.adapters().next() else { return Ok(()) };
+        if self.adapters().any(|adapter| adapter.a.dtype() != first.a.dtype()) {
+            return wrong("lora_a", "one dtype for all adapters", "two".to_string());
+        }
+        let shape = shapes[0];
+        if shape.m > MAX_ROWS {
+            return wrong("x", "at most 8 rows beside adapters", shape.m.to_string());
+        }
+        let Some(hidden) = &self.hidden else {
+            return wrong("hidden", "beside adapters", "none".to_string());
+        };
+        let hidden = arg(OP, "hidden", hidden.as_ref()).dtype(DType::F32)?.on(first.a.device(), "packed")?;
+        hidden.numel(shape.k.div_ceil(CHUNK) * shape.m * self.ranks(), "chunks of K x M x all ranks")?;
+        Ok(())
+    }
+}
+
+fn wrong<T>(name: &'static str, expected: &'static str, got: String) -> Result<T> {
+    Err(Error::Argument { op: OP, name, expected, got })
+}

@@ -1,0 +1,252 @@
+"""4-bit products with adapter, bias and gate in one launch equal the operations one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from halfbyte import Linear4bit, LoraConfig, lora
+from halfbyte.linear import Decoding, project, project_gated
+from halfbyte.lora import LoRALinear, add_product
+from halfbyte.ops import dequantize_4bit, gemm_4bit, quantize_4bit, swiglu
+from halfbyte.ops.gemv_4bit_fused import LowRank, Next, Product, fuses, gemv_4bit_fused
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float16, torch.bfloat16]
+# N of each product, and K.
+SHAPES = [((256,), 256), ((96, 40, 24), 512), ((1000, 1000), 1280), ((4096, 1024, 1024), 4096)]
+LONG = [((4096,), 11008), ((136,), 28672)]
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    torch.manual_seed(0)
+    if not fuses(torch.zeros(1, 256, device="cuda", dtype=torch.float16), [product(8, 256)]):
+        pytest.skip("needs a GPU of compute capability 9.0 or later")
+
+
+def product(n, k, dtype=torch.bfloat16, bias=False, rank=0, lora_dtype=None, rows=0):
+    """A quantized [n, k] with what may stand beside it; rows: whose factors differ."""
+    weight = torch.randn(n, k, device="cuda") / k**0.5
+    packed, state = quantize_4bit(weight.to(dtype), "nf4", 64, True)
+    bias = torch.randn(n, device="cuda").to(dtype) if bias else None
+    adapter = None
+    if rank:
+        a = torch.randn(rank, k, device="cuda").to(lora_dtype or dtype) / k**0.5
+        b = torch.randn(n, rank, device="cuda").to(lora_dtype or dtype)
+        factors = torch.rand(rows, rank, device="cuda") if rows else None
+        adapter = LowRank(a, b, factors, 0.25)
+    return Product(packed, state, bias, adapter)
+
+
+def alone(x, product):
+    """As the layers do it, one operation after the other."""
+    y = gemm_4bit(x, product.packed, product.state)
+    if product.bias is not None:
+        y = y + product.bias
+    if product.adapter is not None:
+        a, b, factors, scaling = product.adapter
+        hidden = torch.nn.functional.linear(x, a.to(x.dtype))
+        hidden = (hidden * (scaling if factors is None else factors)).to(x.dtype)
+        y = add_product(y, hidden, b)
+    return y
+
+
+def exact(x, product):
+    """The same in fp64, from the operands as they are rounded before they multiply."""
+    x = x.double()
+    y = x @ dequantize_4bit(product.packed, product.state, torch.float32).double().T
+    if product.bias is not None:
+        y = y + product.bias
+    if product.adapter is not None:
+        a, b, factors, scaling = product.adapter
+        dtype = product.state.dtype
+        hidden = x @ a.to(dtype).double().T * (scaling if factors is None else factors.double())
+        y = y + hidden @ b.to(dtype).double().T
+    return y
+
+
+def random(m, k, dtype=torch.bfloat16):
+    return torch.randn(m, k, device="cuda").to(dtype)
+
+
+def agree(found, expected):
+    """Equal but for single steps of the dtype where the order of an adapter's sum differs."""
+    scale = expected.float().square().mean().sqrt()
+    step = torch.finfo(expected.dtype).eps
+    error = (found.float() - expected.float()).abs()
+    allowed = 2 * step * expected.float().abs() + 4 * step * scale
+    assert (error <= allowed).all(), (error / allowed).max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize("sizes, k", SHAPES + LONG)
+def test_biases_and_gates_have_equal_bits(dtype, m, sizes, k):
+    x, products = random(m, k, dtype), [product(n, k, dtype, bias=True) for n in sizes]
+    expected = [alone(x, p) for p in products]
+    for found, y in zip(gemv_4bit_fused(x, products), expected, strict=True):
+        assert torch.equal(found, y)
+    pair = [products[0], product(sizes[0], k, dtype)]
+    (found,) = gemv_4bit_fused(x, pair, gated=True)
+    assert torch.equal(found, swiglu(expected[0], alone(x, pair[1])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 5, 8])
+@pytest.mark.parametrize("rank", [1, 5, 16, 64, 200])
+@pytest.mark.parametrize("lora_dtype", [None, torch.float32])
+@pytest.mark.parametrize("sizes, k", SHAPES)
+def test_adapters(dtype, m, rank, lora_dtype, sizes, k):
+    more = {"rank": rank, "lora_dtype": lora_dtype, "bias": True, "rows": m if rank % 2 else 0}
+    x, products = random(m, k, dtype), [product(n, k, dtype, **more) for n in sizes]
+    expected = [alone(x, p) for p in products]
+    for found, y, p in zip(gemv_4bit_fused(x, products), expected, products, strict=True):
+        agree(found, y)
+        errors = [(z - exact(x, p)).square().mean().sqrt() for z in (found, y)]
+        assert errors[0] <= 1.1 * errors[1]
+    pair = [products[0], product(sizes[0], k, dtype, **more | {"rank": rank // 2 + 1})]
+    (found,) = gemv_4bit_fused(x, pair, gated=True)
+    agree(found, swiglu(expected[0], alone(x, pair[1])))
+
+
+@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize("sizes, k", LONG)
+def test_adapters_over_slices_of_a_long_row(m, sizes, k):
+    x = random(m, k)
+    products = [product(n, k, rank=16, lora_dtype=torch.float32) for n in sizes]
+    for found, p in zip(gemv_4bit_fused(x, products), products, strict=True):
+        agree(found, alone(x, p))
+
+
+def test_only_some_products_are_adapted():
+    x = random(2, 512)
+    products = [product(300, 512), product(72, 512, rank=8), product(40, 512, bias=True)]
+    found = gemv_4bit_fused(x, products)
+    expected = [alone(x, p) for p in products]
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+    agree(found[1], expected[1])
+
+
+def case(m):
+    """x and all that goes with one launch."""
+    products = [product(n, 2048, rank=16, lora_dtype=torch.float32) for n in (5632, 5632)]
+    return random(m, 2048), products, True
+
+
+def test_runs_give_equal_bits_beside_other_work():
+    x, products, gated = case(8)
+    (first,) = gemv_4bit_fused(x, products, gated)
+    other, side = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(100):
+        with torch.cuda.stream(side):
+            other = (other @ other).clamp(-1, 1)
+        assert torch.equal(gemv_4bit_fused(x, products, gated)[0], first)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    x, products, gated = case(8)
+    (whole,) = gemv_4bit_fused(x, products, gated)
+    for row in range(8):
+        (found,) = gemv_4bit_fused(x[row : row + 1], products, gated)
+        assert torch.equal(found, whole[row : row + 1])
+
+
+def test_two_streams_and_graphs():
+    cases = [case(m) for m in (2, 7)]
+    streams = [torch.cuda.Stream() for _ in cases]
+    expected = [gemv_4bit_fused(*one)[0] for one in cases]
+    torch.cuda.synchronize()
+    graphs, found = [], []
+    for one, stream in zip(cases, streams, strict=True):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            found.append([gemv_4bit_fused(*one)[0] for _ in range(5)])
+    for _ in range(40):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for all_of_one, y in zip(found, expected, strict=True):
+        assert all(torch.equal(x, y) for x in all_of_one)
+
+
+@pytest.mark.parametrize("k", [256, 4096, 11008])
+def test_what_follows_changes_nothing(k):
+    """Any weights may follow: they are read, not written, and not past their ends."""
+    x, products = random(2, k), [product(200, k)]
+    (expected,) = gemv_4bit_fused(x, products)
+    for sizes, next_k, gated in [
+        ((8, 8), 256, True),
+        ((5000, 40, 7), 4096, False),
+        ((9,), k, False),
+    ]:
+        following = Next([product(n, next_k)[:2] for n in sizes], gated)
+        before = [(packed.clone(), state.absmax.clone()) for packed, state in following.weights]
+        (found,) = gemv_4bit_fused(x, products, following=following)
+        assert torch.equal(found, expected)
+        for (packed, state), (codes, absmax) in zip(following.weights, before, strict=True):
+            assert torch.equal(packed, codes) and torch.equal(state.absmax, absmax)
+
+
+def test_nan_stays_in_its_row():
+    x, products, gated = case(4)
+    (before,) = gemv_4bit_fused(x, products, gated)
+    x[2, 7] = float("nan")
+    (found,) = gemv_4bit_fused(x, products, gated)
+    assert found[2].isnan().all()
+    assert torch.equal(found[[0, 1, 3]], before[[0, 1, 3]])
+
+
+def test_refuses_what_does_not_fit():
+    x, plain = random(2, 512), product(40, 512)
+    with pytest.raises(ValueError, match="products must be 1 to 4"):
+        gemv_4bit_fused(x, [product(40, 512) for _ in range(5)])
+    with pytest.raises(ValueError, match="rank 256 at most"):
+        gemv_4bit_fused(x, [product(40, 512, rank=257)])
+    with pytest.raises(ValueError, match="gate and up of one shape"):
+        gemv_4bit_fused(x, [plain, product(48, 512)], gated=True)
+    adapted = product(40, 512, rank=4)
+    with pytest.raises(ValueError, match="at most 8 rows"):
+        gemv_4bit_fused(random(9, 512), [adapted])
+    with pytest.raises(ValueError, match="one dtype for all adapters"):
+        other = product(40, 512, rank=4, lora_dtype=torch.float32)
+        gemv_4bit_fused(x, [adapted, other])
+    assert not fuses(x.float(), [plain]) and not fuses(random(9, 512), [plain])
+    assert not fuses(random(1, 320), [product(40, 320)])
+
+
+def test_layers_join_a_launch_when_they_can(monkeypatch):
+    """As modules, whatever stands beside their products; and one by one where a hook waits."""
+    launched = []
+    real = gemv_4bit_fused
+
+    def spy(x, products, *more):
+        launched.append(len(products))
+        return real(x, products, *more)
+
+    monkeypatch.setattr("halfbyte.linear.gemv_4bit_fused", spy)
+    layers = torch.nn.ModuleDict()
+    for name in ("gate_proj", "up_proj"):
+        layers[name] = Linear4bit(512, 320, bias=False)
+        layers[name].quantize_(torch.randn(320, 512, device="cuda", dtype=torch.bfloat16))
+    lora.inject(layers, LoraConfig(r=8)).eval()
+    for layer in layers.values():
+        assert isinstance(layer, LoRALinear)
+        torch.nn.init.normal_(layer.lora_B.weight)
+    gate, up = layers.values()
+    x, decoding = random(3, 512), Decoding([gate, up], gated=True)
+    with torch.no_grad():
+        expected = swiglu(gate(x), up(x))
+        assert launched == []
+        agree(project_gated(x, gate, up, decoding), expected)
+        for found, layer in zip(project(x, gate, up, decoding=decoding), (gate, up), strict=True):
+            agree(found, layer(x))
+        assert launched == [2, 2]
+        seen = []
+        up.register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(project_gated(x, gate, up, decoding), expected)
+        assert launched == [2, 2] and seen == [1]
+    assert project_gated(x, gate, up).requires_grad
