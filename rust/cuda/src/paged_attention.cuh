@@ -115,18 +115,17 @@ struct Tile {
     __device__ int64_t scale(int slot) const {
         return (int64_t(slot / BLOCK) * shape.kv_heads + kv_head) * BLOCK + slot % BLOCK;
     }
-    __device__ Cut cut() const {
-        // Not through L1, which may be out of date once this kernel has waited for the one before it.
-        return Cut(__ldcg(x.lengths + row), shape.table * BLOCK, shape.window);
-    }
+    // Not through L1, which may be out of date once this kernel has waited for the one before it.
+    __device__ int length() const { return __ldcg(x.lengths + row); }
+    __device__ Cut cut(int length) const { return Cut(length, shape.table * BLOCK, shape.window); }
 
     // Length and table are nearly always known before the kernel before this one has ended; what they name is moved
     // to L2 meanwhile.
     __device__ Cut wait() const {
-        const Cut guess = cut();
-        prefetch(guess, blockIdx.x);
+        const int guess = length();
+        prefetch(cut(guess), blockIdx.x);
         wait_for_previous_kernel();
-        return __ldcg(x.lengths + row) == guess.length ? guess : cut();
+        return cut(length());
     }
 
     __device__ void prefetch(const Cut& cut, int part) const {

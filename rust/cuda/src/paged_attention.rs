@@ -122,8 +122,8 @@ pub(crate) fn launch(launcher: &Launcher, args: PagedAttention<'_>) -> Result<()
     let (inputs, outputs) = (args.inputs, args.outputs);
     let scales = outputs.scales.as_ref();
     let tiles = shape.kv_heads * shape.group().div_ceil(heads);
-    // Parts are taken in turns by so many CTAs as fill the device twice; which parts there are depends on the row.
-    let ctas = (2 * launcher.limits().multiprocessors).div_ceil(tiles * shape.batch).clamp(1, MAX_PARTS);
+    // Parts are taken in turns by so many CTAs as the device holds at once; which parts there are depends on the row.
+    let ctas = (2 * launcher.limits().multiprocessors / (tiles * shape.batch)).clamp(1, MAX_PARTS);
     launcher.launch(
         family,
         kernel,

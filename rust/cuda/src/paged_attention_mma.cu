@@ -167,30 +167,48 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
         }
     };
 
-    let_next_kernel_start();
-    const Cut own = tile.wait();
-    if (own.parts == 0 && blockIdx.x == 0)
-        tile.store_zeros();
-    if (int(blockIdx.x) >= own.parts)
-        return;
+    // Where this warp's tokens of a part begin, and the slot of those after them.
+    int first = 0, next = 0;
+    const auto slot_or_zero = [&](int token, int end) { return token < end ? tile.slot(token) : 0; };
+    const auto begin = [&](int part, const Cut& cut) {
+        first = (cut.begin(part) / BLOCK + warp) * BLOCK;
+        if (first < cut.end(part)) {
+            const int slot = tile.slot(first);
+            next = slot_or_zero(first + STRIDE, cut.end(part));
+            load_keys(slot, first, cut), load_values(slot, first, cut);
+        }
+    };
 
-    int first = (own.begin(blockIdx.x) / BLOCK + warp) * BLOCK;
-    if (first < own.end(blockIdx.x)) {
-        const int slot = tile.slot(first);
-        load_keys(slot, first, own), load_values(slot, first, own);
-    }
-    const bool appends = (own.parts - 1) % gridDim.x == blockIdx.x; // and reads what it appends
-    if (appends)
-        tile.template make_new<D>(new_key, new_value, new_scales, new_scales + 1);
+    let_next_kernel_start();
+    // Length and table are nearly always known before the kernel before this one has ended, and older tokens too.
+    const int guess = tile.length();
+    Cut own = tile.cut(guess);
+    if (int(blockIdx.x) < own.parts)
+        begin(blockIdx.x, own);
+    tile.prefetch(own, blockIdx.x);
+    wait_for_previous_kernel();
+    const int length = tile.length(); // on its way while the rest is read
+    tile.template make_new<D>(new_key, new_value, new_scales, new_scales + 1);
 #pragma unroll 4
     for (int i = threadIdx.x; i < tile.heads * D; i += THREADS) {
         const int head = i / D, d = i % D;
         reinterpret_cast<T*>(query)[Block<T, C, D>::query_place(head, d)] = tile.query(head, d);
     }
+    if (length != guess) {
+        own = tile.cut(length);
+        if (int(blockIdx.x) < own.parts)
+            begin(blockIdx.x, own);
+    }
+    if (own.parts == 0 && blockIdx.x == 0)
+        tile.store_zeros();
+    if (int(blockIdx.x) >= own.parts)
+        return;
+
     if (threadIdx.x == 0)
         cut = own;
     __syncthreads();
-    if (appends) {
+    // Who reads the new token appends it.
+    if ((own.parts - 1) % gridDim.x == blockIdx.x) {
         const int slot = tile.slot(own.length - 1);
         const int64_t to = tile.element(slot);
         for (int i = threadIdx.x; i < D; i += THREADS)
@@ -207,7 +225,8 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
         float sum[TILES][4] = {}, weight[2] = {}, most[2] = {LOWEST, LOWEST};
         for (; first < end; first += STRIDE) {
             const bool more = first + STRIDE < end;
-            const int next = more ? tile.slot(first + STRIDE) : 0;
+            const int slot = next;
+            next = slot_or_zero(first + 2 * STRIDE, end);
             if (const int newest = cut.length - 1 - first; newest < BLOCK) {
                 // The new token was not there when its block was loaded; what follows it repeats it.
 #pragma unroll
@@ -237,7 +256,7 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
                 }
             }
             if (more)
-                load_keys(next, first + STRIDE, cut);
+                load_keys(slot, first + STRIDE, cut);
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int token = first + g + e / 2 * 8;
@@ -278,7 +297,7 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
                 multiply_add(Weight{}, sum[i], a, b0, b1);
             }
             if (more)
-                load_values(next, first + STRIDE, cut);
+                load_values(slot, first + STRIDE, cut);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -299,11 +318,7 @@ __device__ void paged_attention_mma(const Tensors<T, C>& x, const Shape& shape) 
         part += gridDim.x;
         if (part >= cut.parts)
             break;
-        first = (cut.begin(part) / BLOCK + warp) * BLOCK;
-        if (first < cut.end(part)) {
-            const int slot = tile.slot(first);
-            load_keys(slot, first, cut), load_values(slot, first, cut);
-        }
+        begin(part, cut);
     }
     if (cut.parts > 1)
         meeting.add_parts(tile, cut.parts);
