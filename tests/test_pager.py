@@ -152,7 +152,13 @@ def test_paging_works_after_a_resume(device, placement):
     first.step()
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     second = AdamW(copies, 1e-2, placement=placement)
-    second.load_state_dict(first.state_dict())
+    state = first.state_dict()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    second.load_state_dict(state)
+    if device.type == "cuda" and placement == "host":
+        assert torch.cuda.max_memory_allocated() == before, "the state passed through the GPU"
     if placement == "auto":
         assert second.pager.evict(1 << 40) > 0 or device.type == "cpu"
     for step in range(1, 4):
@@ -288,7 +294,8 @@ def test_where_torchs_optimizer_dies_ours_goes_on(cap):
     optimizer = AdamW([param], 1e-2)
     assert optimizer.pager.stats()["host_bytes"] > 0
     optimizer.step()
-    assert all((part + 0.01).abs().max() < 1e-6 for part in param.detach().split(1 << 20))
+    # On the host: under the cap there may be no memory to check with.
+    assert (param.detach().cpu() + 0.01).abs().max() < 1e-6
     del hog
 
 

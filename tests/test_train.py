@@ -16,6 +16,7 @@ import sys
 import time
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -833,6 +834,18 @@ def test_resume_is_exact_on_a_gpu(tmp_path):
         assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.gpu
+def test_metrics_and_a_trace_tell_of_paging(tmp_path):
+    result = finetune(config(tmp_path, model=tiny_model().cuda(), placement="host"))
+    rows = [json.loads(row) for row in result.metrics_path.read_text().splitlines()]
+    assert all(row["state_on_host_gb"] > 0 and row["evicted_gb"] == 0 for row in rows)
+    assert rows[-1]["update_ms"] > 0 and rows[-1]["ooms_absorbed"] == 0
+    trace = json.loads((tmp_path / "out" / loop.TRACE).read_text())
+    names = [event["name"] for event in trace["traceEvents"]]
+    # Six steps of two, but for the last one, before which the rows run out.
+    assert names.count("micro step") == len(ROWS) // 2 == 11
+
+
 def test_finished_run_returns_at_once(tmp_path):
     first = finetune(config(tmp_path))
     again = finetune(config(tmp_path))
@@ -996,17 +1009,19 @@ def test_killed_at_every_moment_of_a_save(tmp_path, processes):
     assert found == [(5, -signal.SIGKILL)] * 5 + [(10, -signal.SIGKILL), (10, 0)]
 
 
-def run_to_be_killed(folder: Path) -> None:
-    finetune(config(folder, max_steps=40, save_steps=2, lora_dropout=0.1))
+def run_to_be_killed(folder: Path, device: str) -> None:
+    settings = dict(max_steps=40, save_steps=2, lora_dropout=0.1, placement="host")
+    finetune(config(folder, model=tiny_model().to(device), **settings))
 
 
-def test_killed_at_any_moment_and_resumed_to_the_bit(tmp_path, processes):
+def test_killed_at_any_moment_and_resumed_to_the_bit(tmp_path, processes, device):
     """SIGKILL at random moments, among them during saves, until the run gets through."""
-    start(run_to_be_killed, whole := tmp_path / "whole", processes).join()
+    run = partial(run_to_be_killed, device=device.type)
+    start(run, whole := tmp_path / "whole", processes).join()
     rng, kills, output_dir = random.Random(0), 0, tmp_path / "killed" / "out"
     for _ in range(15):
         first = newest_step(output_dir)
-        process = start(run_to_be_killed, tmp_path / "killed", processes)
+        process = start(run, tmp_path / "killed", processes)
         while process.is_alive() and newest_step(output_dir) < first + 6:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.1))

@@ -61,7 +61,10 @@ class Kept:
     def pack(self, tensor: Tensor) -> Tensor | Kept:
         """What autograd shall keep of a tensor: this, if the tensor is the activation."""
         x = self.x
-        return self if x is not None and tensor.data_ptr() == x.data_ptr() else tensor
+        if x is not None and tensor.data_ptr() == x.data_ptr():
+            return self
+        # The tensor itself, kept by the node that made it, would never be freed.
+        return tensor.detach()
 
     def unpack(self) -> Tensor:
         """The activation, for the last time; the one before it is on its way from here on."""

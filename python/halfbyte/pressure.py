@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from traceback import clear_frames
 from types import TracebackType
 
 import torch
@@ -166,6 +167,7 @@ class Attempt:
             self.gradients.restore()
             return False
         self.gradients.drop()
-        # Only its words are kept: its traceback holds the tensors that have to go.
         self.failure = str(error).partition("\n")[0]
+        # Its frames hold the tensors that have to go, and autograd's thread may still hold it.
+        clear_frames(traceback)
         return True
