@@ -190,14 +190,16 @@ __device__ void fill_tables(uint4* table, int threads, const Parts& parts, const
 template <typename T, int TOKENS, int GROUPS>
 struct Few {
     static constexpr int ROWS = 64 * GROUPS, MULTIPLIERS = 128 * GROUPS, THREADS = MULTIPLIERS + 128;
-    static constexpr int STAGES = GROUPS == 2 ? 3 : 2;
+    static constexpr int STAGES = GROUPS == 4 ? 2 : 3;
     static constexpr int X_STAGES = TOKENS > 64 ? 6 : GROUPS == 2 ? 12 : 8; // of 64 elements of K
     // A warp more could run a whole turn of the ring ahead, where parities repeat.
     static constexpr int SCALERS = STAGES;
+    static constexpr int STRIP = GROUPS == 3 ? 96 : 128; // rows whose scales a warp decodes at once
     // Values of a second block are looked up while one is multiplied, where registers allow.
     static constexpr int BUFFERS = TOKENS * GROUPS >= 256 && GROUPS == 4 ? 1 : 2;
     // Of the registers that THREADS get at launch, those who multiply take most.
-    static constexpr int MANY_REGISTERS = GROUPS == 2 ? 216 : 112, FEW_REGISTERS = GROUPS == 2 ? 56 : 32;
+    static constexpr int MANY_REGISTERS = GROUPS == 2 ? 216 : GROUPS == 3 ? 152 : 112;
+    static constexpr int FEW_REGISTERS = GROUPS == 4 ? 32 : 56;
 
     struct alignas(1024) Shared {
         union {
@@ -267,11 +269,11 @@ struct Few {
         for (int line = first + turn; line < last; line += SCALERS) {
             const int i = line - first, stage = i % STAGES;
 #pragma unroll 1
-            for (int strip = 0; strip < ROWS; strip += 128) {
-                uint32_t codes[4];
-                float nested[4];
+            for (int strip = 0; strip < ROWS; strip += STRIP) {
+                uint32_t codes[STRIP / 32];
+                float nested[STRIP / 32];
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
+                for (int r = 0; r < STRIP / 32; ++r) {
                     const uint32_t n = min(row + strip + r * 32 + lane_id(), part.N - 1),
                                    at = n * row_blocks + line * 4;
                     codes[r] = __ldg(reinterpret_cast<const uint32_t*>(absmax.codes + at));
@@ -280,7 +282,7 @@ struct Few {
                 if (strip == 0)
                     shared.empty[stage].wait(i / STAGES % 2 ^ 1);
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
+                for (int r = 0; r < STRIP / 32; ++r) {
                     float v[4];
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
@@ -635,10 +637,13 @@ __device__ void multiply_many(const Parts&, const Map&, int, int, int, const Cod
 
 #define GEMM_4BIT_TILES(T, dtype)                                                                                      \
     GEMM_4BIT_FEW(T, dtype, 16, 2, 146432)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 16, 3, 165888)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 16, 4, 156672)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 32, 2, 171008)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 32, 3, 182272)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 32, 4, 173056)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 64, 2, 220160)                                                                             \
+    GEMM_4BIT_FEW(T, dtype, 64, 3, 215040)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 64, 4, 205824)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 128, 2, 220160)                                                                            \
     GEMM_4BIT_MANY(T, dtype, 128, 220160)                                                                              \
