@@ -123,7 +123,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
         ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
-        ("rms_norm", "MAX_THREADS_F32", crate::rms_norm::MAX_THREADS_F32),
+        ("rms_norm", "HELD_BYTES", crate::rms_norm::HELD_BYTES),
         ("rms_norm", "STRIP", crate::rms_norm::STRIP),
         ("rope", "THREADS", crate::rope::THREADS as usize),
         ("rope", "WIDTH", crate::rope::WIDTH),
