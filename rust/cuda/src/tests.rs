@@ -121,6 +121,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
         ("paged_attention_mma", "HEADS", crate::paged_attention_mma::HEADS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
+        ("quantize_4bit", "CTAS", crate::quantize_4bit::CTAS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
         ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
         ("rms_norm", "HELD_BYTES", crate::rms_norm::HELD_BYTES),
