@@ -107,6 +107,17 @@ def test_quantize_4bit(dtype, quant_type, blocksize):
             same(ours, expected)
 
 
+@pytest.mark.parametrize("blocksize", [32, 64, 1024, 4096])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_quantize_4bit_of_several_tiles_a_cta(dtype, quant_type, blocksize):
+    x = weights(5_000_011, dtype, blocksize)
+    packed, absmax = quantize(at(x, CUDA), quant_type, blocksize)
+    expected, expected_absmax = quantize(x, quant_type, blocksize)
+    same(packed, expected)
+    same(absmax, expected_absmax)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_quantize_4bit_at_every_threshold(dtype):
     table = sorted(_core.codebook("nf4"))
@@ -141,6 +152,7 @@ def test_a_block_with_nan_or_inf_says_so(dtype, blocksize):
 
 
 NBLOCKS = [0, 1, 255, 256, 257, 2049, 65535, 65536, 65537, 65836, 131072, 5 * 65536 + 1]
+NBLOCKS += [23 * 65536 + 77]  # of which every warp has several turns
 
 
 def double_quantize(absmax: Tensor, shift: int = 0) -> list[Tensor]:

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use halfbyte_core::codebook::{
     BUCKET_SHIFT, BUCKETS, BUCKETS_SIGNED, BUCKETS_UNSIGNED, DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, FP4, FP4_RANKS, INT4,
-    INT4_RANKS, MAGNITUDE_MIN, NEAREST_SIGNED, NEAREST_UNSIGNED, NF4, NF4_RANKS, Ranks,
+    INT4_RANKS, MAGNITUDE_MIN, NEAREST_SIGNED, NEAREST_UNSIGNED, NF4, NF4_RANKS, Ranks, encode_grid,
 };
 use halfbyte_core::ops::quantize_4bit::ABSMAX_MIN;
 
@@ -27,6 +27,7 @@ pub fn header() -> String {
     );
     table("float DYNAMIC_MAP[2][256]", &[&DYNAMIC_UNSIGNED, &DYNAMIC_SIGNED].map(|row| floats(row)));
     table("float NEAREST_THRESHOLDS[2][255]", &[&NEAREST_UNSIGNED, &NEAREST_SIGNED].map(|row| floats(row)));
+    table("float GRID_THRESHOLDS[1][255]", &[floats(&std::array::from_fn::<f32, 255, _>(grid_threshold))]);
     // Positive values by the unsigned map, then positive and negative ones by the signed map.
     let ranks = [&BUCKETS_UNSIGNED.ranks[0], &BUCKETS_SIGNED.ranks[0], &BUCKETS_SIGNED.ranks[1]];
     table(
@@ -56,6 +57,18 @@ fn bins(ranks: &Ranks) -> [Bin; 32] {
         let codes = u32::from(ranks.order[rank]) | u32::from(ranks.order[above]) << 4;
         Bin { threshold: inside.unwrap_or(f32::INFINITY), codes }
     })
+}
+
+/// The largest value that the grid rule encodes to `code` or less: every step of the rule is monotonic, so 255 of these
+/// are the whole rule.
+fn grid_threshold(code: usize) -> f32 {
+    let (mut low, mut high) = (-1.0f32, 1.0f32);
+    while low.next_up() < high {
+        let between = low + 0.5 * (high - low);
+        let middle = if low < between && between < high { between } else { low.next_up() };
+        if usize::from(encode_grid(middle)) <= code { low = middle } else { high = middle }
+    }
+    low
 }
 
 /// A lane for every threshold; the sixteenth is never read.

@@ -16,30 +16,36 @@ __device__ uint32_t load_codes(const uint8_t* p) {
     return __ldg(reinterpret_cast<const uint16_t*>(p));
 }
 
+// This thread's share of a tile: COUNT values in each group.
 template <typename T>
-__device__ void dequantize_tile(const uint8_t* packed, const Absmax& absmax, T* out, int64_t tile, int log2_blocksize,
-                                float entry) {
-    constexpr int COUNT = 16 / sizeof(T);
+struct Tile {
+    static constexpr int COUNT = 16 / sizeof(T), SIZE = THREADS * GROUPS * COUNT;
     uint32_t codes[GROUPS];
     RawScale scales[GROUPS];
-    packed += tile / 2, out += tile;
-    const int64_t first_block = tile >> log2_blocksize; // of a tile and a block one divides the other
+
+    __device__ void load(const uint8_t* packed, const Absmax& absmax, int64_t tile, int log2_blocksize) {
+        packed += tile / 2;
+        const int64_t first_block = tile >> log2_blocksize; // of a tile and a block one divides the other
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
-        const uint32_t i = (j * THREADS + threadIdx.x) * COUNT;
-        codes[j] = load_codes<COUNT>(packed + i / 2);
-        scales[j] = load_scale(absmax, first_block + (i >> log2_blocksize));
+        for (int j = 0; j < GROUPS; ++j) {
+            const uint32_t i = (j * THREADS + threadIdx.x) * COUNT;
+            codes[j] = load_codes<COUNT>(packed + i / 2);
+            scales[j] = load_scale(absmax, first_block + (i >> log2_blocksize));
+        }
     }
+
+    __device__ void store(const Absmax& absmax, T* out, float entry) const {
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
-        const float scale = decode_scale(absmax, scales[j]);
-        float v[COUNT];
+        for (int j = 0; j < GROUPS; ++j) {
+            const float scale = decode_scale(absmax, scales[j]);
+            float v[COUNT];
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-            v[i] = __fmul_rn(lookup16(entry, codes[j] >> nibble_shift(i)), scale);
-        store16(out + (j * THREADS + threadIdx.x) * COUNT, v);
+            for (int i = 0; i < COUNT; ++i)
+                v[i] = __fmul_rn(lookup16(entry, codes[j] >> nibble_shift(i)), scale);
+            store16(out + (j * THREADS + threadIdx.x) * COUNT, v);
+        }
     }
-}
+};
 
 // The last tile, and any tile of unaligned tensors.
 template <typename T>
@@ -60,15 +66,18 @@ __device__ void dequantize_4bit(const uint8_t* packed, // [ceil(n / 2)]
                                 int log2_blocksize,    // 5..12
                                 int quant_type,        // row of the codebook tables
                                 bool vector) {         // packed is 4-byte, out 16-byte aligned
-    constexpr int TILE = THREADS * GROUPS * 16 / sizeof(T);
+    const int64_t first = int64_t(blockIdx.x) * Tile<T>::SIZE, end = first + Tile<T>::SIZE;
     const float (&table)[16] = CODEBOOK_4BIT[quant_type];
-    const int64_t tile = int64_t(blockIdx.x) * TILE;
     let_next_kernel_start();
+    const bool whole = vector && end <= n;
+    Tile<T> tile;
+    if (whole) // weights, which the kernel before this one does not write
+        tile.load(packed, absmax, first, log2_blocksize);
     wait_for_previous_kernel();
-    if (vector && tile + TILE <= n)
-        dequantize_tile(packed, absmax, out, tile, log2_blocksize, table[lane_id() % 16]);
+    if (whole)
+        tile.store(absmax, out + first, table[lane_id() % 16]);
     else
-        dequantize_edge(packed, absmax, out, tile, min(tile + TILE, n), log2_blocksize, table);
+        dequantize_edge(packed, absmax, out, first, min(end, n), log2_blocksize, table);
 }
 
 #define DEQUANTIZE_4BIT(T, dtype)                                                                                      \

@@ -3,37 +3,46 @@
 #include "memory.cuh"
 #include "overlap.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr int64_t CHUNK = 65536;      // scales whose sum is one term of the offset
 constexpr int LANES = 256;            // running sums of a chunk
 constexpr int ROWS = CHUNK / LANES;   // terms of a running sum
+constexpr int SHARE = 16;             // running sums of a CTA
+constexpr int CTAS = 2;               // a multiprocessor, where scales are encoded
 constexpr int NESTED = 256;           // scales that share one nested scale, a warp's work
 constexpr int PER_LANE = NESTED / 32; //
-constexpr int COPIED = 255 * 32;      // the midpoints, once for every bank of shared memory
+constexpr int COPIED = 255 * 32;      // the thresholds, once for every bank of shared memory
 
-// The running sums of a chunk. One CTA takes 32 of them: all threads fetch their terms, one warp adds them in order.
+// The running sums of a chunk. One CTA takes SHARE of them: all threads fetch and widen their terms, which is what
+// takes longest, and half a warp adds them in order.
 extern "C" __global__ void __launch_bounds__(THREADS)
     double_quantize_lanes(const float* absmax, // [blocks]
                           double* lanes,       // [ceil(blocks / CHUNK), LANES]
                           int64_t blocks) {
-    __shared__ float terms[ROWS][32];
-    const int lane = blockIdx.x % (LANES / 32) * 32 + lane_id(), warp = threadIdx.x / 32;
-    const int64_t chunk = blockIdx.x / (LANES / 32), first = chunk * CHUNK + lane;
+    constexpr int PER_THREAD = ROWS * SHARE / THREADS;
+    __shared__ double terms[ROWS][SHARE];
+    const int at = blockIdx.x % (LANES / SHARE) * SHARE + threadIdx.x % SHARE;
+    const int64_t chunk = blockIdx.x / (LANES / SHARE), first = chunk * CHUNK + threadIdx.x / SHARE * LANES + at;
+    let_next_kernel_start(); // which reads no weights before it waits
     wait_for_previous_kernel();
+    float v[PER_THREAD];
 #pragma unroll
-    for (int row = warp; row < ROWS; row += WARPS) {
-        const int64_t at = first + row * LANES;
-        terms[row][lane_id()] = at < blocks ? absmax[at] : 0.0f; // adding a zero changes nothing
+    for (int i = 0; i < PER_THREAD; ++i) {
+        const int64_t block = first + i * (THREADS / SHARE) * LANES;
+        v[i] = block < blocks ? absmax[block] : 0.0f; // adding a zero changes nothing
     }
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i)
+        terms[i * (THREADS / SHARE) + threadIdx.x / SHARE][threadIdx.x % SHARE] = v[i];
     __syncthreads();
-    if (warp > 0)
+    if (threadIdx.x >= SHARE)
         return;
     double sum = 0.0;
 #pragma unroll 16
     for (int row = 0; row < ROWS; ++row)
-        sum += terms[row][lane_id()];
-    lanes[chunk * LANES + lane] = sum;
+        sum += terms[row][threadIdx.x];
+    lanes[chunk * LANES + at] = sum;
 }
 
 // The sum of a chunk, in lane 0 of a warp: running sums are halved until one is left.
@@ -60,6 +69,7 @@ __device__ float mean(const double* lanes, int64_t blocks) {
     double total = 0.0;
     for (int64_t base = 0; base < chunks; base += THREADS) {
         const int here = min(int64_t(THREADS), chunks - base);
+#pragma unroll 4
         for (int i = threadIdx.x / 32; i < here; i += WARPS) {
             const double sum = chunk_sum(lanes + (base + i) * LANES);
             if (lane_id() == 0)
@@ -73,59 +83,67 @@ __device__ float mean(const double* lanes, int64_t blocks) {
     return blocks > 0 ? float(total / double(blocks)) : 0.0f;
 }
 
-// x snapped to 65,536 steps over [-1, 1], then the nearest entry, ties down. Midpoint i of this lane is at 32 * i.
-__device__ uint32_t encode_grid(const float* midpoints, float x) {
-    const float clamped = fminf(fmaxf(x, -1.0f), 1.0f);
-    const float scaled = __fmul_rn(__fmul_rn(__fadd_rn(clamped, 1.0f), 0.5f), 65535.0f);
-    const float step = float(uint32_t(__fadd_rn(scaled, 0.5f)));
-    const float snapped = __fadd_rn(-1.0f, __fdiv_rn(2.0f * step, 65535.0f));
+// The grid rule. Threshold i of this lane is at 32 * i.
+__device__ uint32_t encode_grid(const float* thresholds, float x) {
     uint32_t rank = 0;
 #pragma unroll
     for (int half = 128; half > 0; half /= 2)
-        rank += snapped > midpoints[32 * (rank + half - 1)] ? half : 0;
+        rank += x > thresholds[32 * (rank + half - 1)] ? half : 0;
     return rank;
 }
 
-// One nested scale and the codes under it, by a warp.
-__device__ void encode_group(const float* absmax, uint8_t* codes, float* nested_absmax, int64_t group, int64_t blocks,
-                             float middle, const float* midpoints) {
-    const int64_t first = group * NESTED + lane_id();
+// The scales under one nested scale, by a warp.
+struct Group {
+    int64_t first; // of this lane
     float v[PER_LANE];
-    uint32_t bits = 0;
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j)
-        v[j] = first + 32 * j < blocks ? __fsub_rn(absmax[first + 32 * j], middle) : 0.0f;
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j)
-        bits = max(bits, magnitude(v[j]));
-    const float largest = __uint_as_float(lanes_max(bits, 32));
-    if (lane_id() == 0)
-        nested_absmax[group] = largest;
-    const float reciprocal = __fdiv_rn(1.0f, largest);
-#pragma unroll
-    for (int j = 0; j < PER_LANE; ++j) {
-        const uint32_t code = encode_grid(midpoints, __fmul_rn(v[j], reciprocal));
-        if (first + 32 * j < blocks)
-            codes[first + 32 * j] = largest == 0.0f ? 0 : code;
-    }
-}
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+    __device__ Group(const float* absmax, int64_t group, int64_t blocks) : first(group * NESTED + lane_id()) {
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j)
+            v[j] = first + 32 * j < blocks ? absmax[first + 32 * j] : 0.0f;
+    }
+
+    __device__ void encode(uint8_t* codes, float* nested_absmax, int64_t blocks, float middle,
+                           const float* thresholds) {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) {
+            v[j] = first + 32 * j < blocks ? __fsub_rn(v[j], middle) : 0.0f;
+            bits = max(bits, magnitude(v[j]));
+        }
+        const float largest = __uint_as_float(lanes_max(bits, 32));
+        if (lane_id() == 0)
+            nested_absmax[first / NESTED] = largest;
+        const float reciprocal = __frcp_rn(largest);
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) {
+            const uint32_t code = encode_grid(thresholds, __fmul_rn(v[j], reciprocal));
+            if (first + 32 * j < blocks)
+                codes[first + 32 * j] = largest == 0.0f ? 0 : code;
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
     double_quantize_codes(const float* absmax,  // [blocks]
                           const double* lanes,  // [ceil(blocks / CHUNK), LANES]
                           uint8_t* codes,       // [blocks]
                           float* nested_absmax, // [ceil(blocks / NESTED)]
                           float* offset,        // [1]
                           int64_t blocks) {
-    __shared__ float midpoints[COPIED];
-    const float* map = DYNAMIC_MAP[1];
+    __shared__ float thresholds[COPIED];
+#pragma unroll 8
     for (int i = threadIdx.x; i < COPIED; i += THREADS)
-        midpoints[i] = 0.5f * (map[i / 32] + map[i / 32 + 1]);
+        thresholds[i] = GRID_THRESHOLDS[0][i / 32];
     wait_for_previous_kernel();
-    const float middle = mean(lanes, blocks); // all midpoints are there by its barriers
+    int64_t group = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+    Group next(absmax, group, blocks);
+    const float middle = mean(lanes, blocks); // all thresholds are there by its barriers
     if (blockIdx.x == 0 && threadIdx.x == 0)
         *offset = middle;
-    const int64_t groups = (blocks + NESTED - 1) / NESTED;
-    for (int64_t group = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32; group < groups; group += gridDim.x * WARPS)
-        encode_group(absmax, codes, nested_absmax, group, blocks, middle, midpoints + lane_id());
+    for (; group * NESTED < blocks; group += gridDim.x * WARPS) {
+        Group now = next;
+        next = Group(absmax, group + gridDim.x * WARPS, blocks);
+        now.encode(codes, nested_absmax, blocks, middle, thresholds + lane_id());
+    }
 }

@@ -8,7 +8,11 @@ const LANES: &str = "double_quantize_lanes";
 const CODES: &str = "double_quantize_codes";
 pub(crate) static FAMILY: Family = family!("double_quantize", &[LANES, CODES]);
 
-pub(crate) const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 512;
+/// Running sums of a CTA.
+pub(crate) const SHARE: usize = 16;
+/// Of a multiprocessor, where scales are encoded.
+pub(crate) const CTAS: usize = 2;
 /// Block scales that one CTA encodes at a time, a warp for each nested scale.
 const TILE: usize = 256 * (THREADS as usize / 32);
 
@@ -19,10 +23,10 @@ fn geometry(ctas: usize) -> Geometry {
 pub(crate) fn launch(launcher: &Launcher, args: DoubleQuantize<'_>) -> Result<()> {
     let (absmax, blocks, lanes) = (args.absmax.ptr(), args.absmax.numel(), args.lanes.ptr());
     if blocks > 0 {
-        let ctas = blocks.div_ceil(MEAN_CHUNK) * (MEAN_LANES / 32);
+        let ctas = blocks.div_ceil(MEAN_CHUNK) * (MEAN_LANES / SHARE);
         launcher.launch(&FAMILY, LANES, geometry(ctas), args![absmax, lanes, blocks as i64])?;
     }
     let (codes, nested, offset) = (args.codes.ptr(), args.nested_absmax.ptr(), args.offset.ptr());
-    let ctas = blocks.div_ceil(TILE).clamp(1, 4 * launcher.limits().multiprocessors);
+    let ctas = blocks.div_ceil(TILE).clamp(1, CTAS * launcher.limits().multiprocessors);
     launcher.launch(&FAMILY, CODES, geometry(ctas), args![absmax, lanes, codes, nested, offset, blocks as i64])
 }

@@ -4,14 +4,15 @@
 #include "overlap.cuh"
 
 constexpr int THREADS = 512;
-constexpr int TILE = 8 * THREADS; // elements of a CTA: a whole number of blocks of any legal size
+constexpr int CTAS = 2;           // a multiprocessor, which take the tiles in turn
+constexpr int TILE = 8 * THREADS; // elements of a CTA at an edge: a whole number of blocks of any legal size
 constexpr int FP4 = 1;            // as quant_type
 
 // A whole block multiplies by the reciprocal, the short last one divides.
 __device__ void scale8(float (&v)[8], float absmax, bool whole) {
     const float d = divisor(absmax);
     if (whole) {
-        const float reciprocal = __fdiv_rn(1.0f, d);
+        const float reciprocal = __frcp_rn(d);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             v[i] = __fmul_rn(v[i], reciprocal);
@@ -33,10 +34,11 @@ __device__ void store_codes(uint8_t* packed, int64_t first, int64_t bytes, bool 
             packed[first + i] = word >> 8 * i;
 }
 
+// The last tile, and any tile of unaligned tensors.
 template <typename T, typename Encoder>
-__device__ void quantize_tile(const T* x, uint8_t* packed, float* absmax, int64_t n, int log2_blocksize,
+__device__ void quantize_edge(const T* x, uint8_t* packed, float* absmax, int64_t tile, int64_t n, int log2_blocksize,
                               const Encoder& encoder, bool vector) {
-    const int64_t first = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
+    const int64_t first = tile + threadIdx.x * 8;
     float v[8];
     load8_or_zero(x, first, n, vector, v);
     uint32_t largest = 0;
@@ -53,22 +55,67 @@ __device__ void quantize_tile(const T* x, uint8_t* packed, float* absmax, int64_
     store_codes(packed, first / 2, (n + 1) / 2, vector, encoder.encode8(v));
 }
 
-// A whole tile of aligned tensors in blocks of 64.
+// Neighbours that a thread encodes at once: 32 bytes of an aligned tensor.
 template <typename T>
-__device__ void quantize_tile64(const T* x, uint8_t* packed, float* absmax, const Binned4bit& encoder) {
-    const int64_t first = int64_t(blockIdx.x) * TILE + threadIdx.x * 8;
-    Raw8<T> raw;
-    raw.load(x + first);
-    uint32_t largest = magnitude(raw);
+struct Neighbours {
+    static constexpr int EIGHTS = 4 / sizeof(T), COUNT = 8 * EIGHTS;
+    Raw8<T> raw[EIGHTS];
+
+    __device__ void load(const T* x) {
 #pragma unroll
-    for (int step = 4; step > 0; step /= 2)
-        largest = max(largest, __shfl_xor_sync(FULL_WARP, largest, step));
-    if (threadIdx.x % 8 == 0)
-        absmax[first / 64] = __uint_as_float(largest);
-    float v[8];
-    raw.unpack(v);
-    scale8(v, __uint_as_float(largest), true);
-    *reinterpret_cast<uint32_t*>(packed + first / 2) = encoder.encode8(v);
+        for (int i = 0; i < EIGHTS; ++i)
+            raw[i].load(x + 8 * i);
+    }
+
+    template <typename Encoder>
+    __device__ void quantize(uint8_t* packed, float* absmax, int log2_blocksize, const Encoder& encoder) const {
+        const int threads_a_block = (1 << log2_blocksize) / COUNT;
+        uint32_t largest = 0;
+#pragma unroll
+        for (int i = 0; i < EIGHTS; ++i)
+            largest = max(largest, magnitude(raw[i]));
+        largest = threads_max(largest, threads_a_block);
+        if (threadIdx.x % threads_a_block == 0)
+            *absmax = __uint_as_float(largest);
+        uint32_t words[EIGHTS];
+#pragma unroll
+        for (int i = 0; i < EIGHTS; ++i) {
+            float v[8];
+            raw[i].unpack(v);
+            scale8(v, __uint_as_float(largest), true);
+            words[i] = encoder.encode8(v);
+        }
+        if constexpr (EIGHTS == 1)
+            *reinterpret_cast<uint32_t*>(packed) = words[0];
+        else
+            *reinterpret_cast<uint2*>(packed) = make_uint2(words[0], words[1]);
+    }
+};
+
+// Whole tiles of aligned tensors; the next one is on its way while one is encoded.
+template <typename T, typename Encoder>
+__device__ __forceinline__ void quantize_tiles(const T* x, uint8_t* packed, float* absmax, int64_t n,
+                                               int log2_blocksize, const Encoder& encoder) {
+    constexpr int COUNT = Neighbours<T>::COUNT;
+    const int64_t step = int64_t(gridDim.x) * THREADS * COUNT;
+    int64_t first = (int64_t(blockIdx.x) * THREADS + threadIdx.x) * COUNT;
+    Neighbours<T> next;
+    if (first < n)
+        next.load(x + first);
+#pragma unroll 2
+    for (; first < n; first += step) {
+        const Neighbours<T> now = next;
+        if (first + step < n)
+            next.load(x + first + step);
+        now.quantize(packed + first / 2, absmax + (first >> log2_blocksize), log2_blocksize, encoder);
+    }
+}
+
+template <typename T, typename Encoder>
+__device__ void quantize_edges(const T* x, uint8_t* packed, float* absmax, int64_t done, int64_t n, int log2_blocksize,
+                               const Encoder& encoder, bool vector) {
+    for (int64_t tile = done + int64_t(blockIdx.x) * TILE; tile < n; tile += int64_t(gridDim.x) * TILE)
+        quantize_edge(x, packed, absmax, tile, n, log2_blocksize, encoder, vector);
 }
 
 template <typename T>
@@ -78,19 +125,24 @@ __device__ void quantize_4bit(const T* x,         // [n]
                               int64_t n,          //
                               int log2_blocksize, // 5..12
                               int quant_type,     // row of the codebook tables
-                              bool vector) {      // x is 16-byte, packed 4-byte aligned
+                              bool vector) {      // x is 16-byte, packed 8-byte aligned
+    if (quant_type == FP4) {
+        const Searched4bit encoder(quant_type);
+        wait_for_previous_kernel();
+        return quantize_edges(x, packed, absmax, 0, n, log2_blocksize, encoder, vector);
+    }
+    const Binned4bit encoder(quant_type);
     wait_for_previous_kernel();
-    const bool whole = vector && (int64_t(blockIdx.x) + 1) * TILE <= n;
-    if (whole && log2_blocksize == 6 && quant_type != FP4)
-        quantize_tile64(x, packed, absmax, Binned4bit(quant_type));
-    else if (quant_type == FP4)
-        quantize_tile(x, packed, absmax, n, log2_blocksize, Searched4bit(quant_type), vector);
+    const int64_t whole = vector ? n - n % (THREADS * Neighbours<T>::COUNT) : 0;
+    if (log2_blocksize == 6) // the usual block, of which the compiler makes a case of its own
+        quantize_tiles(x, packed, absmax, whole, 6, encoder);
     else
-        quantize_tile(x, packed, absmax, n, log2_blocksize, Binned4bit(quant_type), vector);
+        quantize_tiles(x, packed, absmax, whole, log2_blocksize, encoder);
+    quantize_edges(x, packed, absmax, whole, n, log2_blocksize, encoder, vector);
 }
 
 #define QUANTIZE_4BIT(T, dtype)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) quantize_4bit_##dtype(                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, CTAS) quantize_4bit_##dtype(                                 \
         const T* x, uint8_t* packed, float* absmax, int64_t n, int log2_blocksize, int quant_type, bool vector) {      \
         quantize_4bit(x, packed, absmax, n, log2_blocksize, quant_type, vector);                                       \
     }

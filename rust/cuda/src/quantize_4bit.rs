@@ -8,6 +8,8 @@ const KERNELS: [&str; 3] = ["quantize_4bit_f32", "quantize_4bit_f16", "quantize_
 pub(crate) static FAMILY: Family = family!("quantize_4bit", &KERNELS);
 
 pub(crate) const THREADS: u32 = 512;
+/// Of a multiprocessor; they take the tiles in turn.
+pub(crate) const CTAS: usize = 2;
 const TILE: usize = 8 * THREADS as usize;
 
 pub(crate) fn launch(launcher: &Launcher, args: Quantize4bit<'_>) -> Result<()> {
@@ -15,12 +17,12 @@ pub(crate) fn launch(launcher: &Launcher, args: Quantize4bit<'_>) -> Result<()> 
     if n == 0 {
         return Ok(());
     }
-    let vector = aligned(x, 16) && aligned_mut(&args.packed, 4);
-    let grid = (extent(n.div_ceil(TILE)), 1, 1);
+    let vector = aligned(x, 16) && aligned_mut(&args.packed, 8);
+    let ctas = n.div_ceil(TILE).min(CTAS * launcher.limits().multiprocessors);
     launcher.launch(
         &FAMILY,
         KERNELS[dtype_index(x.dtype())],
-        Geometry { grid, block: (THREADS, 1, 1), shared: 0, overlaps: true },
+        Geometry { grid: (extent(ctas), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true },
         args![
             x.ptr(),
             args.packed.ptr(),

@@ -42,7 +42,8 @@ __device__ inline uint32_t threads_max(uint32_t value, int group) {
     return value;
 }
 
-// Sums over `group` neighbouring threads, in all of them: a power of two <= 32, or the whole CTA of full warps.
+// Sums over `group` neighbouring threads, in all of them: a power of two <= 32, or the whole CTA of full warps. Once in
+// a kernel: no barrier keeps a second call from what the first one still reads.
 template <int COUNT>
 __device__ void threads_sum(float (&values)[COUNT], int group) {
     for (int step = min(group, 32) / 2; step > 0; step /= 2)
@@ -52,7 +53,6 @@ __device__ void threads_sum(float (&values)[COUNT], int group) {
     if (group <= 32)
         return;
     __shared__ float of_warp[COUNT][32];
-    __syncthreads(); // an earlier call's values have been read
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
         if (lane_id() == 0)

@@ -4,49 +4,61 @@
 #include "overlap.cuh"
 #include "reduce.cuh"
 
-constexpr int MAX_THREADS = 1024; // of a 16-bit row, eight elements each; what is longer is read again
-constexpr int MAX_THREADS_F32 = 512;
-constexpr int STRIP = 256; // columns of a CTA that sums over rows, eight a lane
-constexpr int WARPS = 8;   // of that CTA, each with its own rows
+constexpr int MAX_THREADS = 512;
+constexpr int HELD_BYTES = 64; // of a row by a thread, all their loads in flight at once; what is left is read again
+constexpr int STRIP = 256;     // columns of a CTA that sums over rows, eight a lane
+constexpr int WARPS = 8;       // of that CTA, each with its own rows
 
-// This thread's share of a row, and of the rows that its CTA takes one after the other.
+// This thread's share of a row of T, in groups of eight. Aligned rows are whole groups, each at a multiple of 16 bytes.
+// A warp takes neighbouring groups at distances that the compiler knows, which spares a register pair for each address.
+template <typename T, bool ALIGNED>
 struct Row {
-    int row, rows;
-    int columns; // of every row
-    int first;   // this thread's first column
-    int lanes;   // threads that share a row: a power of two <= 32, or the whole CTA
-    bool vector; // rows and weight are 16-byte aligned
+    static constexpr int PER_THREAD = HELD_BYTES / sizeof(T) / 8; // groups, before all threads go on
+    static constexpr int HELD = ALIGNED ? PER_THREAD : 1;         // of these in registers
 
-    __device__ Row(int rows, int columns, int lanes, bool vector)
-        : rows(rows), columns(columns), lanes(lanes), vector(vector) {
+    int row;
+    int columns;
+    int end;   // columns, or 0 in a thread that has no row and must still meet the others
+    int first; // this thread's first column
+    int lanes; // threads that share a row: a power of two <= 32, or the whole CTA
+
+    __device__ Row(int rows, int columns, int lanes) : columns(columns), lanes(lanes) {
+        const int lane = threadIdx.x % lanes;
         row = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-        first = threadIdx.x % lanes * 8;
+        end = row < rows ? columns : 0;
+        first = (lane / 32 * 32 * PER_THREAD + lane % 32) * 8;
     }
 
-    // Whether the CTA has a row here; a thread may have none and must still meet the others.
-    __device__ bool any() const { return row - int(threadIdx.x) / lanes < rows; }
-    __device__ Row next() const {
-        Row next = *this;
-        next.row += gridDim.x * (blockDim.x / lanes);
-        return next;
+    // Where fewer than 32 lanes share a row, it is no longer than their first groups.
+    __device__ int column(int group) const {
+        return first + (group / PER_THREAD * lanes * PER_THREAD + group % PER_THREAD * 32) * 8;
     }
 
-    __device__ int column(int group) const { return first + group * lanes * 8; }
-    __device__ int end() const { return row < rows ? columns : 0; }
-
-    template <typename T>
     __device__ Raw8<T> load(const T* x, int group) const {
-        return load_raw8(x + int64_t(row) * columns, column(group), end(), vector);
+        return load_before(x + int64_t(row) * columns, column(group), end);
     }
 
     template <typename W>
     __device__ Raw8<W> load_weight(const W* weight, int group) const {
-        return load_raw8(weight, column(group), columns, vector);
+        return load_before(weight, column(group), columns);
     }
 
-    template <typename T>
     __device__ void store(T* y, int group, const Raw8<T>& raw) const {
-        store_raw8(y + int64_t(row) * columns, column(group), end(), vector, raw);
+        T* const to = y + int64_t(row) * columns;
+        if (!ALIGNED)
+            store_raw8(to, column(group), end, false, raw);
+        else if (column(group) < end)
+            raw.store(to + column(group));
+    }
+
+    template <typename V>
+    __device__ static Raw8<V> load_before(const V* x, int first, int end) {
+        Raw8<V> raw{};
+        if (!ALIGNED)
+            raw.load_some(x + first, end - first);
+        else if (first < end)
+            raw.load(x + first);
+        return raw;
     }
 };
 
@@ -54,31 +66,18 @@ __device__ inline float reciprocal_root(float squares, int columns, float eps) {
     return __fdiv_rn(1.0f, __fsqrt_rn(squares / float(columns) + eps));
 }
 
-// What is normed is x, or the rounded sum of x and the residual, which is stored.
+// What is normed is x, or the rounded sum of x and the residual.
 template <typename T>
-struct Terms {
-    Raw8<T> x, residual;
-
-    __device__ void load(const Row& row, const T* from, const T* residual_from, int group) {
-        x = row.load(from, group);
-        if (residual_from != nullptr)
-            residual = row.load(residual_from, group);
-    }
-
-    __device__ Raw8<T> sum(const Row& row, T* to, int group) const {
-        if (to == nullptr)
-            return x;
-        float v[8], r[8];
-        x.unpack(v), residual.unpack(r);
+__device__ Raw8<T> sum_of(const Raw8<T>& x, const Raw8<T>& residual) {
+    float v[8], r[8];
+    x.unpack(v), residual.unpack(r);
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            v[i] += r[i];
-        Raw8<T> sum;
-        sum.pack(v);
-        row.store(to, group, sum);
-        return sum;
-    }
-};
+    for (int i = 0; i < 8; ++i)
+        v[i] += r[i];
+    Raw8<T> sum;
+    sum.pack(v);
+    return sum;
+}
 
 template <typename T>
 __device__ float add_squares(float total, const Raw8<T>& raw) {
@@ -90,142 +89,182 @@ __device__ float add_squares(float total, const Raw8<T>& raw) {
     return total;
 }
 
+// In 16 bits the product of two is exact in fp32: rounding it once, as multiply2 does, is rounding it from there.
 template <typename T, typename W>
-__device__ Raw8<T> normed(const Raw8<T>& raw, float root, const Raw8<W>& weight) {
-    float v[8], w[8];
-    raw.unpack(v), weight.unpack(w);
+__device__ Raw8<T> multiplied(const Raw8<T>& raw, const Raw8<W>& weight) {
+    Raw8<T> out;
+    if constexpr (sizeof(T) == 2 && sizeof(W) == 2) {
+        out.words = make_uint4(multiply2<T>(raw.words.x, weight.words.x), multiply2<T>(raw.words.y, weight.words.y),
+                               multiply2<T>(raw.words.z, weight.words.z), multiply2<T>(raw.words.w, weight.words.w));
+    } else {
+        float v[8], w[8];
+        raw.unpack(v), weight.unpack(w);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            v[i] *= w[i];
+        out.pack(v);
+    }
+    return out;
+}
+
+template <typename T>
+__device__ Raw8<T> scaled(const Raw8<T>& raw, float root) {
+    float v[8];
+    raw.unpack(v);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-        v[i] = rounded<T>(v[i] * root) * w[i];
+        v[i] *= root;
     Raw8<T> out;
     out.pack(v);
     return out;
 }
 
-template <typename T, typename W>
-__device__ void rms_norm(const T* x,        // [rows, columns]
-                         const T* residual, // [rows, columns] or null
+template <bool ADDS, bool ALIGNED, typename T, typename W>
+__device__ void norm_row(const T* x,        // [rows, columns]
+                         const T* residual, // [rows, columns], null unless it ADDS
                          const W* weight,   // [columns]
-                         T* sum,            // [rows, columns], null without a residual
+                         T* sum,            // [rows, columns], null unless it ADDS
                          T* out,            // [rows, columns]
-                         float eps, Row row) {
-    constexpr bool FITS = sizeof(W) == sizeof(T); // the weight beside three rows of terms
-    // One row, whose terms make room for those of the row after the next: loads stay in flight while sums are made.
-    const auto norm_row = [&](Terms<T>& terms) {
-        Raw8<T> v = terms.sum(row, sum, 0);
-        if (const Row later = row.next().next(); later.any())
-            terms.load(later, x, residual, 0);
-        Raw8<W> w;
-        if (FITS)
-            w = row.load_weight(weight, 0);
-        float total[1] = {add_squares(0.0f, v)};
-        for (int g = 1; row.column(g) < row.end(); ++g) {
-            Terms<T> rest;
-            rest.load(row, x, residual, g);
-            total[0] = add_squares(total[0], rest.sum(row, sum, g));
-        }
-        threads_sum(total, row.lanes);
-        const float root = reciprocal_root(total[0], row.columns, eps);
-        v.stay_packed();
-        if (!FITS)
-            w = row.load_weight(weight, 0);
-        row.store(out, 0, normed(v, root, w));
-        for (int g = 1; row.column(g) < row.end(); ++g)
-            row.store(out, g, normed(row.load(sum == nullptr ? x : sum, g), root, row.load_weight(weight, g)));
-        row = row.next();
+                         float eps, const Row<T, ALIGNED>& row) {
+    constexpr int HELD = Row<T, ALIGNED>::HELD;
+    Raw8<T> v[HELD], r[HELD];
+    Raw8<W> w[HELD];
+    const auto load_weights = [&] {
+#pragma unroll
+        for (int g = 0; g < HELD; ++g)
+            w[g] = row.load_weight(weight, g);
     };
-    let_next_kernel_start();
+    if (!ADDS)
+        load_weights();
     wait_for_previous_kernel();
-    Terms<T> even, odd;
-    even.load(row, x, residual, 0);
-    if (row.next().any())
-        odd.load(row.next(), x, residual, 0);
-    while (row.any()) {
-        norm_row(even);
-        if (row.any())
-            norm_row(odd);
-    }
-}
-
-template <typename T>
-struct Gradient {
-    Raw8<T> x, grad;
-
-    __device__ void load(const Row& row, const T* x_from, const T* grad_from, int group) {
-        x = row.load(x_from, group), grad = row.load(grad_from, group);
-    }
-
-    // x * x and grad * weight * x.
-    template <typename W>
-    __device__ void add_to(float (&sums)[2], const Raw8<W>& weight) const {
-        float v[8], h[8], w[8];
-        x.unpack(v), grad.unpack(h), weight.unpack(w);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            sums[0] = fmaf(v[i], v[i], sums[0]);
-            sums[1] = fmaf(rounded<T>(h[i] * w[i]), v[i], sums[1]);
+    for (int g = 0; g < HELD; ++g) {
+        v[g] = row.load(x, g);
+        if (ADDS)
+            r[g] = row.load(residual, g);
+    }
+    float total[1] = {};
+#pragma unroll
+    for (int g = 0; g < HELD; ++g) {
+        if (ADDS) {
+            v[g] = sum_of(v[g], r[g]);
+            row.store(sum, g, v[g]);
         }
+        total[0] = add_squares(total[0], v[g]);
+        v[g].stay_packed();
     }
-
-    // grad * weight * root - x * shrink, and the gradient that reaches the sum by the residual stream, rounded as torch
-    // rounds them.
-    template <typename W>
-    __device__ Raw8<T> of_x(float root, float shrink, const Raw8<W>& weight, const Raw8<T>& stream) const {
-        float v[8], h[8], w[8], s[8];
-        x.unpack(v), grad.unpack(h), weight.unpack(w), stream.unpack(s);
+    if (ADDS) // only now are there registers for them
+        load_weights();
+#pragma unroll 1
+    for (int g = HELD; row.column(g) < row.end; ++g) {
+        Raw8<T> rest = row.load(x, g);
+        if (ADDS) {
+            rest = sum_of(rest, row.load(residual, g));
+            row.store(sum, g, rest);
+        }
+        total[0] = add_squares(total[0], rest);
+    }
+    threads_sum(total, row.lanes);
+    const float root = reciprocal_root(total[0], row.columns, eps);
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            h[i] = rounded<T>(fmaf(rounded<T>(h[i] * w[i]), root, -v[i] * shrink)) + s[i];
-        Raw8<T> out;
-        out.pack(h);
-        return out;
-    }
-};
-
-template <typename T>
-__device__ Raw8<T> load_or_zeros(const Row& row, const T* from, int group) {
-    return from == nullptr ? Raw8<T>{} : row.load(from, group);
+    for (int g = 0; g < HELD; ++g)
+        row.store(out, g, multiplied(scaled(v[g], root), w[g]));
+#pragma unroll 1
+    for (int g = HELD; row.column(g) < row.end; ++g)
+        row.store(out, g, multiplied(scaled(row.load(ADDS ? sum : x, g), root), row.load_weight(weight, g)));
 }
 
 template <typename T, typename W>
-__device__ void rms_norm_backward(const T* grad,     // [rows, columns], of out
-                                  const T* x,        // [rows, columns], what was normed
-                                  const W* weight,   // [columns]
-                                  const T* grad_sum, // [rows, columns] or null
-                                  T* grad_x,         // [rows, columns]
-                                  float* roots,      // [rows] or null
-                                  float eps, Row row) {
+__device__ void rms_norm(const T* x, const T* residual, const W* weight, T* sum, T* out, float eps, int rows,
+                         int columns, int lanes, bool vector) {
     let_next_kernel_start();
-    wait_for_previous_kernel();
-    Gradient<T> coming;
-    coming.load(row, x, grad, 0);
-    for (; row.any(); row = row.next()) {
-        Gradient<T> now = coming;
-        const Raw8<T> stream = load_or_zeros(row, grad_sum, 0);
-        if (const Row next = row.next(); next.any())
-            coming.load(next, x, grad, 0);
-        float sums[2] = {};
-        now.add_to(sums, row.load_weight(weight, 0));
-        for (int g = 1; row.column(g) < row.end(); ++g) {
-            Gradient<T> rest;
-            rest.load(row, x, grad, g);
-            rest.add_to(sums, row.load_weight(weight, g));
-        }
-        now.x.stay_packed(), now.grad.stay_packed();
-        threads_sum(sums, row.lanes);
-        const float root = reciprocal_root(sums[0], row.columns, eps);
-        const float shrink = sums[1] / float(row.columns) * root * root * root;
-        if (roots != nullptr && row.first == 0 && row.row < row.rows)
-            roots[row.row] = root;
-        row.store(grad_x, 0, now.of_x(root, shrink, row.load_weight(weight, 0), stream));
-#pragma unroll 1
-        for (int g = 1; row.column(g) < row.end(); ++g) {
-            Gradient<T> rest;
-            rest.load(row, x, grad, g);
-            const Raw8<T> of_sum = load_or_zeros(row, grad_sum, g);
-            row.store(grad_x, g, rest.of_x(root, shrink, row.load_weight(weight, g), of_sum));
-        }
+    if (!vector && residual != nullptr)
+        norm_row<true>(x, residual, weight, sum, out, eps, Row<T, false>(rows, columns, lanes));
+    else if (!vector)
+        norm_row<false>(x, residual, weight, sum, out, eps, Row<T, false>(rows, columns, lanes));
+    else if (residual != nullptr)
+        norm_row<true>(x, residual, weight, sum, out, eps, Row<T, true>(rows, columns, lanes));
+    else
+        norm_row<false>(x, residual, weight, sum, out, eps, Row<T, true>(rows, columns, lanes));
+}
+
+// x * x and h * x, of h = rounded(grad * weight).
+template <typename T>
+__device__ void add_products(float (&sums)[2], const Raw8<T>& x, const Raw8<T>& h) {
+    float v[8], u[8];
+    x.unpack(v), h.unpack(u);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        sums[0] = fmaf(v[i], v[i], sums[0]);
+        sums[1] = fmaf(u[i], v[i], sums[1]);
     }
+}
+
+// h * root - x * shrink, and the gradient that reaches the sum by the residual stream, rounded as torch rounds them.
+template <typename T>
+__device__ Raw8<T> grad_of_x(const Raw8<T>& x, const Raw8<T>& h, float root, float shrink, const Raw8<T>& stream) {
+    float v[8], u[8], s[8];
+    x.unpack(v), h.unpack(u), stream.unpack(s);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        u[i] = rounded<T>(fmaf(u[i], root, -v[i] * shrink)) + s[i];
+    Raw8<T> out;
+    out.pack(u);
+    return out;
+}
+
+template <bool ALIGNED, typename T, typename W>
+__device__ void row_backward(const T* grad,     // [rows, columns], of out
+                             const T* x,        // [rows, columns], what was normed
+                             const W* weight,   // [columns]
+                             const T* grad_sum, // [rows, columns] or null
+                             T* grad_x,         // [rows, columns]
+                             float* roots,      // [rows] or null
+                             float eps, const Row<T, ALIGNED>& row) {
+    constexpr int HELD = Row<T, ALIGNED>::HELD;
+    Raw8<T> v[HELD], h[HELD], s[HELD] = {};
+    wait_for_previous_kernel();
+#pragma unroll
+    for (int g = 0; g < HELD; ++g)
+        v[g] = row.load(x, g), h[g] = row.load(grad, g);
+    float sums[2] = {};
+#pragma unroll
+    for (int g = 0; g < HELD; ++g) {
+        h[g] = multiplied(h[g], row.load_weight(weight, g));
+        add_products(sums, v[g], h[g]);
+        v[g].stay_packed(), h[g].stay_packed();
+    }
+    if (grad_sum != nullptr)
+#pragma unroll
+        for (int g = 0; g < HELD; ++g)
+            s[g] = row.load(grad_sum, g);
+#pragma unroll 1
+    for (int g = HELD; row.column(g) < row.end; ++g)
+        add_products(sums, row.load(x, g), multiplied(row.load(grad, g), row.load_weight(weight, g)));
+    threads_sum(sums, row.lanes);
+    const float root = reciprocal_root(sums[0], row.columns, eps);
+    const float shrink = sums[1] / float(row.columns) * root * root * root;
+    if (roots != nullptr && row.first == 0 && row.end > 0)
+        roots[row.row] = root;
+#pragma unroll
+    for (int g = 0; g < HELD; ++g)
+        row.store(grad_x, g, grad_of_x(v[g], h[g], root, shrink, s[g]));
+#pragma unroll 1
+    for (int g = HELD; row.column(g) < row.end; ++g) {
+        const Raw8<T> of_h = multiplied(row.load(grad, g), row.load_weight(weight, g));
+        const Raw8<T> of_sum = grad_sum == nullptr ? Raw8<T>{} : row.load(grad_sum, g);
+        row.store(grad_x, g, grad_of_x(row.load(x, g), of_h, root, shrink, of_sum));
+    }
+}
+
+template <typename T, typename W>
+__device__ void rms_norm_backward(const T* grad, const T* x, const W* weight, const T* grad_sum, T* grad_x,
+                                  float* roots, float eps, int rows, int columns, int lanes, bool vector) {
+    let_next_kernel_start();
+    if (vector)
+        row_backward(grad, x, weight, grad_sum, grad_x, roots, eps, Row<T, true>(rows, columns, lanes));
+    else
+        row_backward(grad, x, weight, grad_sum, grad_x, roots, eps, Row<T, false>(rows, columns, lanes));
 }
 
 // The weight's gradient over one slice of rows and one strip of columns.
@@ -279,15 +318,15 @@ __device__ void rms_norm_grad_weight(const float* partials, // [slices, columns]
 
 // A name ends in the dtype of x and that of the weight.
 #define ROWS(T, W, dtypes)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(sizeof(T) == 4 ? MAX_THREADS_F32 : MAX_THREADS)                       \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS)                                                          \
         rms_norm_##dtypes(const T* x, const T* residual, const W* weight, T* sum, T* out, float eps, int rows,         \
                           int columns, int lanes, bool vector) {                                                       \
-        rms_norm(x, residual, weight, sum, out, eps, Row(rows, columns, lanes, vector));                               \
+        rms_norm(x, residual, weight, sum, out, eps, rows, columns, lanes, vector);                                    \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(sizeof(T) == 4 ? MAX_THREADS_F32 : MAX_THREADS)                       \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS)                                                          \
         rms_norm_backward_##dtypes(const T* grad, const T* x, const W* weight, const T* grad_sum, T* grad_x,           \
                                    float* roots, float eps, int rows, int columns, int lanes, bool vector) {           \
-        rms_norm_backward(grad, x, weight, grad_sum, grad_x, roots, eps, Row(rows, columns, lanes, vector));           \
+        rms_norm_backward(grad, x, weight, grad_sum, grad_x, roots, eps, rows, columns, lanes, vector);                \
     }
 
 ROWS(float, float, f32_f32)

@@ -29,9 +29,10 @@ const KERNELS: [&str; 16] = {
 };
 pub(crate) static FAMILY: Family = family!("rms_norm", &KERNELS);
 
-/// Of a CTA, in 16 bits and in fp32.
-pub(crate) const MAX_THREADS: usize = 1024;
-pub(crate) const MAX_THREADS_F32: usize = 512;
+/// Of a CTA.
+pub(crate) const MAX_THREADS: usize = 512;
+/// Of a row, kept by a thread.
+pub(crate) const HELD_BYTES: usize = 64;
 /// Columns of a CTA, and its threads, where it sums over rows.
 pub(crate) const STRIP: usize = 256;
 /// Threads of a CTA whose rows are shared by at most a warp.
@@ -47,20 +48,21 @@ fn kernels(x: DType, weight: DType) -> [&'static str; 2] {
     }]
 }
 
-/// Threads that share a row, and how many CTAs there are room for at once; they take the rows in turn.
-fn geometry(rows: usize, columns: usize, dtype: DType, multiprocessors: usize) -> (i32, Geometry) {
-    let most = if dtype == DType::F32 { MAX_THREADS_F32 } else { MAX_THREADS };
-    let lanes = columns.div_ceil(8);
-    let lanes = if lanes <= 32 { lanes.next_power_of_two() } else { lanes.next_multiple_of(32).min(most) };
+/// Threads that share a row, which depends on nothing but its length: so do the sums. And the grid.
+fn geometry(rows: usize, columns: usize, dtype: DType) -> (i32, Geometry) {
+    let (groups, held) = (columns.div_ceil(8), HELD_BYTES / dtype.size() / 8);
+    let lanes = match groups {
+        0..=32 => groups.next_power_of_two(),
+        _ => groups.div_ceil(held).next_multiple_of(32).min(MAX_THREADS),
+    };
     let threads = if lanes <= 32 { (rows * lanes).next_multiple_of(32).min(SMALL) } else { lanes };
-    let ctas = rows.div_ceil(threads / lanes).min(multiprocessors * (most / threads));
-    let block = (threads as u32, 1, 1);
-    (lanes as i32, Geometry { grid: (extent(ctas), 1, 1), block, shared: 0, overlaps: true })
+    let grid = (extent(rows.div_ceil(threads / lanes)), 1, 1);
+    (lanes as i32, Geometry { grid, block: (threads as u32, 1, 1), shared: 0, overlaps: true })
 }
 
+/// Whether every row is whole groups of eight at a multiple of 16 bytes.
 fn vector(columns: usize, weight: TensorRef<'_>, others: &[Option<TensorRef<'_>>]) -> bool {
-    let rows_stay_aligned = |tensor: TensorRef<'_>| (columns * tensor.dtype().size()).is_multiple_of(16);
-    aligned(weight, 16) && others.iter().flatten().all(|&tensor| aligned(tensor, 16) && rows_stay_aligned(tensor))
+    columns.is_multiple_of(8) && aligned(weight, 16) && others.iter().flatten().all(|&tensor| aligned(tensor, 16))
 }
 
 pub(crate) fn launch(launcher: &Launcher, args: RmsNorm<'_>) -> Result<()> {
@@ -72,7 +74,7 @@ pub(crate) fn launch(launcher: &Launcher, args: RmsNorm<'_>) -> Result<()> {
     let residual = args.residual.as_ref().map(|(residual, _)| *residual);
     let sum = args.residual.as_ref().map(|(_, sum)| sum.as_ref());
     let vector = vector(columns, args.weight, &[Some(x), residual, sum, Some(args.out.as_ref())]);
-    let (lanes, geometry) = geometry(rows, columns, x.dtype(), launcher.limits().multiprocessors);
+    let (lanes, geometry) = geometry(rows, columns, x.dtype());
     launcher.launch(
         &FAMILY,
         kernels(x.dtype(), args.weight.dtype())[0],
@@ -98,7 +100,7 @@ pub(crate) fn launch_backward(launcher: &Launcher, args: RmsNormBackward<'_>) ->
     let vector = vector(columns, args.weight, &[Some(grad), Some(x), args.grad_sum, Some(args.grad_x.as_ref())]);
     let roots = args.weight_gradient.as_ref().map(|gradient| gradient.roots.as_ref());
     if rows > 0 {
-        let (lanes, geometry) = geometry(rows, columns, x.dtype(), launcher.limits().multiprocessors);
+        let (lanes, geometry) = geometry(rows, columns, x.dtype());
         launcher.launch(
             &FAMILY,
             kernels(x.dtype(), args.weight.dtype())[1],

@@ -1,6 +1,8 @@
 //! What can be known of the kernels without a GPU. A build without kernels has nothing to check and passes.
 
-use halfbyte_core::codebook::{DYNAMIC_SIGNED, FP4, FP4_RANKS, INT4, INT4_RANKS, NEAREST_UNSIGNED, NF4, NF4_RANKS};
+use halfbyte_core::codebook::{
+    DYNAMIC_SIGNED, FP4, FP4_RANKS, INT4, INT4_RANKS, NEAREST_UNSIGNED, NF4, NF4_RANKS, encode_grid,
+};
 
 use crate::launch::Family;
 
@@ -94,6 +96,8 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("dequantize_blockwise", "THREADS", crate::dequantize_blockwise::THREADS as usize),
         ("dequantize_blockwise", "PER_THREAD", crate::dequantize_blockwise::PER_THREAD),
         ("double_quantize", "THREADS", crate::double_quantize::THREADS as usize),
+        ("double_quantize", "SHARE", crate::double_quantize::SHARE),
+        ("double_quantize", "CTAS", crate::double_quantize::CTAS),
         ("double_quantize", "CHUNK", halfbyte_core::ops::double_quantize::MEAN_CHUNK),
         ("double_quantize", "LANES", halfbyte_core::ops::double_quantize::MEAN_LANES),
         ("double_quantize", "NESTED", halfbyte_core::quant_state::NESTED_BLOCKSIZE),
@@ -115,9 +119,10 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
         ("paged_attention_mma", "HEADS", crate::paged_attention_mma::HEADS),
         ("quantize_4bit", "THREADS", crate::quantize_4bit::THREADS as usize),
+        ("quantize_4bit", "CTAS", crate::quantize_4bit::CTAS),
         ("quantize_blockwise", "THREADS", crate::quantize_blockwise::THREADS as usize),
         ("rms_norm", "MAX_THREADS", crate::rms_norm::MAX_THREADS),
-        ("rms_norm", "MAX_THREADS_F32", crate::rms_norm::MAX_THREADS_F32),
+        ("rms_norm", "HELD_BYTES", crate::rms_norm::HELD_BYTES),
         ("rms_norm", "STRIP", crate::rms_norm::STRIP),
         ("rope", "THREADS", crate::rope::THREADS as usize),
         ("rope", "WIDTH", crate::rope::WIDTH),
@@ -167,6 +172,18 @@ fn the_device_reads_the_same_codebooks() {
     assert_eq!(row("ORDER_4BIT", 1), FP4_RANKS.order.map(f32::from));
     assert_eq!(bits(&row("DYNAMIC_MAP", 1)), bits(&DYNAMIC_SIGNED));
     assert_eq!(bits(&row("NEAREST_THRESHOLDS", 0)), bits(&NEAREST_UNSIGNED));
+}
+
+#[test]
+fn thresholds_are_the_whole_grid_rule() {
+    let thresholds = row("GRID_THRESHOLDS", 0);
+    let near = thresholds.iter().flat_map(|t| [t.next_down(), *t, t.next_up()]);
+    let steps =
+        (0..=65536).map(|step| (step as f32 - 0.5) / 32767.5 - 1.0).flat_map(|x| [x.next_down(), x, x.next_up()]);
+    for x in near.chain(steps).chain([-1.5, -1.0, -0.0, 0.0, 1.0, 1.5, f32::NAN]) {
+        let rank = thresholds.iter().filter(|&&threshold| x > threshold).count();
+        assert_eq!(rank, usize::from(encode_grid(x)), "{x:e}");
+    }
 }
 
 /// As the device does it: the part of [-1, 1] is computed loosely, one comparison decides.
