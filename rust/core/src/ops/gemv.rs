@@ -100,6 +100,11 @@ unsafe fn avx2<T: Lanes>(x: &[f32], weight: &[T], k: usize, sums: &mut [f32]) {
     unsafe { vectors::<Avx2, T>(x, weight, k, sums) }
 }
 
+/// Bytes between those that are multiplied and those that are fetched from memory: past the end of the page, where the
+/// processor's own prefetching stops.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 8192;
+
 /// Rows of x that share the widened weights.
 #[cfg(target_arch = "x86_64")]
 const GROUP: usize = 4;
@@ -140,6 +145,7 @@ unsafe fn dots<V: Vector, T: Lanes, const M: usize>(x: &[f32], w: &[T], out: &mu
         for start in (0..whole).step_by(step) {
             for half in 0..2 {
                 let at = start + half * V::LANES;
+                V::prefetch(w.as_ptr().add(at).cast::<u8>().wrapping_add(AHEAD));
                 let w = V::widen(w.as_ptr().add(at));
                 for (row, sums) in sums.iter_mut().enumerate() {
                     sums[half] = V::multiply_add(V::widen(x.as_ptr().add(row * k + at)), w, sums[half]);
