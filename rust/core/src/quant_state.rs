@@ -139,4 +139,26 @@ impl Scales<'_> {
             }
         }
     }
+
+    /// Those of the blocks from `first` on.
+    #[inline(always)]
+    pub fn fill(&self, first: usize, out: &mut [f32]) {
+        match *self {
+            Scales::Plain(absmax) => out.copy_from_slice(&absmax[first..][..out.len()]),
+            Scales::Nested { codes, absmax, map, offset } => {
+                let (mut block, mut codes, mut out) = (first, &codes[first..][..out.len()], out);
+                // A byte is always an index of a whole map: nothing is checked block by block.
+                let map = map.first_chunk::<256>().unwrap_or(&[f32::NAN; 256]);
+                while !out.is_empty() {
+                    let run = out.len().min(NESTED_BLOCKSIZE - block % NESTED_BLOCKSIZE);
+                    let factor = absmax[block / NESTED_BLOCKSIZE];
+                    let (now, later) = out.split_at_mut(run);
+                    for (out, &code) in now.iter_mut().zip(codes) {
+                        *out = map[code as usize] * factor + offset;
+                    }
+                    (block, codes, out) = (block + run, &codes[run..], later);
+                }
+            }
+        }
+    }
 }

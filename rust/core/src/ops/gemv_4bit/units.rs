@@ -60,6 +60,8 @@ impl SplitRows {
 #[inline(always)]
 pub(super) unsafe fn accumulate<V: Vector>(weight: &Weight<'_>, x: &SplitRows, first: usize, sums: &mut [f32]) {
     let m = x.rows();
+    // SAFETY: as the caller vouches.
+    let table = unsafe { V::table(weight.table) };
     for (tile, sums) in sums.chunks_mut(W_TILE * m).enumerate() {
         let first = first + tile * W_TILE;
         for (group, lines) in x.lines.chunks(V::GROUP * x.lines_per_row).enumerate() {
@@ -67,14 +69,14 @@ pub(super) unsafe fn accumulate<V: Vector>(weight: &Weight<'_>, x: &SplitRows, f
             // SAFETY: as the caller vouches.
             unsafe {
                 match lines.len() / x.lines_per_row {
-                    1 => tile_of_rows::<V, 1>(weight, lines, first, columns),
-                    2 => tile_of_rows::<V, 2>(weight, lines, first, columns),
-                    3 => tile_of_rows::<V, 3>(weight, lines, first, columns),
-                    4 => tile_of_rows::<V, 4>(weight, lines, first, columns),
-                    5 => tile_of_rows::<V, 5>(weight, lines, first, columns),
-                    6 => tile_of_rows::<V, 6>(weight, lines, first, columns),
-                    7 => tile_of_rows::<V, 7>(weight, lines, first, columns),
-                    _ => tile_of_rows::<V, 8>(weight, lines, first, columns),
+                    1 => tile_of_rows::<V, 1>(weight, table, lines, first, columns),
+                    2 => tile_of_rows::<V, 2>(weight, table, lines, first, columns),
+                    3 => tile_of_rows::<V, 3>(weight, table, lines, first, columns),
+                    4 => tile_of_rows::<V, 4>(weight, table, lines, first, columns),
+                    5 => tile_of_rows::<V, 5>(weight, table, lines, first, columns),
+                    6 => tile_of_rows::<V, 6>(weight, table, lines, first, columns),
+                    7 => tile_of_rows::<V, 7>(weight, table, lines, first, columns),
+                    _ => tile_of_rows::<V, 8>(weight, table, lines, first, columns),
                 }
             }
         }
@@ -92,6 +94,7 @@ struct Columns<'a> {
 #[inline(always)]
 unsafe fn tile_of_rows<V: Vector, const M: usize>(
     weight: &Weight<'_>,
+    table: V::Table,
     lines: &[Line],
     first: usize,
     columns: Columns<'_>,
@@ -105,7 +108,7 @@ unsafe fn tile_of_rows<V: Vector, const M: usize>(
         for unit in (0..units_per_row).step_by(units_per_part) {
             let units = unit..units_per_row.min(unit + units_per_part);
             for (i, total) in totals[..rows].iter_mut().enumerate() {
-                add_units::<V, M>(weight, lines, first + i, units.clone(), total);
+                add_units::<V, M>(weight, table, lines, first + i, units.clone(), total);
             }
         }
         for (sums, total) in columns.sums.chunks_exact_mut(columns.m).zip(&totals) {
@@ -120,6 +123,7 @@ unsafe fn tile_of_rows<V: Vector, const M: usize>(
 #[inline(always)]
 unsafe fn add_units<V: Vector, const M: usize>(
     weight: &Weight<'_>,
+    table: V::Table,
     lines: &[Line],
     row: usize,
     units: Range<usize>,
@@ -129,12 +133,18 @@ unsafe fn add_units<V: Vector, const M: usize>(
     let mut x: *const f32 = lines[units.start * (UNIT / 16)..].as_ptr().cast();
     let first = row * (weight.k / UNIT) + units.start;
     let packed = &weight.packed[first * (UNIT / 2)..][..units.len() * (UNIT / 2)];
-    let units_of_block = (weight.blocksize / UNIT).trailing_zeros();
+    let units_of_block = weight.blocksize / UNIT;
+    let mut scales = [0.0; X_TILE / UNIT];
+    let scales = &mut scales[..units.len()];
+    if units_of_block == 1 {
+        weight.scales.fill(first, scales);
+    } else {
+        scales.iter_mut().enumerate().for_each(|(i, scale)| *scale = weight.scales.get((first + i) / units_of_block));
+    }
     // SAFETY: the caller vouches for V's features; x walks through M rows of K floats, 64 a unit, in aligned lines.
     unsafe {
-        let table = V::table(weight.table);
         let mut sums = *total;
-        for (unit, bytes) in packed.chunks_exact(UNIT / 2).enumerate() {
+        for (bytes, &scale) in packed.chunks_exact(UNIT / 2).zip(&*scales) {
             V::prefetch(bytes.as_ptr().wrapping_add(AHEAD));
             let mut partial = [V::splat(0.0); M];
             for step in 0..UNIT / 2 / V::LANES {
@@ -145,7 +155,7 @@ unsafe fn add_units<V: Vector, const M: usize>(
                     *partial = V::multiply_add(odd, V::load(x.add(V::LANES)), *partial);
                 }
             }
-            let scale = V::splat(weight.scales.get((first + unit) >> units_of_block));
+            let scale = V::splat(scale);
             for (sum, partial) in sums.iter_mut().zip(partial) {
                 *sum = V::multiply_add(partial, scale, *sum);
             }
