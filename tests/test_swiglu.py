@@ -65,7 +65,11 @@ def test_halves_of_one_tensor(device, dtype, columns):
     want = torch.autograd.grad(expected, [gate, up], grad)
     torch.testing.assert_close(got, torch.cat(want, -1))
     with torch.no_grad():
-        assert torch.equal(swiglu(gate, up), out) and torch.equal(swiglu(both), out)
+        alone = swiglu(gate, up)
+        assert torch.equal(swiglu(both), alone)
+    # On the CPU torch's exponential is another one.
+    torch.testing.assert_close(alone, out)
+    assert device.type == "cpu" or torch.equal(alone, out)
 
 
 def test_extremes_are_torchs(device):

@@ -79,26 +79,31 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(f"swiglu: gate: expected [..., 2 d], got {list(gate.shape)}")
-        if gate.is_cpu:
+        tracked = torch.is_grad_enabled() and gate.requires_grad
+        if _is_torchs(gate, tracked):
             return _by_torch(*gate.chunk(2, dim=-1))
         both = _rows(gate)
-        if torch.is_grad_enabled() and both.requires_grad:
+        if tracked:
             out = _SwigluOfHalves.apply(both)
         else:
             out = _forward(*both.chunk(2, dim=-1))
         return out.view(*gate.shape[:-1], gate.shape[-1] // 2)
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"swiglu: up: expected {_described(gate)}, got {_described(up)}")
-    if gate.is_cpu:
+    tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if _is_torchs(gate, tracked):
         return _by_torch(gate, up)
     rows = _rows(gate), _rows(up)
-    tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     out = _Swiglu.apply(*rows) if tracked else _forward(*rows)
     return out.view(gate.shape)
 
 
+def _is_torchs(gate: Tensor, tracked: bool) -> bool:
+    """On the CPU torch's gradients and its fp16 are vectorized, where ours are not."""
+    return gate.is_cpu and (tracked or gate.dtype == torch.float16)
+
+
 def _by_torch(gate: Tensor, up: Tensor) -> Tensor:
-    """On the CPU, where torch's exponential is vectorized."""
     return F.silu(gate) * up
 
 

@@ -124,7 +124,7 @@ impl Backend for CpuBackend {
     }
 
     fn swiglu(&self, args: Swiglu<'_>) -> Result<()> {
-        args.run_on_cpu();
+        args.run_on_cpu(self.simd);
         Ok(())
     }
 

@@ -11,6 +11,7 @@
 use crate::check::arg;
 use crate::error::{Error, Result};
 use crate::parallel;
+use crate::simd::Simd;
 use crate::tensor::{Float, TensorMut, TensorRef, with_float};
 
 const OP: &str = "swiglu";
@@ -108,21 +109,75 @@ fn check_inputs(
 }
 
 impl Swiglu<'_> {
-    pub(crate) fn run_on_cpu(self) {
-        with_float!(self.gate.span.dtype(), T => self.run::<T>())
+    pub(crate) fn run_on_cpu(self, simd: Simd) {
+        with_float!(self.gate.span.dtype(), T => self.run::<T>(simd))
     }
 
-    fn run<T: Float>(self) {
+    fn run<T: Float>(self, simd: Simd) {
         let columns = self.columns.max(1);
         let (gate, up): (&[T], &[T]) = (self.gate.span.as_slice(), self.up.span.as_slice());
         let rows = self.out.into_slice::<T>().chunks_mut(columns).enumerate();
         parallel::for_each(rows, self.rows, |(row, out)| {
             let (gate, up) = (&gate[row * self.gate.stride..], &up[row * self.up.stride..]);
-            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                let gate = gate.to_f32();
-                *out = T::from_f32(T::from_f32(gate * sigmoid(gate)).to_f32() * up.to_f32());
+            match simd {
+                // SAFETY: the level was detected.
+                #[cfg(target_arch = "x86_64")]
+                Simd::Avx512 => unsafe { avx512(gate, up, out) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Simd::Avx2 => unsafe { avx2(gate, up, out) },
+                _ => product(gate, up, out, f32::exp),
             }
         });
+    }
+}
+
+#[inline(always)]
+fn product<T: Float>(gate: &[T], up: &[T], out: &mut [T], exp: impl Fn(f32) -> f32) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        let gate = gate.to_f32();
+        let silu = gate * (1.0 / (1.0 + exp(-gate)));
+        *out = T::from_f32(T::from_f32(silu).to_f32() * up.to_f32());
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn avx512<T: Float>(gate: &[T], up: &[T], out: &mut [T]) {
+    product(gate, up, out, exp);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn avx2<T: Float>(gate: &[T], up: &[T], out: &mut [T]) {
+    product(gate, up, out, exp);
+}
+
+/// e^x within two roundings, in operations that vectors have: 2^n e^r, with the polynomial of Cephes' expf for e^r.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const LARGEST: f32 = 88.722_84; // whose power is finite
+    const SMALLEST: f32 = -87.336_55; // whose power is normal
+    const TO_INTEGER: f32 = 12_582_912.0; // 1.5 * 2^23: the sum's last bits are the nearest integer
+    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    const FACTORS: [f32; 5] = [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+    let clamped = x.clamp(SMALLEST, LARGEST);
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, TO_INTEGER);
+    let n = shifted - TO_INTEGER;
+    let r = n.mul_add(-LN_2[1], n.mul_add(-LN_2[0], clamped));
+    let polynomial = FACTORS.iter().fold(1.987_569_1e-4, |sum: f32, factor| sum.mul_add(r, *factor));
+    let power = polynomial.mul_add(r * r, r) + 1.0;
+    // n = 128 at the upper end: half of the exponent at a time.
+    let half = (n * 0.5).floor();
+    let scale = |n: f32| f32::from_bits((((n + TO_INTEGER).to_bits() & 0x1ff).wrapping_add(127) & 0xff) << 23);
+    let finite = power * scale(half) * scale(n - half);
+    if x > LARGEST {
+        f32::INFINITY
+    } else if x.is_nan() {
+        x
+    } else {
+        finite
     }
 }
 
