@@ -64,9 +64,14 @@ def test_forward_and_gradients(device, dtype, rows, columns, wide_weight):
 
     alone = rms_norm(total.detach(), weight.detach(), EPS)
     close(alone, exact, 2)
-    # On the CPU rows without a gradient are summed in another order.
-    if device.type == "cuda":
-        assert torch.equal(alone, out)
+    assert torch.equal(alone, out)
+    with torch.inference_mode():
+        inferred, inferred_total = add_rms_norm(x, residual, weight, EPS)
+        assert torch.equal(inferred, rms_norm(total, weight, EPS))
+    close(inferred, exact, 2)
+    assert torch.equal(inferred_total, total)
+    # On the CPU inference sums in another order.
+    assert device.type == "cpu" or torch.equal(inferred, out)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -76,7 +81,7 @@ def test_a_frozen_weight_has_no_gradient_and_leading_dimensions_stay(device, dty
     out = rms_norm(x, weight, EPS)
     out.sum().backward()
     assert out.shape == x.shape == x.grad.shape and weight.grad is None
-    flat = x.detach().flatten(0, 1).requires_grad_()
+    flat = x.detach().flatten(0, 1)
     assert torch.equal(rms_norm(flat, weight, EPS), out.flatten(0, 1))
 
 

@@ -65,17 +65,31 @@ def test_halves_of_one_tensor(device, dtype, columns):
     want = torch.autograd.grad(expected, [gate, up], grad)
     torch.testing.assert_close(got, torch.cat(want, -1))
     with torch.no_grad():
-        alone = swiglu(gate, up)
-        assert torch.equal(swiglu(both), alone)
-    # On the CPU torch's exponential is another one.
-    torch.testing.assert_close(alone, out)
-    assert device.type == "cpu" or torch.equal(alone, out)
+        assert torch.equal(swiglu(gate, up), out) and torch.equal(swiglu(both), out)
+    with torch.inference_mode():
+        inferred = swiglu(gate, up)
+        assert torch.equal(swiglu(both), inferred)
+    # On the CPU inference has an exponential of its own.
+    torch.testing.assert_close(inferred, out)
+    assert device.type == "cpu" or torch.equal(inferred, out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_inference_agrees_with_fp64(device, dtype):
+    gate, up = (values(300, 129, dtype=dtype, device=device, seed=seed) for seed in range(2))
+    gate[0, :8] = torch.tensor([0.0, 20.0, -20.0, 60.0, -60.0, 1e-6, -1e-6, 88.0], dtype=dtype)
+    exact = F.silu(gate.double()) * up
+    with torch.inference_mode():
+        close(swiglu(gate, up), exact, exact.abs())
 
 
 def test_extremes_are_torchs(device):
     ends = torch.tensor([0.0, -0.0, 100.0, -100.0, 3e38, -3e38, torch.inf, -torch.inf, torch.nan])
     gate, up = (t.to(device) for t in torch.meshgrid(ends, ends, indexing="ij"))
-    torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up, equal_nan=True)
+    expected = F.silu(gate) * up
+    torch.testing.assert_close(swiglu(gate, up), expected, equal_nan=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(swiglu(gate, up), expected, equal_nan=True)
 
 
 def test_nothing(device):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from halfbyte import _core
 from halfbyte.ops.library import define
+from halfbyte.ops.rms_norm import is_torchs
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         if gate.shape[-1] % 2:
             raise ValueError(f"swiglu: gate: expected [..., 2 d], got {list(gate.shape)}")
         tracked = torch.is_grad_enabled() and gate.requires_grad
-        if _is_torchs(gate, tracked):
+        if _is_torchs(gate):
             return _by_torch(*gate.chunk(2, dim=-1))
         both = _rows(gate)
         if tracked:
@@ -91,16 +92,16 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"swiglu: up: expected {_described(gate)}, got {_described(up)}")
     tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    if _is_torchs(gate, tracked):
+    if _is_torchs(gate):
         return _by_torch(gate, up)
     rows = _rows(gate), _rows(up)
     out = _Swiglu.apply(*rows) if tracked else _forward(*rows)
     return out.view(gate.shape)
 
 
-def _is_torchs(gate: Tensor, tracked: bool) -> bool:
-    """On the CPU torch's gradients and its fp16 are vectorized, where ours are not."""
-    return gate.is_cpu and (tracked or gate.dtype == torch.float16)
+def _is_torchs(gate: Tensor) -> bool:
+    """As of rms_norm; and torch's fp16 is vectorized on the CPU, where ours is not."""
+    return is_torchs(gate) or gate.is_cpu and gate.dtype == torch.float16
 
 
 def _by_torch(gate: Tensor, up: Tensor) -> Tensor:
