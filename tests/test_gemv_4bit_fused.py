@@ -9,7 +9,7 @@ from halfbyte import Linear4bit, LoraConfig, lora
 from halfbyte.linear import Decoding, project, project_gated
 from halfbyte.lora import LoRALinear, add_product
 from halfbyte.ops import dequantize_4bit, gemm_4bit, quantize_4bit, swiglu
-from halfbyte.ops.gemv_4bit_fused import LowRank, Next, Product, fuses, gemv_4bit_fused
+from halfbyte.ops.gemv_4bit_fused import LowRank, Product, fuses, gemv_4bit_fused
 
 pytestmark = pytest.mark.gpu
 
@@ -183,11 +183,11 @@ def test_what_follows_changes_nothing(k):
         ((5000, 40, 7), 4096, False),
         ((9,), k, False),
     ]:
-        following = Next([product(n, next_k)[:2] for n in sizes], gated)
-        before = [(packed.clone(), state.absmax.clone()) for packed, state in following.weights]
-        (found,) = gemv_4bit_fused(x, products, following=following)
+        following = [product(n, next_k)[:2] for n in sizes]
+        before = [(packed.clone(), state.absmax.clone()) for packed, state in following]
+        (found,) = gemv_4bit_fused(x, products, False, following, gated)
         assert torch.equal(found, expected)
-        for (packed, state), (codes, absmax) in zip(following.weights, before, strict=True):
+        for (packed, state), (codes, absmax) in zip(following, before, strict=True):
             assert torch.equal(packed, codes) and torch.equal(state.absmax, absmax)
 
 

@@ -224,6 +224,9 @@ def test_the_command_needs_a_config_only(tmp_path):
     words[3] = "3GB"
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1 and "do not fit into 3GB" in result.output
+    words[3] = "24"
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1 and "do not fit into 24 bytes" in result.output
 
 
 def test_configs_are_found_where_models_are(tmp_path):

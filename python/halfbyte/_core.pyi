@@ -258,10 +258,11 @@ def gemv_4bit_fused(
 
     products, next: as `halfbyte.ops.gemv_4bit_fused` makes them, read by attribute; where gated,
     pairs of gate and up that share an out. hidden: float32 [ceil(K / 2048), M, ranks of all
-    adapters], scratch, which adapters need. GPUs for which `fuses` is true only.
+    adapters], scratch, which adapters need. GPUs for which
+    `has_gemv_4bit_fused` is true only.
     """
 
-def fuses(device: int) -> bool:
+def has_gemv_4bit_fused(device: int) -> bool:
     """Whether `gemv_4bit_fused` has kernels for a CUDA device; false where there is none."""
 
 def paged_attention(

@@ -387,11 +387,12 @@ def plan(
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
     found = plan_run(checkpoint.read_config(model), setup, parse_bytes(gpu))
-    title = f"{model}: {batch} x {seq} tokens on a device of {gpu}"
+    size = f"{gpu} bytes" if gpu.strip().isdigit() else gpu
+    title = f"{model}: {batch} x {seq} tokens on a device of {size}"
     Console().print(table(found, setup, title))
     if found.needed is None:
         raise ValueError(
-            f"{batch} x {seq} tokens do not fit into {gpu}. hint: the longest sequence that does "
+            f"{batch} x {seq} tokens do not fit into {size}. hint: the longest sequence that does "
             f"has {max(found.longest.values()):,} tokens; try optim 8bit or a smaller r"
         )
     typer.echo(f"fits with {found.needed}")

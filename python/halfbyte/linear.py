@@ -17,7 +17,7 @@ from halfbyte.ops import (
     quantize_4bit,
     swiglu,
 )
-from halfbyte.ops.gemv_4bit_fused import Next, Product, fuses, gemv_4bit_fused
+from halfbyte.ops.gemv_4bit_fused import Product, fuses, gemv_4bit_fused
 
 
 class Linear4bit(nn.Linear):
@@ -188,7 +188,7 @@ def project(
     outputs are wanted for their gradients only and may hold anything. decoding: given in a decode
     step, where biases and adapters of a few rows join the launch.
     """
-    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    bases = _bases(layers)
     plain = all(map(is_plain, layers, bases))
     together = getattr(type(layers[0]), "together", None)
     if plain and together is not None and (outs := together(x, layers, bases, unread)) is not None:
@@ -207,7 +207,7 @@ def project_gated(
     x: Tensor, gate: nn.Module, up: nn.Module, decoding: Decoding | None = None
 ) -> Tensor:
     """swiglu(gate(x), up(x)), in a decode step in one launch where a kernel can."""
-    bases = [getattr(layer, "base_layer", layer) for layer in (gate, up)]
+    bases = _bases((gate, up))
     if decoding is not None and x.is_cuda and all(map(is_plain, (gate, up), bases)):
         if (outs := _fused(x, (gate, up), bases, True, decoding)) is not None:
             return outs[0]
@@ -235,12 +235,16 @@ def _fused(
         products.append(Product(base.weight, base._state(), bias, adapter))
     if not fuses(rows, products):
         return None
-    next_bases = [getattr(layer, "base_layer", layer) for layer in decoding.following]
-    following = None
-    if next_bases and all(map(is_plain, decoding.following, next_bases)):
-        following = Next([(base.weight, base._state()) for base in next_bases], decoding.gated)
-    outs = gemv_4bit_fused(rows, products, gated, following)
+    coming = _bases(decoding.following)
+    plain = all(map(is_plain, decoding.following, coming))
+    following = [(base.weight, base._state()) for base in coming] if plain else []
+    outs = gemv_4bit_fused(rows, products, gated, following, decoding.gated)
     return [out.view(*x.shape[:-1], -1) for out in outs]
+
+
+def _bases(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """What each layer adapts, or the layer itself."""
+    return [getattr(layer, "base_layer", layer) for layer in layers]
 
 
 def is_plain(layer: nn.Module, base: nn.Module) -> bool:

@@ -39,13 +39,6 @@ class Product(NamedTuple):
     adapter: LowRank | None
 
 
-class Next(NamedTuple):
-    """The weights that the next launch reads, as (packed, state); in pairs where it is gated."""
-
-    weights: Sequence[tuple[Tensor, QuantState]]
-    gated: bool = False
-
-
 class _Next(NamedTuple):
     """As the compiled part takes it."""
 
@@ -68,7 +61,7 @@ class _Product(NamedTuple):
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and _core.fuses(device.index or 0)
+    return device.type == "cuda" and _core.has_gemv_4bit_fused(device.index or 0)
 
 
 def fuses(x: Tensor, products: Sequence[Product]) -> bool:
@@ -102,13 +95,15 @@ def gemv_4bit_fused(
     x: Tensor,
     products: Sequence[Product],
     gated: bool = False,
-    following: Next | None = None,
+    following: Sequence[tuple[Tensor, QuantState]] = (),
+    following_gated: bool = False,
 ) -> list[Tensor]:
     """Up to four products of x [M, K], M <= 8, that `fuses`; each [M, N] in x's dtype.
 
     Every rounding is that of the operations one after the other (`gemm_4bit`, the bias' sum, the
     adapter, `swiglu`). gated: the products are a gate and an up projection, and the one result is
-    silu(gate) * up. following: what the next launch reads; its beginning is moved to L2 meanwhile.
+    silu(gate) * up. following: (packed, state) of what the next launch reads, a gate and an up
+    projection where following_gated; its beginning is moved to L2 meanwhile.
 
     Raises ValueError for what does not fit.
     """
@@ -123,13 +118,9 @@ def gemv_4bit_fused(
     shares = (-(-x.shape[1] // CHUNK), len(x), ranks)
     hidden = x.new_empty(shares, dtype=torch.float32) if ranks else None
     head = products[0].state
-    after = None if following is None else _next(following, head)
+    if not all(_takes(packed, state, head) for packed, state in following):
+        following = ()
+    weights = [(packed, state.absmax, *state.shape) for packed, state in following]
+    after = _Next(weights, following_gated)
     _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, after)
     return outs
-
-
-def _next(following: Next, head: QuantState) -> _Next | None:
-    if not all(_takes(packed, state, head) for packed, state in following.weights):
-        return None
-    weights = [(packed, state.absmax, *state.shape) for packed, state in following.weights]
-    return _Next(weights, following.gated)

@@ -103,7 +103,9 @@ def paged_attention(
     [B, heads, D].
 
     A row's result depends on nothing but the row. Everything that varies from token to token is
-    read on the device, so that one captured launch serves all of them.
+    read on the device, so that one captured launch serves all of them. On a GPU older tokens may be
+    read before the launch in front has ended: where one call follows another on the same cache, let
+    an operation of torch's own lie between them, as the next token's embedding does.
     """
     return torch.ops.halfbyte.paged_attention(
         q.contiguous(),

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfbyte import _core
-from halfbyte.ops.library import define
+from halfbyte.ops.library import define, is_left_to_torch
 
 SLICES = 64  # partial sums of the weight's gradient
 
@@ -123,7 +123,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     x = _rows("rms_norm", x, weight)
     tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if is_torchs(x):
+    if is_left_to_torch(x):
         return _by_torch(x, weight, eps)
     if tracked:
         return _RmsNorm.apply(x, weight, eps)
@@ -143,24 +143,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         )
     wanted = x.requires_grad or residual.requires_grad or weight.requires_grad
     tracked = torch.is_grad_enabled() and wanted
-    if is_torchs(x):
+    if is_left_to_torch(x):
         total = x + residual
         return _by_torch(total, weight, eps), total
     residual = residual.contiguous()
     if tracked:
         return _AddRmsNorm.apply(x, residual, weight, eps)
     return _add_norm(x, residual, weight, eps)
-
-
-def is_torchs(x: Tensor) -> bool:
-    """Whether torch has to do it: on the CPU, but for inference, where it takes 15 us a row, not 1.
-
-    So a forward without gradients that a backward repeats has the same bits as the repetition, and
-    fp32 those of transformers.
-    """
-    if not x.is_cpu or x.dtype == torch.float64 or torch.compiler.is_compiling():
-        return x.is_cpu
-    return not torch.is_inference_mode_enabled()
 
 
 def _by_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfbyte import _core
-from halfbyte.ops.library import define
-from halfbyte.ops.rms_norm import is_torchs
+from halfbyte.ops.library import define, is_left_to_torch
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
@@ -80,28 +79,27 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(f"swiglu: gate: expected [..., 2 d], got {list(gate.shape)}")
-        tracked = torch.is_grad_enabled() and gate.requires_grad
-        if _is_torchs(gate):
+        if _is_left_to_torch(gate):
             return _by_torch(*gate.chunk(2, dim=-1))
         both = _rows(gate)
-        if tracked:
+        if torch.is_grad_enabled() and both.requires_grad:
             out = _SwigluOfHalves.apply(both)
         else:
             out = _forward(*both.chunk(2, dim=-1))
         return out.view(*gate.shape[:-1], gate.shape[-1] // 2)
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"swiglu: up: expected {_described(gate)}, got {_described(up)}")
-    tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    if _is_torchs(gate):
+    if _is_left_to_torch(gate):
         return _by_torch(gate, up)
     rows = _rows(gate), _rows(up)
+    tracked = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
     out = _Swiglu.apply(*rows) if tracked else _forward(*rows)
     return out.view(gate.shape)
 
 
-def _is_torchs(gate: Tensor) -> bool:
-    """As of rms_norm; and torch's fp16 is vectorized on the CPU, where ours is not."""
-    return is_torchs(gate) or gate.is_cpu and gate.dtype == torch.float16
+def _is_left_to_torch(gate: Tensor) -> bool:
+    """Its fp16 is vectorized on the CPU, where ours is not."""
+    return is_left_to_torch(gate) or gate.is_cpu and gate.dtype == torch.float16
 
 
 def _by_torch(gate: Tensor, up: Tensor) -> Tensor:

@@ -420,8 +420,8 @@ pub fn gemv_4bit_fused(
 }
 
 #[pyfunction]
-pub fn fuses(device: u32) -> bool {
-    halfbyte_cuda::fuses(device)
+pub fn has_gemv_4bit_fused(device: u32) -> bool {
+    halfbyte_cuda::has_gemv_4bit_fused(device)
 }
 
 #[pyfunction]

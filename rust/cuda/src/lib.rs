@@ -73,7 +73,7 @@ pub fn status() -> std::result::Result<(), String> {
 }
 
 /// Whether `gemv_4bit_fused` has kernels for a device; false where there is none.
-pub fn fuses(ordinal: u32) -> bool {
+pub fn has_gemv_4bit_fused(ordinal: u32) -> bool {
     Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::runs_on(launcher.limits()))
 }
 

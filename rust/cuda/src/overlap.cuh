@@ -3,7 +3,8 @@
 #pragma once
 
 // By kernels that write nothing but activations. What makes weights (codes and scales) stays silent, so that whoever
-// has started early may read weights at once, and everything else after the wait.
+// has started early may read weights at once, and everything else after the wait. Decode attention reads older tokens of
+// the cache at once too: between two of its launches on one cache lies one that does not overlap, such as an embedding's.
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

@@ -21,6 +21,7 @@ pub const MAX_ROWS: usize = 8;
 pub const MAX_RANK: usize = 256;
 /// Elements of K that make a share of a hidden value.
 pub const CHUNK: usize = 2048;
+
 /// What an adapter adds to a product: `factors * (x Aᵀ) Bᵀ`.
 #[derive(Debug)]
 #[non_exhaustive]

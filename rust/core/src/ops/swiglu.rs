@@ -206,3 +206,20 @@ impl SwigluBackward<'_> {
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
 }
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn the_exponential_is_two_roundings_off_at_most() {
+        for step in -870_000..=887_000 {
+            let x = step as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            let off = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(off <= 2.0 * f64::from(f32::EPSILON), "{x} {off:e}");
+        }
+        assert_eq!([exp(f32::INFINITY), exp(89.0), exp(0.0)], [f32::INFINITY, f32::INFINITY, 1.0]);
+        assert!(exp(f32::NAN).is_nan() && exp(f32::NEG_INFINITY) < 2e-38);
+    }
+}
