@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 
 import pytest
 import torch
+from memory import held_bytes
 
 from halfbyte import _core
 from halfbyte.optim import AdamW
@@ -265,20 +265,6 @@ def test_state_on_the_device_counts_in_torchs_statistics():
     assert optimizer.pager.restore() == state
 
 
-@pytest.fixture
-def cap():
-    """Limit torch to so many bytes of the device."""
-
-    def limit(nbytes):
-        gc.collect()
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(nbytes / total, 0)
-
-    yield limit
-    limit(torch.cuda.get_device_properties(0).total_memory)
-
-
 @pytest.mark.gpu
 def test_where_torchs_optimizer_dies_ours_goes_on(cap):
     cap(1 << 30)
@@ -299,19 +285,21 @@ def test_where_torchs_optimizer_dies_ours_goes_on(cap):
     del hog
 
 
-@pytest.mark.gpu
-def test_optimizers_come_and_go_without_a_trace():
-    free = []
+def test_optimizers_come_and_go_without_a_trace(device):
+    alive, gone = [], []
     for _ in range(6):
-        params = [torch.nn.Parameter(torch.ones(4 << 20, device="cuda"))]
+        params = [torch.nn.Parameter(torch.ones(8 << 20, device=device))]
         optimizer = AdamW(params)
         params[0].grad = torch.ones_like(params[0])
         for _ in range(3):
             optimizer.pager.evict(1 << 40)
             optimizer.step()
             optimizer.pager.restore()
+        state = optimizer.pager.stats()["state_bytes"]
+        alive.append(held_bytes(device))
         del optimizer, params
-        gc.collect()
-        torch.cuda.empty_cache()
-        free.append(torch.cuda.mem_get_info()[0])
-    assert free[-1] >= free[1] - (4 << 20)
+        gone.append(held_bytes(device))
+    for place, left in gone[-1].items():
+        counted = [a[place] - b[place] for a, b in zip(alive, gone, strict=True)]
+        assert min(counted) > state // 2, f"a state is not seen in the {place}'s memory"
+        assert left < gone[1][place] + state // 2, (place, gone)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import weakref
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from memory import resident_bytes
 from tiny import tiny_model, tiny_rows
 
 from halfbyte import _core
@@ -21,7 +20,7 @@ from halfbyte.models import Decoder
 from halfbyte.offload import ActivationOffload
 from halfbyte.optim import AdamW
 from halfbyte.pager import Pager
-from halfbyte.pressure import Predictor, join_segments
+from halfbyte.pressure import Predictor
 from halfbyte.train import TrainConfig, finetune
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -368,21 +367,6 @@ SHAPE = dict(
 
 
 @pytest.fixture
-def cap():
-    """Limit torch to so many bytes of the device."""
-
-    def limit(nbytes):
-        gc.collect()
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), 0)
-
-    yield limit
-    limit(1 << 60)
-    join_segments(False)
-
-
-@pytest.fixture
 def deterministic(monkeypatch):
     """Attention's gradient without atomic additions: else no two runs are equal, capped or not."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -517,8 +501,3 @@ def test_memory_stays_flat(cap):
     # Copies that are still under way when memory is asked for may cost a segment now and then.
     assert late[0] <= early[0] + (32 << 20) and late[1] == early[1], (early, late)
     assert late[2] <= early[2] + (16 << 20), (early, late)
-
-
-def resident_bytes():
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmRSS:\s*(\d+) kB", status)[1]) << 10
