@@ -309,6 +309,22 @@ def test_predictions_are_learnt_and_err_upwards():
     assert -1 < predictor.quantile(0.5) <= predictor.quantile(0.99)
 
 
+def test_what_is_going_to_be_missing_leaves_before_the_batch(monkeypatch):
+    model = adapted()
+    optimizer = AdamW(adapter_parameters(model), 1e-2)
+    pager = optimizer.pager
+    state = pager.restore()
+    monkeypatch.setattr(Pager, "device", torch.device("cuda"))
+    monkeypatch.setattr(pager_module, "free_memory", lambda device: 1_000_000)
+    pager.predictor.estimate = lambda tokens: 1000 * tokens
+    pager.expect((1, 900), model)
+    assert pager.stats()["evicted_bytes"] == {}
+    pager.expect((1, 1000), model)
+    assert pager.stats()["evicted_bytes"] == {"predicted": state} and pager._offload_from is None
+    pager.expect((2, 3000), model)
+    assert pager._offload_from == 6000, "no state is left to go"
+
+
 def train_config(folder, **changes):
     settings = dict(
         model=tiny_model(),
