@@ -33,6 +33,7 @@ from torch import Tensor
 from halfbyte import LoraConfig, lora, optim
 from halfbyte.models import Decoder
 from halfbyte.plan import Setup, footprint
+from halfbyte.pressure import join_segments
 
 RATE = 2e-4
 CAPS = {"7b": 6, "33b": 24, "65b": 48}
@@ -192,6 +193,7 @@ def lengths(args: argparse.Namespace) -> None:
     training = Training(args.shape, args.r)
     for mix in MIXES:
         run = mixed(mix, args.seq, args.steps)
+        torch.cuda.reset_peak_memory_stats()
         optimizer = training.optimizer("fp32", "device")
         training.step(optimizer, 1, max(run))()
         peak, state = optimizer.pager.peak_bytes(), optimizer.pager.stats()["state_bytes"]
@@ -289,9 +291,10 @@ def memory_held(optimizer: optim.AdamW) -> dict[str, int]:
 
 
 def cap(nbytes: int | None) -> None:
-    """Limit torch to so many bytes of the device, as if there were no more."""
+    """Limit torch to so many bytes of the device, as if there were no more, from a fresh start."""
     gc.collect()
     torch.cuda.empty_cache()
+    join_segments(False)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (nbytes or total) / total), 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,22 @@ def shared() -> Path:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture
+def cap():
+    """Limit torch to so many bytes of the device."""
+    from halfbyte.pressure import join_segments
+
+    def limit(nbytes: int) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), 0)
+
+    yield limit
+    limit(1 << 60)
+    join_segments(False)
 
 
 def pytest_collection_modifyitems(items):

@@ -169,6 +169,32 @@ def test_bitsandbytes_state_is_taken_over_to_the_bit(state):
         assert torch.equal(a, b)
 
 
+def moments(state_dict, params):
+    """(exp_avg, exp_avg_sq) of every parameter in fp32, whoever wrote the 8-bit states."""
+    optimizer = AdamW(copies(params), state="8bit")
+    optimizer.load_state_dict(state_dict)
+    states = optimizer.export("torch")["state"].values()
+    return [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
+
+
+def test_bitsandbytes_makes_the_same_8bit_steps():
+    bnb = pytest.importorskip("bitsandbytes")
+    theirs, grads = problem("cpu", n=((300, 77), (8192,)))
+    reference = bnb.optim.AdamW8bit(theirs, lr=1e-2, weight_decay=0.1)
+    run(reference, theirs, grads[:1])
+    # From one state each time: where a moment lies between two codes both may be taken.
+    for step in grads[1:]:
+        ours = copies(theirs)
+        optimizer = AdamW(ours, 1e-2, weight_decay=0.1, state="8bit")
+        optimizer.load_state_dict(reference.state_dict())
+        for a, b in zip(run(optimizer, ours, [step]), run(reference, theirs, [step]), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
+        mine, other = (moments(of.state_dict(), theirs) for of in (optimizer, reference))
+        for found, expected in zip(mine, other, strict=True):
+            for a, b, widest in zip(found, expected, (0.0142, 0.0071), strict=True):
+                assert (a - b).abs().max() <= widest * b.abs().max(), "one code at most"
+
+
 def test_a_state_may_change_its_width():
     fine, params, grads = trained("fp32")
     for state in ("8bit", "fp32"):

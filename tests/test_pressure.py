@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import weakref
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from memory import resident_bytes
 from tiny import tiny_model, tiny_rows
 
 from halfbyte import _core
@@ -21,7 +20,7 @@ from halfbyte.models import Decoder
 from halfbyte.offload import ActivationOffload
 from halfbyte.optim import AdamW
 from halfbyte.pager import Pager
-from halfbyte.pressure import Predictor, join_segments
+from halfbyte.pressure import Predictor
 from halfbyte.train import TrainConfig, finetune
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -310,6 +309,22 @@ def test_predictions_are_learnt_and_err_upwards():
     assert -1 < predictor.quantile(0.5) <= predictor.quantile(0.99)
 
 
+def test_what_is_going_to_be_missing_leaves_before_the_batch(monkeypatch):
+    model = adapted()
+    optimizer = AdamW(adapter_parameters(model), 1e-2)
+    pager = optimizer.pager
+    state = pager.restore()
+    monkeypatch.setattr(Pager, "device", torch.device("cuda"))
+    monkeypatch.setattr(pager_module, "free_memory", lambda device: 1_000_000)
+    pager.predictor.estimate = lambda tokens: 1000 * tokens
+    pager.expect((1, 900), model)
+    assert pager.stats()["evicted_bytes"] == {}
+    pager.expect((1, 1000), model)
+    assert pager.stats()["evicted_bytes"] == {"predicted": state} and pager._offload_from is None
+    pager.expect((2, 3000), model)
+    assert pager._offload_from == 6000, "no state is left to go"
+
+
 def train_config(folder, **changes):
     settings = dict(
         model=tiny_model(),
@@ -365,21 +380,6 @@ SHAPE = dict(
     head_dim=64,
     max_position_embeddings=8192,
 )
-
-
-@pytest.fixture
-def cap():
-    """Limit torch to so many bytes of the device."""
-
-    def limit(nbytes):
-        gc.collect()
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), 0)
-
-    yield limit
-    limit(1 << 60)
-    join_segments(False)
 
 
 @pytest.fixture
@@ -517,8 +517,3 @@ def test_memory_stays_flat(cap):
     # Copies that are still under way when memory is asked for may cost a segment now and then.
     assert late[0] <= early[0] + (32 << 20) and late[1] == early[1], (early, late)
     assert late[2] <= early[2] + (16 << 20), (early, late)
-
-
-def resident_bytes():
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmRSS:\s*(\d+) kB", status)[1]) << 10

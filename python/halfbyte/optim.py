@@ -89,8 +89,15 @@ class AdamW(torch.optim.Optimizer):
         # The groups of the constructor share pages.
         if self._waiting is not None:
             self._waiting += params
-        else:
+            return
+        placed = len(self.pager.slabs)
+        try:
             self._place(params)
+        except Exception:
+            # What has no pages would never be updated.
+            self.param_groups.pop()
+            del self.pager.slabs[placed:]
+            raise
 
     def _place(self, params: Sequence[Tensor]) -> None:
         """Give parameters pages, a slab for each device and format."""

@@ -95,10 +95,13 @@ class Slab:
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     def promote(self, frames: Iterable[int]) -> int:
-        """Move frames to the device; returns the bytes that came."""
+        """Move frames to the device while it has room in one piece; returns the bytes that came."""
         moved = 0
         for frame in frames:
-            memory = self._memory(frame)
+            try:
+                memory = self._memory(frame)
+            except torch.OutOfMemoryError:
+                break
             self.core.promote(frame, memory)
             moved += memory.numel()
         return moved
