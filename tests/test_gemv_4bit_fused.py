@@ -146,6 +146,21 @@ def test_runs_give_equal_bits_beside_other_work():
         assert torch.equal(gemv_4bit_fused(x, products, gated)[0], first)
 
 
+def test_launches_meet_and_leave_zeros_behind():
+    x, products, gated = case(3)
+    (expected,) = gemv_4bit_fused(x, products, gated)
+    arrived = torch.zeros(4, device="cuda", dtype=torch.int32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        founds = [gemv_4bit_fused(x, products, gated, arrived=arrived)[0] for _ in range(20)]
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(found, expected) for found in founds)
+        assert not arrived.any()
+    with pytest.raises(ValueError, match="arrived"):
+        gemv_4bit_fused(x, products, gated, arrived=arrived.float())
+
+
 def test_a_row_does_not_depend_on_the_others():
     x, products, gated = case(8)
     (whole,) = gemv_4bit_fused(x, products, gated)
@@ -237,7 +252,8 @@ def test_layers_join_a_launch_when_they_can(monkeypatch):
         assert isinstance(layer, LoRALinear)
         torch.nn.init.normal_(layer.lora_B.weight)
     gate, up = layers.values()
-    x, decoding = random(3, 512), Decoding([gate, up], gated=True)
+    zeros = torch.zeros(1, device="cuda", dtype=torch.int32)
+    x, decoding = random(3, 512), Decoding(zeros, [gate, up], gated=True)
     with torch.no_grad():
         expected = swiglu(gate(x), up(x))
         assert launched == []

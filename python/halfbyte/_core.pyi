@@ -252,14 +252,15 @@ def gemv_4bit_fused(
     quant_type: str,
     gated: bool,
     hidden: Tensor | None = None,
+    arrived: Tensor | None = None,
     next: Any = None,
 ) -> None:
     """One to four 4-bit products of x [M, K] with adapter, bias and gate, in one launch.
 
     products, next: as `halfbyte.ops.gemv_4bit_fused` makes them, read by attribute; where gated,
     pairs of gate and up that share an out. hidden: float32 [ceil(K / 2048), M, ranks of all
-    adapters], scratch, which adapters need. GPUs for which
-    `has_gemv_4bit_fused` is true only.
+    adapters], scratch; arrived: int32, its first element zero before and after; adapters need both.
+    GPUs for which `has_gemv_4bit_fused` is true only.
     """
 
 def has_gemv_4bit_fused(device: int) -> bool:

@@ -172,8 +172,12 @@ class Linear4bit(nn.Linear):
 
 
 class Decoding(NamedTuple):
-    """What a decode step reads next, in one launch; gated: a gate and an up projection."""
+    """What a decode step reads next, in one launch; gated: a gate and an up projection.
 
+    arrived: as `gemv_4bit_fused` takes it.
+    """
+
+    arrived: Tensor
     following: Sequence[nn.Module] = ()
     gated: bool = False
 
@@ -238,7 +242,7 @@ def _fused(
     coming = _bases(decoding.following)
     plain = all(map(is_plain, decoding.following, coming))
     following = [(base.weight, base._state()) for base in coming] if plain else []
-    outs = gemv_4bit_fused(rows, products, gated, following, decoding.gated)
+    outs = gemv_4bit_fused(rows, products, gated, following, decoding.gated, decoding.arrived)
     return [out.view(*x.shape[:-1], -1) for out in outs]
 
 

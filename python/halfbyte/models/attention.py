@@ -37,9 +37,9 @@ class Step(NamedTuple):
 
     def decoding(self, *following: nn.Module, gated: bool = False) -> Decoding | None:
         """What `project` takes in a decode step, given the layers that come next."""
-        if self.cache is None or not self.cache.decodes:
+        if self.cache is None or self.cache.arrived is None:
             return None
-        return Decoding(following, gated)
+        return Decoding(self.cache.arrived, following, gated)
 
 
 def spans(windows: Iterable[int | None], positions: Tensor, cached: int) -> dict[int | None, Span]:

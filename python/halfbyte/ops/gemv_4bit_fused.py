@@ -42,7 +42,7 @@ class Product(NamedTuple):
 class _Next(NamedTuple):
     """As the compiled part takes it."""
 
-    weights: Sequence[tuple[Tensor, Tensor, int, int]]
+    weights: Sequence[tuple[Tensor, Tensor, Tensor, int, int]]
     gated: bool
 
 
@@ -97,13 +97,15 @@ def gemv_4bit_fused(
     gated: bool = False,
     following: Sequence[tuple[Tensor, QuantState]] = (),
     following_gated: bool = False,
+    arrived: Tensor | None = None,
 ) -> list[Tensor]:
     """Up to four products of x [M, K], M <= 8, that `fuses`; each [M, N] in x's dtype.
 
     Every rounding is that of the operations one after the other (`gemm_4bit`, the bias' sum, the
     adapter, `swiglu`). gated: the products are a gate and an up projection, and the one result is
     silu(gate) * up. following: (packed, state) of what the next launch reads, a gate and an up
-    projection where following_gated; its beginning is moved to L2 meanwhile.
+    projection where following_gated; its beginning is moved to L2 meanwhile. arrived: int32
+    zeros, which the op leaves as they were; made here where adapters want them and there are none.
 
     Raises ValueError for what does not fit.
     """
@@ -117,10 +119,14 @@ def gemv_4bit_fused(
     ranks = sum(len(p.adapter.a) for p in products if p.adapter is not None)
     shares = (-(-x.shape[1] // CHUNK), len(x), ranks)
     hidden = x.new_empty(shares, dtype=torch.float32) if ranks else None
+    if ranks and arrived is None:
+        arrived = x.new_zeros(1, dtype=torch.int32)
     head = products[0].state
     if not all(_takes(packed, state, head) for packed, state in following):
         following = ()
-    weights = [(packed, state.absmax, *state.shape) for packed, state in following]
+    weights = [
+        (packed, state.absmax, state.nested.absmax, *state.shape) for packed, state in following
+    ]
     after = _Next(weights, following_gated)
-    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, after)
+    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, after)
     return outs

@@ -366,27 +366,29 @@ impl PyFusedProduct<'_> {
     }
 }
 
-/// What the next launch reads: (codes, codes of their scales, N, K) each, in pairs where gated.
+/// What the next launch reads: (codes, codes and scales of their scales, N, K) each, in pairs where gated.
 #[derive(FromPyObject)]
 pub struct PyNext<'py> {
-    weights: Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>, usize, usize)>,
+    weights: Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, usize, usize)>,
     gated: bool,
 }
 
 impl PyNext<'_> {
     fn build(&self, op: &'static str, read: &mut Vec<Tensor>) -> PyResult<Next<'static>> {
         let mut weights = Vec::new();
-        for (packed, absmax, n, k) in &self.weights {
-            let (packed, absmax) = (Tensor::read(op, "next", packed)?, Tensor::read(op, "next", absmax)?);
-            weights.push(NextWeight { packed: packed.as_ref(), absmax: absmax.as_ref(), n: *n, k: *k });
-            read.extend([packed, absmax]);
+        for (packed, absmax, nested, n, k) in &self.weights {
+            let [packed, absmax, nested] = [packed, absmax, nested].map(|next| Tensor::read(op, "next", next));
+            let (packed, absmax, nested) = (packed?, absmax?, nested?);
+            let [packed_ref, absmax_ref, nested_absmax] = [&packed, &absmax, &nested].map(Tensor::as_ref);
+            weights.push(NextWeight { packed: packed_ref, absmax: absmax_ref, nested_absmax, n: *n, k: *k });
+            read.extend([packed, absmax, nested]);
         }
         Next::new(weights, self.gated).map_err(to_py_err)
     }
 }
 
 #[pyfunction]
-#[pyo3(signature = (x, products, quant_type, gated, hidden=None, next=None))]
+#[pyo3(signature = (x, products, quant_type, gated, hidden=None, arrived=None, next=None))]
 pub fn gemv_4bit_fused(
     py: Python<'_>,
     x: Object<'_, '_>,
@@ -394,6 +396,7 @@ pub fn gemv_4bit_fused(
     quant_type: &str,
     gated: bool,
     hidden: Option<Object<'_, '_>>,
+    arrived: Option<Object<'_, '_>>,
     next: Option<PyNext<'_>>,
 ) -> PyResult<()> {
     const OP: &str = "gemv_4bit_fused";
@@ -409,13 +412,14 @@ pub fn gemv_4bit_fused(
         }
     }
     let hidden = hidden.map(|hidden| Tensor::read(OP, "hidden", hidden)).transpose()?;
+    let arrived = arrived.map(|arrived| Tensor::read(OP, "arrived", arrived)).transpose()?;
     // SAFETY: the outputs are checked for overlap before anything runs.
-    let scratch = hidden.as_ref().map(|hidden| unsafe { hidden.as_mut() });
-    written.extend(hidden);
+    let [scratch, word] = [&hidden, &arrived].map(|own| own.as_ref().map(|own| unsafe { own.as_mut() }));
+    written.extend(hidden.into_iter().chain(arrived));
     read.push(Tensor::read(OP, "x", x)?);
     check_overlap(OP, &read.iter().collect::<Vec<_>>(), &written.iter().collect::<Vec<_>>())?;
     let next = next.map_or(Ok(Next::default()), |next| next.build(OP, &mut read))?;
-    let fused = Gemv4bitFused::new(fused, gated, scratch, next).map_err(to_py_err)?;
+    let fused = Gemv4bitFused::new(fused, gated, scratch, word, next).map_err(to_py_err)?;
     call(py, rows.x.device, |backend| backend.gemv_4bit_fused(fused))
 }
 

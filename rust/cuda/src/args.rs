@@ -59,13 +59,6 @@ impl From<Absmax<'_>> for DeviceAbsmax {
     }
 }
 
-impl DeviceAbsmax {
-    /// Of who only needs to know where the codes lie.
-    pub fn of_codes(codes: TensorRef<'_>) -> Self {
-        Self { codes: codes.ptr(), absmax: ptr::null(), map: ptr::null(), offset: 0.0 }
-    }
-}
-
 /// Pointer to an optional tensor; null stands for an absent one.
 pub(crate) fn optional(tensor: Option<TensorRef<'_>>) -> *const c_void {
     tensor.map_or(ptr::null(), |tensor| tensor.ptr())

@@ -10,7 +10,8 @@
 // follows from K alone; thus a row of out depends neither on the other rows of x nor on the number of CTAs.
 //
 // What is summed up may get a bias and an adapter's share and go through SwiGLU, each rounded as the operation of that
-// name rounds it. A launch of its own, in front of this one, makes the adapters' hidden values x A^T.
+// name rounds it. A launch of its own, in front of this one, makes the adapters' hidden values x A^T; it says when x is
+// there, so that the codes are multiplied meanwhile.
 //
 // Between two launches memory would have nothing to do: what the next one reads first is moved to L2 by the end of this
 // one.
@@ -53,9 +54,14 @@ struct Shared {
     Barrier full[STAGES], empty[STAGES], summed[SUM_BUFFERS], taken[SUM_BUFFERS];
 };
 
+// The table and the barriers; whoever copies does not wait for the table.
+__device__ inline void all_ready() { asm volatile("bar.sync 1, %0;" ::"n"(32 * (ALL_WARPS - 1)) : "memory"); }
+__device__ inline void multipliers_meet() { asm volatile("bar.sync 3, %0;" ::"n"(32 * WARPS) : "memory"); }
+__device__ inline void barriers_ready() { asm volatile("bar.sync 2, 64;" ::: "memory"); }
+
 // Moves what the next launch reads first to L2.
 struct Prefetch {
-    const Products& ahead;
+    const Weights& ahead;
     Place place;
 
     __device__ void begin(const Walk&) const {}
@@ -67,17 +73,18 @@ struct Prefetch {
             return;
         place.moves(ahead, item.panel);
         if (const int r = lane_id(); r < PANEL) {
-            const Weight& weight = ahead.parts[place.part].halves[r / HALF];
-            const int64_t block = int64_t(min(place.row(item.panel, r), place.N - 1)) * place.row_blocks + item.block;
-            prefetch_bulk(weight.packed + block * 32, item.blocks * 32);
-            prefetch_l2(weight.absmax.codes + block);
+            const int64_t row = min(place.row(item.panel, r), place.N - 1);
+            const int64_t block = row * place.row_blocks + item.block;
+            prefetch_bulk(of_part(ahead.packed, place.part, r / HALF) + block * 32, item.blocks * 32);
+            prefetch_l2(of_part(ahead.codes, place.part, r / HALF) + block);
+            prefetch_l2(of_part(ahead.nested, place.part, r / HALF) + block / 256);
         }
     }
 };
 
 struct Copy {
     Shared& shared;
-    const Products &products, &ahead;
+    const Weights &weights, &ahead;
     Place place;
     const uint8_t* packed[2];
 
@@ -88,28 +95,31 @@ struct Copy {
             each_item(Walk(ahead), Prefetch{ahead});
     }
 
-    // Rows past the last repeat it.
+    // Rows past the last are not there: what is made of them nobody reads.
     __device__ void run(const Item& item) {
-        if (place.moves(products, item.panel))
+        if (place.moves(weights, item.panel))
             for (int half = 0; half < 2; ++half)
-                packed[half] = products.parts[place.part].halves[half].packed;
+                packed[half] = of_part(weights.packed, place.part, half);
+        if (item.index == 0)
+            barriers_ready();
         Barrier& full = shared.full[item.stage()];
         shared.empty[item.stage()].wait(item.stage_parity() ^ 1);
-        const int64_t row_bytes = place.row_blocks * 32;
         const int bytes = item.blocks * 32;
-        const bool leader = lane_id() == 0;
-        if (leader)
-            full.arrive_expecting(PANEL * bytes);
-        __syncwarp();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint8_t* from = packed[half] + item.block * 32;
-            const int row = place.row(item.panel, half * HALF), last = place.N - 1;
-#pragma unroll
-            for (int r = 0; r < HALF; ++r)
-                copy_bulk(shared.codes[item.stage()][half * HALF + r], from + min(row + r, last) * row_bytes, bytes,
-                          full, leader);
+        int rows[2];
+        for (int half = 0; half < 2; ++half)
+            rows[half] = max(0, min(place.N - place.row(item.panel, half * HALF), HALF));
+        if (elected()) {
+            full.arrive_expecting((rows[0] + rows[1]) * bytes);
+            for (int half = 0; half < 2; ++half) {
+                const int64_t row_bytes = place.row_blocks * 32;
+                const uint8_t* from = packed[half] + place.row(item.panel, half * HALF) * row_bytes + item.block * 32;
+                uint8_t* to = shared.codes[item.stage()][half * HALF];
+#pragma unroll 8
+                for (int r = 0; r < rows[half]; ++r, to += ROW_BYTES, from += row_bytes)
+                    copy_bulk(to, from, bytes, full);
+            }
         }
+        __syncwarp();
     }
 };
 
@@ -136,10 +146,11 @@ struct DecodeScales {
     __device__ void end() const { decode(waiting); }
 
     __device__ void run(const Item& item) {
-        if (place.moves(products, item.panel))
+        if (place.moves(products.weights, item.panel))
             for (int half = 0; half < 2; ++half) {
-                const Absmax& absmax = products.parts[place.part].halves[half].absmax;
-                codes[half] = absmax.codes, nested[half] = absmax.absmax, offset[half] = absmax.offset;
+                codes[half] = of_part(products.weights.codes, place.part, half);
+                nested[half] = of_part(products.weights.nested, place.part, half);
+                offset[half] = of_part(products.offset, place.part, half);
             }
         const int block = item.block + min(lane_id() % QUADS * QUAD, item.blocks - QUAD);
         Raw raw;
@@ -155,9 +166,12 @@ struct DecodeScales {
         waiting = raw;
     }
 
+    // The first are on their way before the table is there.
     __device__ void decode(const Raw& raw) const {
         if (raw.index < 0)
             return;
+        if (raw.index == 0)
+            all_ready();
         const int stage = raw.index % STAGES;
         shared.empty[stage].wait(raw.index / STAGES % 2 ^ 1);
 #pragma unroll
@@ -191,14 +205,25 @@ struct Multiply {
     int warp, rows_x;
     uint4 (&fragments)[QUAD][2];
 
-    __device__ void begin(const Walk&) const { wait_for_previous_kernel(); }
+    __device__ void begin(const Walk&) const { wait_for_x(); }
     __device__ void begin_slice(const Walk&, int block, int blocks) const { load_slice(block, blocks); }
     __device__ void end() const {}
+
+    // Beside adapters x is there before the launch in front, which makes the hidden values, has ended.
+    __device__ void wait_for_x() const {
+        if (products.arrived == nullptr) {
+            wait_for_previous_kernel();
+            return;
+        }
+        if (threadIdx.x == 0)
+            wait_for_announced_end(products.arrived, gridDim.x);
+        multipliers_meet();
+    }
 
     // Elements in the order in which the bytes of W feed the contraction; zeros where x has no row.
     __device__ void load_slice(int block, int blocks) const {
         const int g = lane_id() / 4;
-        const T* x = static_cast<const T*>(products.x) + int64_t(blockIdx.y * TILE + g) * products.K;
+        const T* x = static_cast<const T*>(products.x) + int64_t(blockIdx.y * TILE + g) * products.weights.K;
         const uint4* from = reinterpret_cast<const uint4*>(x + (block + warp * QUAD) * 64 + lane_id() % 4 * 16);
         const bool loads = g < rows_x && warp * QUAD < blocks;
 #pragma unroll
@@ -261,48 +286,43 @@ struct Multiply {
 };
 
 // Multiplies the adapters' hidden values by B on the tensor cores, a panel at a time, beside the warps that multiply
-// codes; it arrives for every item as they do.
-template <typename T>
+// codes; it arrives for every item as they do. B of what comes next is on its way meanwhile.
+template <typename T, typename A>
 struct Adapt {
     Shared& shared;
     const Products& products;
     int rows_x;
-    Place place;
+    int last;    // of the CTA's panels, past it
+    Place place; // of the panel that is multiplied
+    int width;   // ranks of its part, to a multiple of 16
 
-    __device__ void begin(const Walk& walk) const {
-        prefetch(walk);
+    static constexpr int STEPS = 4, RANKS = 16 * STEPS; // on their way at once
+    static constexpr int TOGETHER = 6;                  // chunks of hidden values that are, too
+
+    // Elements of B of one panel: of rows g and g + 8, each at 2 t and the next one, then at 8 more.
+    struct Coming {
+        Place place;
+        const A* rows[2];
+        int ranks[2];
+        A elements[STEPS][4][2];
+    } coming;
+
+    __device__ void begin(const Walk& walk) {
+        last = walk.last;
+        fetch(walk.first, 0);
         wait_for_previous_kernel();
     }
     __device__ void begin_slice(const Walk&, int, int) const {}
     __device__ void end() const {}
 
-    // What this CTA will read of B.
-    __device__ void prefetch(const Walk& walk) const {
-        Place place;
-        for (int panel = walk.first; panel < walk.last; ++panel) {
-            place.moves(products, panel);
-            for (int half = 0; half < 2; ++half) {
-                const Weight& weight = products.parts[place.part].halves[half];
-                const int row_bytes = weight.rank * (products.adapters_fp32 ? 4 : 2);
-                const char* from = static_cast<const char*>(weight.lora_b);
-                const int row = place.row(panel, half * HALF), bytes = min(HALF, place.N - row) * row_bytes;
-                for (int at = lane_id() * 128; at < bytes; at += 32 * 128)
-                    prefetch_l2(from + int64_t(row) * row_bytes + at);
-            }
-        }
-    }
-
     __device__ void run(const Item& item) {
         float total[4] = {};
         if (item.is_last) {
-            if (place.moves(products, item.panel))
-                read_hidden();
+            if (place.moves(products.weights, item.panel))
+                begin_part();
 #pragma unroll 1
-            for (int half = 0; half < (place.gated ? 2 : 1); ++half)
-                if (products.adapters_fp32)
-                    multiply<float>(item, half, total);
-                else
-                    multiply<T>(item, half, total);
+            for (int k = 0; k < width; k += RANKS)
+                multiply(item.panel, k, total);
         }
         shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
         if (item.is_last)
@@ -312,60 +332,102 @@ struct Adapt {
             shared.summed[item.buffer()].arrive();
     }
 
-    __device__ static int padded(const Weight& weight) { return (weight.rank + 15) / 16 * 16; }
-
-    // The part's hidden values, rounded as a linear layer and the scaling behind it round; zeros up to a multiple
-    // of 16.
-    __device__ void read_hidden() const {
-        const int chunks = (products.K + CHUNK - 1) / CHUNK, stride = rows_x * products.ranks;
-#pragma unroll 1
-        for (int half = 0; half < (place.gated ? 2 : 1); ++half) {
-            const Weight& weight = products.parts[place.part].halves[half];
-            const int width = padded(weight);
-#pragma unroll 1
-            for (int i = lane_id(); i < TILE * width; i += 32) {
-                const int m = i / width, k = i - m * width;
-                float dot = 0, factor = 0;
-                if (m < rows_x && k < weight.rank) {
-                    const float* part = products.hidden + m * products.ranks + weight.column + k;
-                    factor = weight.factors == nullptr ? weight.scaling : weight.factors[m * weight.rank + k];
-#pragma unroll 8
-                    for (int chunk = 0; chunk < chunks; ++chunk)
-                        dot += part[chunk * stride];
-                }
-                shared.hidden[m][half * MAX_RANK + k] = narrow<T>(rounded<T>(dot) * factor).bits;
-            }
-        }
+    __device__ void begin_part() {
+        const Adapter(&adapters)[2] = products.adapters[place.part];
+        width = (max(adapters[0].rank, adapters[1].rank) + 15) / 16 * 16;
+        for (int half = 0; half < (place.gated ? 2 : 1); ++half)
+            read_hidden(adapters[half], shared.hidden[lane_id() / 4] + half * MAX_RANK);
         __syncwarp();
     }
 
-    // By the hidden values of one half, which belong to both unless the halves are a gate's and an up projection's.
-    template <typename A>
-    __device__ void multiply(const Item& item, int half, float (&total)[4]) const {
-        const Weight& weight = products.parts[place.part].halves[half];
-        const int g = lane_id() / 4, t = lane_id() % 4, rank = weight.rank;
-        const int row = place.row(item.panel, half * HALF) + g, last = place.N - 1;
-        const A* b = static_cast<const A*>(weight.lora_b);
-        const A* upper = b + min(row, last) * int64_t(rank);
-        const A* lower = place.gated ? upper : b + min(row + HALF, last) * int64_t(rank);
-        const int end_upper = half == 0 ? rank : 0, end_lower = half == 1 || !place.gated ? rank : 0;
-        const uint16_t* hidden = shared.hidden[g] + half * MAX_RANK;
-#pragma unroll 2
-        for (int k = 2 * t; k < padded(weight); k += 16) {
-            const uint32_t of_b[4] = {pair(upper, k, end_upper), pair(lower, k, end_lower),
-                                      pair(upper, k + 8, end_upper), pair(lower, k + 8, end_lower)};
-            multiply_add(T{}, total, of_b, *reinterpret_cast<const uint32_t*>(hidden + k),
-                         *reinterpret_cast<const uint32_t*>(hidden + k + 8));
+    // A half's hidden values as they enter an mma, rounded as a linear layer and the scaling behind it round; zeros up
+    // to the width. Four lanes share a row of x.
+    __device__ void read_hidden(const Adapter& adapter, uint16_t* to) const {
+        const int chunks = (products.weights.K + CHUNK - 1) / CHUNK, stride = rows_x * products.ranks;
+        const int m = lane_id() / 4, rank = m < rows_x ? adapter.rank : 0;
+        const float* from = products.hidden + m * products.ranks + adapter.column;
+        const float* factors = adapter.factors == nullptr ? nullptr : adapter.factors + m * adapter.rank;
+        const float scaling = adapter.scaling;
+#pragma unroll 1
+        for (int k = lane_id() % 4 * 4; k < width; k += 16) {
+            float dots[4] = {};
+#pragma unroll 1
+            for (int chunk = 0; chunk < chunks; chunk += TOGETHER)
+                add_chunks(from + chunk * stride + k, stride, chunks - chunk, rank - k, dots);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float factor = factors != nullptr && k + i < rank ? factors[k + i] : scaling;
+                to[k + i] = narrow<T>(rounded<T>(dots[i]) * factor).bits;
+            }
         }
     }
 
-    // Elements k and k + 1 of a row that ends at `end`, then zeros; rounded to x's dtype, as the layer uses them.
-    // Selected addresses instead of branches: the loads stay side by side.
-    template <typename E>
-    __device__ static uint32_t pair(const E* row, int k, int end) {
-        const float low = widen(row[k < end ? k : 0]), high = widen(row[k + 1 < end ? k + 1 : 0]);
-        return narrow2<T>(k < end ? low : 0.0f, k + 1 < end ? high : 0.0f);
+    // From element `k` of each row on; zeros past its end.
+    __device__ void fetch(int panel, int k) {
+        const int g = lane_id() / 4, t = lane_id() % 4;
+        if (coming.place.moves(products.weights, panel))
+            for (int half = 0; half < 2; ++half)
+                coming.ranks[half] = products.adapters[coming.place.part][half].rank;
+        for (int half = 0; half < 2; ++half) {
+            const int row = min(coming.place.row(panel, half * HALF) + g, coming.place.N - 1);
+            const A* b = static_cast<const A*>(products.adapters[coming.place.part][half].b);
+            coming.rows[half] = b + int64_t(row) * coming.ranks[half];
+        }
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int at = k + 16 * s + i / 2 * 8 + 2 * t + e;
+                    coming.elements[s][i][e] = at < coming.ranks[i % 2] ? coming.rows[i % 2][at] : A{};
+                }
     }
+
+    // Of at most TOGETHER chunks, whose loads are on their way side by side.
+    __device__ static void add_chunks(const float* from, int stride, int chunks, int ranks, float (&dots)[4]) {
+        float parts[TOGETHER][4];
+#pragma unroll
+        for (int chunk = 0; chunk < TOGETHER; ++chunk)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                parts[chunk][i] = chunk < chunks && i < ranks ? from[chunk * stride + i] : 0.0f;
+#pragma unroll
+        for (int chunk = 0; chunk < TOGETHER; ++chunk)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                dots[i] += parts[chunk][i];
+    }
+
+    // Ranks [k, k + RANKS) of a panel. Hidden values of one half belong to both unless the halves are a gate's and an
+    // up projection's.
+    __device__ void multiply(int panel, int k, float (&total)[4]) {
+        uint32_t b[STEPS][4];
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                b[s][i] = narrow2<T>(widen(coming.elements[s][i][0]), widen(coming.elements[s][i][1]));
+        if (k + RANKS < width)
+            fetch(panel, k + RANKS);
+        else if (panel + 1 < last)
+            fetch(panel + 1, 0);
+        const uint16_t* hidden = shared.hidden[lane_id() / 4] + k + lane_id() % 4 * 2;
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) {
+            if (k + 16 * s >= width)
+                break;
+            const uint32_t upper[4] = {b[s][0], place.gated ? 0 : b[s][1], b[s][2], place.gated ? 0 : b[s][3]};
+            multiply_add(T{}, total, upper, word(hidden + 16 * s), word(hidden + 16 * s + 8));
+            if (place.gated) {
+                const uint32_t lower[4] = {0, b[s][1], 0, b[s][3]};
+                const uint16_t* of_up = hidden + MAX_RANK + 16 * s;
+                multiply_add(T{}, total, lower, word(of_up), word(of_up + 8));
+            }
+        }
+    }
+
+    __device__ static uint32_t word(const uint16_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
 };
 
 // Adds the warps' sums in ascending order of K, and those of the slices. A lane has four rows of W and one of x.
@@ -386,7 +448,7 @@ struct Finish {
 
     __device__ void run(const Item& item) {
         const int m = lane_id() / 4, r = lane_id() % 4 * 4;
-        if (place.moves(products, item.panel))
+        if (place.moves(products.weights, item.panel))
             read_part(m, r);
         shared.summed[item.buffer()].wait(item.buffer_parity());
         const float4 sum = add(item, m, r);
@@ -403,10 +465,9 @@ struct Finish {
     }
 
     __device__ void read_part(int m, int r) {
-        const Part& part = products.parts[place.part];
-        out = static_cast<T*>(part.out) + int64_t(blockIdx.y * TILE + m) * place.N;
-        bias = static_cast<const T*>(part.halves[r / HALF].bias);
-        adapted = part.halves[r / HALF].rank > 0;
+        out = static_cast<T*>(products.out[place.part]) + int64_t(blockIdx.y * TILE + m) * place.N;
+        bias = static_cast<const T*>(products.bias[place.part][r / HALF]);
+        adapted = products.adapters[place.part][r / HALF].rank > 0;
     }
 
     // Sums of rows of x that are not there are never used.
@@ -474,45 +535,55 @@ __device__ inline void init_barriers(Shared& shared, bool adapts) {
     Barrier::publish();
 }
 
-// The table and the barriers.
-__device__ inline void all_ready() { asm volatile("bar.sync 1, %0;" ::"n"(32 * ALL_WARPS) : "memory"); }
+// What the table is made of is on its way while the rest is computed.
+template <typename T>
+__device__ void fill_tables(Shared& shared, const Codebook& codebook, const float* map, float gain) {
+    constexpr int THREADS = 32 * WARPS, EIGHTHS = 256 * 8 / THREADS;
+    float scales[EIGHTHS];
+#pragma unroll
+    for (int i = 0; i < EIGHTHS; ++i)
+        scales[i] = __ldg(map + (threadIdx.x + i * THREADS) / 8);
+    const float entry = codebook.values[lane_id() % 16] * gain;
+    fill_table(shared.table, 0, THREADS,
+               [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
+#pragma unroll
+    for (int i = 0; i < EIGHTHS; ++i)
+        fill_eighth(shared.table, 1, threadIdx.x + i * THREADS, __float_as_uint(scales[i]));
+}
 
 template <typename T>
-__device__ void gemv_bulk(const Products& products, const Products& ahead, const Codebook& codebook, float gain) {
+__device__ void gemv_bulk(const Products& products, const Weights& ahead, const Codebook& codebook, float gain) {
     extern __shared__ uint4 dynamic[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     let_next_kernel_start();
     const int warp = threadIdx.x / 32;
     const Table table = Table::first(dynamic);
     const int rows_x = min(products.rows_x - int(blockIdx.y) * TILE, TILE);
-    const Walk walk(products);
+    const Walk walk(products.weights);
 
     if (warp < WARPS) {
-        const float entry = codebook.values[lane_id() % 16] * gain;
-        const float* map = products.parts[0].halves[0].absmax.map;
-        fill_table(shared.table, 0, 32 * WARPS,
-                   [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
-        fill_table(shared.table, 1, 32 * WARPS, [&](int b) { return __float_as_uint(__ldg(map + b)); });
+        fill_tables<T>(shared, codebook, products.map, gain);
         all_ready();
         uint4 fragments[QUAD][2];
         each_item(walk, Multiply<T>{shared, products, table, warp, rows_x, fragments});
-        return;
-    }
-    if (warp == WARPS) {
-        if (lane_id() == 0)
+    } else if (warp == WARPS) {
+        each_item(walk, Copy{shared, products.weights, ahead});
+    } else if (warp == WARPS + 1) {
+        each_item(walk, DecodeScales{shared, products, table});
+    } else if (warp == WARPS + 2) {
+        if (elected())
             init_barriers(shared, products.ranks > 0);
         __syncwarp();
-        asm volatile("bar.arrive 1, %0;" ::"n"(32 * ALL_WARPS) : "memory");
-        each_item(walk, Copy{shared, products, ahead});
-        return;
-    }
-    all_ready();
-    if (warp == WARPS + 1)
-        each_item(walk, DecodeScales{shared, products, table});
-    else if (warp == WARPS + 2)
+        barriers_ready();
+        all_ready();
         each_item(walk, Finish<T>{shared, products, rows_x, 1.0f / gain});
-    else if (products.ranks > 0)
-        each_item(walk, Adapt<T>{shared, products, rows_x});
+    } else {
+        all_ready();
+        if (products.ranks > 0 && products.adapters_fp32)
+            each_item(walk, Adapt<T, float>{shared, products, rows_x});
+        else if (products.ranks > 0)
+            each_item(walk, Adapt<T, T>{shared, products, rows_x});
+    }
 }
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for so much");
@@ -520,7 +591,7 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for so much");
 #else
 
 template <typename T>
-__device__ void gemv_bulk(const Products&, const Products&, const Codebook&, float) {}
+__device__ void gemv_bulk(const Products&, const Weights&, const Codebook&, float) {}
 
 #endif
 
@@ -529,7 +600,7 @@ __device__ void gemv_bulk(const Products&, const Products&, const Codebook&, flo
 // most TILE rows of x.
 #define GEMV_4BIT_BULK(T, dtype)                                                                                       \
     extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1)                                                    \
-        gemv_4bit_bulk_##dtype(const __grid_constant__ Products products, const __grid_constant__ Products ahead,      \
+        gemv_4bit_bulk_##dtype(const __grid_constant__ Products products, const __grid_constant__ Weights ahead,       \
                                const __grid_constant__ Codebook codebook, float gain) {                                \
         gemv_bulk<T>(products, ahead, codebook, gain);                                                                 \
     }
@@ -553,11 +624,11 @@ __device__ float dot8(float sum, const Raw8<T>& a, const Raw8<T>& b) {
 // What one chunk of K gives to one hidden value, for every row of x. A's elements are rounded to x's dtype, as the
 // layer uses them; they are here before x is.
 template <typename T, typename A>
-__device__ void make_hidden(const Products& products, const Weight& weight) {
+__device__ void make_hidden(const Products& products, const Adapter& adapter) {
     __shared__ float sums[TILE][HIDDEN_THREADS / 32];
-    const int r = blockIdx.x - weight.column, K = products.K, first = blockIdx.y * CHUNK + threadIdx.x * 16;
+    const int r = blockIdx.x - adapter.column, K = products.weights.K, first = blockIdx.y * CHUNK + threadIdx.x * 16;
     const bool reads = first < K;
-    const A* a = static_cast<const A*>(weight.lora_a) + int64_t(r) * K + first;
+    const A* a = static_cast<const A*>(adapter.a) + int64_t(r) * K + first;
     const T* x = static_cast<const T*>(products.x) + first;
     Raw8<T> of_a[2]{};
     for (int i = 0; i < 2; ++i)
@@ -567,6 +638,8 @@ __device__ void make_hidden(const Products& products, const Weight& weight) {
             of_a[i].pack(v);
         }
     wait_for_previous_kernel();
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
+        announce_end(products.arrived);
 #pragma unroll 2
     for (int m = 0; m < products.rows_x; ++m) {
         float dot = 0;
@@ -598,11 +671,11 @@ __device__ void make_hidden(const Products& products, const Weight& weight) {
     extern "C" __global__ void __launch_bounds__(HIDDEN_THREADS, 16)                                                   \
         gemv_4bit_hidden_##dtype(const __grid_constant__ Products products) {                                          \
         let_next_kernel_start();                                                                                       \
-        const Weight& weight = adapter_of(products, blockIdx.x);                                                       \
+        const Adapter& adapter = adapter_of(products, blockIdx.x);                                                     \
         if (products.adapters_fp32)                                                                                    \
-            make_hidden<T, float>(products, weight);                                                                   \
+            make_hidden<T, float>(products, adapter);                                                                  \
         else                                                                                                           \
-            make_hidden<T, T>(products, weight);                                                                       \
+            make_hidden<T, T>(products, adapter);                                                                      \
     }
 
 GEMV_4BIT_HIDDEN(f16, f16)

@@ -3,10 +3,10 @@ use std::ptr;
 
 use halfbyte_core::codebook::{FP4, INT4, NF4};
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
-use halfbyte_core::ops::gemv_4bit_fused::{CHUNK, FusedProduct, Gemv4bitFused, Next};
-use halfbyte_core::{Absmax, DType, Error, QuantType, Result};
+use halfbyte_core::ops::gemv_4bit_fused::{Adapter, CHUNK, Gemv4bitFused, Next, NextWeight};
+use halfbyte_core::{Absmax, DType, Error, QuantType, Result, TensorMut};
 
-use crate::args::{DeviceAbsmax, KernelArg, aligned, args, optional};
+use crate::args::{KernelArg, aligned, args, optional};
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 
 /// The products, and the adapters' hidden values; by x's dtype.
@@ -35,47 +35,54 @@ const EARLY_BYTES: usize = 8 << 20;
 const MOST_WEIGHTS: usize = 1 << 38;
 const MOST_ROWS: usize = 1 << 30;
 
-/// `struct Weight` of the kernels.
+/// Of each part, of both halves of its panels.
+type OfParts<V> = [[V; 2]; MAX_PARTS];
+
+/// `struct Weights` of the kernels.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Weights {
+    k: i32,
+    slice: i32,
+    share: i32,
+    rest: i32,
+    early: i32,
+    gated: bool,
+    n: [i32; MAX_PARTS],
+    first_panel: [i32; MAX_PARTS],
+    packed: OfParts<*const c_void>,
+    codes: OfParts<*const c_void>,
+    nested: OfParts<*const c_void>,
+}
+
+/// `struct Adapter` of the kernels.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Weight {
-    packed: *const c_void,
-    absmax: DeviceAbsmax,
-    bias: *const c_void,
-    lora_a: *const c_void,
-    lora_b: *const c_void,
+struct LowRank {
+    a: *const c_void,
+    b: *const c_void,
     factors: *const c_void,
     scaling: f32,
     rank: i32,
     column: i32,
 }
 
-/// `struct Part` of the kernels.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Part {
-    halves: [Weight; 2],
-    out: *mut c_void,
-    n: i32,
-    first_panel: i32,
-}
-
 /// `struct Products` of the kernels.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Products {
-    parts: [Part; MAX_PARTS],
+    weights: Weights,
+    offset: OfParts<f32>,
+    map: *const c_void,
     x: *const c_void,
     hidden: *mut c_void,
-    k: i32,
-    slice: i32,
-    share: i32,
-    rest: i32,
+    arrived: *mut c_void,
     rows_x: i32,
     ranks: i32,
-    early: i32,
-    gated: bool,
     adapters_fp32: bool,
+    out: [*mut c_void; MAX_PARTS],
+    bias: OfParts<*const c_void>,
+    adapters: OfParts<LowRank>,
 }
 
 #[repr(C)]
@@ -83,6 +90,7 @@ struct Products {
 pub(crate) struct Codebook([f32; 16]);
 
 impl KernelArg for Products {}
+impl KernelArg for Weights {}
 impl KernelArg for Codebook {}
 
 /// What the kernels take as one launch: products of one x, of one codebook and one map of scales.
@@ -127,147 +135,204 @@ pub(crate) fn codebook(quant_type: QuantType) -> (Codebook, f32) {
     }
 }
 
+/// One weight as both readers of `Weights` know it.
+#[derive(Clone, Copy)]
+struct Weight {
+    packed: *const c_void,
+    codes: *const c_void,
+    nested: *const c_void,
+    n: usize,
+}
+
 impl Weight {
-    fn none() -> Self {
-        // SAFETY: numbers and pointers, of which zeros are values.
-        unsafe { std::mem::zeroed() }
-    }
-
-    fn plain(product: &Gemv4bit<'_>) -> Self {
-        Self { packed: product.packed.ptr(), absmax: DeviceAbsmax::from(product.absmax), ..Self::none() }
-    }
-
-    fn fused(fused: &FusedProduct<'_>, column: &mut usize) -> Self {
-        let mut weight = Self { bias: optional(fused.bias), ..Self::plain(&fused.product) };
-        if let Some(adapter) = &fused.adapter {
-            (weight.lora_a, weight.lora_b) = (adapter.a.ptr(), adapter.b.ptr());
-            (weight.factors, weight.scaling) = (optional(adapter.factors), adapter.scaling);
-            (weight.rank, weight.column) = (adapter.rank as i32, *column as i32);
-            *column += adapter.rank;
-        }
-        weight
-    }
-}
-
-impl Part {
-    fn new(halves: [Weight; 2], product: &Gemv4bit<'_>) -> Self {
-        Self { halves, out: product.out.ptr(), n: product.shape.n as i32, first_panel: 0 }
-    }
-}
-
-impl Products {
-    /// Of parts that do not know yet where they begin, in panels; and the CTAs for them.
-    fn new(given: &[Part], k: usize, gated: bool, multiprocessors: usize) -> (Self, usize) {
-        let rows = if gated { HALF } else { PANEL };
-        let mut panels = 0;
-        let parts = std::array::from_fn(|i| {
-            let part = Part { first_panel: panels as i32, ..given[i.min(given.len() - 1)] };
-            if i < given.len() {
-                panels += (part.n as usize).div_ceil(rows);
-            }
-            part
-        });
-        let ctas = panels.min(multiprocessors).max(1);
-        let blocks = k / BLOCKSIZE;
-        let products = Self {
-            parts,
-            x: ptr::null(),
-            hidden: ptr::null_mut(),
-            k: k as i32,
-            slice: blocks.div_ceil(blocks.div_ceil(SLICE)).next_multiple_of(QUAD) as i32,
-            share: (panels / ctas) as i32,
-            rest: (panels % ctas) as i32,
-            rows_x: 0,
-            ranks: 0,
-            early: 0,
-            gated,
-            adapters_fp32: false,
+    fn new(product: &Gemv4bit<'_>) -> Self {
+        let (codes, nested) = match product.absmax {
+            Absmax::Nested { codes, absmax, .. } => (codes.ptr(), absmax.ptr()),
+            Absmax::Plain { .. } => (ptr::null(), ptr::null()),
         };
-        (products, ctas)
+        Self { packed: product.packed.ptr(), codes, nested, n: product.shape.n }
     }
+}
 
+impl From<&NextWeight<'_>> for Weight {
+    fn from(next: &NextWeight<'_>) -> Self {
+        Self { packed: next.packed.ptr(), codes: next.absmax.ptr(), nested: next.nested_absmax.ptr(), n: next.n }
+    }
+}
+
+impl Weights {
     fn none() -> Self {
         // SAFETY: numbers and pointers, of which zeros are values; without early items nobody looks at the rest.
         unsafe { std::mem::zeroed() }
     }
 
+    /// One to four weights, or pairs of them where gated; and the CTAs for them.
+    fn new(given: &[Weight], k: usize, gated: bool, multiprocessors: usize) -> (Self, usize) {
+        let (rows, parts) = if gated { (HALF, pairs(given)) } else { (PANEL, twice(given)) };
+        let (mut weights, blocks, mut panels) = (Self::none(), k / BLOCKSIZE, 0);
+        (weights.k, weights.gated) = (k as i32, gated);
+        weights.slice = blocks.div_ceil(blocks.div_ceil(SLICE)).next_multiple_of(QUAD) as i32;
+        for i in 0..MAX_PARTS {
+            let halves = parts[i.min(parts.len() - 1)];
+            weights.n[i] = halves[0].n as i32;
+            weights.first_panel[i] = panels as i32;
+            weights.packed[i] = halves.map(|weight| weight.packed);
+            weights.codes[i] = halves.map(|weight| weight.codes);
+            weights.nested[i] = halves.map(|weight| weight.nested);
+            if i < parts.len() {
+                panels += halves[0].n.div_ceil(rows);
+            }
+        }
+        let ctas = panels.min(multiprocessors).max(1);
+        (weights.share, weights.rest) = ((panels / ctas) as i32, (panels % ctas) as i32);
+        (weights, ctas)
+    }
+
     fn next(next: &Next<'_>, multiprocessors: usize) -> Self {
-        let weights: Vec<_> = next.weights().collect();
-        let Some(first) = weights.first() else { return Self::none() };
-        let parts: Vec<_> = weights
-            .chunks(if next.gated { 2 } else { 1 })
-            .map(|pair| {
-                let halves = [pair[0], pair[pair.len() - 1]];
-                let halves = halves.map(|weight| Weight {
-                    packed: weight.packed.ptr(),
-                    absmax: DeviceAbsmax::of_codes(weight.absmax),
-                    ..Weight::none()
-                });
-                Part { halves, out: ptr::null_mut(), n: pair[0].n as i32, first_panel: 0 }
+        let given: Vec<_> = next.weights().map(Weight::from).collect();
+        let Some(first) = next.weights().next() else { return Self::none() };
+        let (mut weights, ctas) = Self::new(&given, first.k, next.gated, multiprocessors);
+        let item = PANEL * weights.slice as usize * BLOCKSIZE / 2;
+        weights.early = (EARLY_BYTES / (ctas * item)) as i32;
+        weights
+    }
+}
+
+fn pairs<V: Copy>(given: &[V]) -> Vec<[V; 2]> {
+    given.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect()
+}
+
+fn twice<V: Copy>(given: &[V]) -> Vec<[V; 2]> {
+    given.iter().map(|&one| [one; 2]).collect()
+}
+
+impl LowRank {
+    fn none() -> Self {
+        let none = ptr::null();
+        Self { a: none, b: none, factors: none, scaling: 0.0, rank: 0, column: 0 }
+    }
+
+    fn new(adapter: &Adapter<'_>, column: usize) -> Self {
+        Self {
+            a: adapter.a.ptr(),
+            b: adapter.b.ptr(),
+            factors: optional(adapter.factors),
+            scaling: adapter.scaling,
+            rank: adapter.rank as i32,
+            column: column as i32,
+        }
+    }
+}
+
+impl Products {
+    /// Of one x, without what may stand beside them; and the CTAs for them.
+    fn new(given: &[&Gemv4bit<'_>], gated: bool, multiprocessors: usize) -> (Self, usize) {
+        let head = given[0];
+        let each: Vec<_> = given.iter().map(|product| Weight::new(product)).collect();
+        let (weights, ctas) = Weights::new(&each, head.shape.k, gated, multiprocessors);
+        let offsets: Vec<_> = given.iter().map(|product| offset_of(product)).collect();
+        let outs: Vec<_> = given.iter().map(|product| product.out.ptr()).collect();
+        let products = Self {
+            weights,
+            offset: of_parts(&offsets, gated, 0.0),
+            map: map_of(head),
+            x: head.x.ptr(),
+            hidden: ptr::null_mut(),
+            arrived: ptr::null_mut(),
+            rows_x: head.shape.m as i32,
+            ranks: 0,
+            adapters_fp32: false,
+            out: of_parts(&outs, gated, ptr::null_mut()).map(|halves| halves[0]),
+            bias: [[ptr::null(); 2]; MAX_PARTS],
+            adapters: [[LowRank::none(); 2]; MAX_PARTS],
+        };
+        (products, ctas)
+    }
+
+    /// With biases and adapters.
+    fn fused(mut self, fused: &Gemv4bitFused<'_>) -> Self {
+        let biases: Vec<_> = fused.products().map(|product| optional(product.bias)).collect();
+        let mut column = 0;
+        let adapters: Vec<_> = fused
+            .products()
+            .map(|product| {
+                product.adapter.as_ref().map_or(LowRank::none(), |adapter| {
+                    column += adapter.rank;
+                    LowRank::new(adapter, column - adapter.rank)
+                })
             })
             .collect();
-        let (mut products, ctas) = Self::new(&parts, first.k, next.gated, multiprocessors);
-        let item = PANEL * products.slice as usize * BLOCKSIZE / 2;
-        products.early = (EARLY_BYTES / (ctas * item)) as i32;
-        products
+        self.bias = of_parts(&biases, fused.gated, ptr::null());
+        self.adapters = of_parts(&adapters, fused.gated, LowRank::none());
+        self.ranks = column as i32;
+        self.adapters_fp32 = fused.adapters().any(|adapter| adapter.a.dtype() == DType::F32);
+        if column > 0 {
+            let scratch = |own: &Option<TensorMut<'_>>| own.as_ref().map_or(ptr::null_mut(), |own| own.ptr());
+            (self.hidden, self.arrived) = (scratch(&fused.hidden), scratch(&fused.arrived));
+        }
+        self
+    }
+}
+
+/// What belongs to each product, laid out by parts.
+fn of_parts<V: Copy>(given: &[V], gated: bool, none: V) -> OfParts<V> {
+    let parts = if gated { pairs(given) } else { twice(given) };
+    std::array::from_fn(|i| parts.get(i).copied().unwrap_or([none; 2]))
+}
+
+fn offset_of(product: &Gemv4bit<'_>) -> f32 {
+    match product.absmax {
+        Absmax::Nested { offset, .. } => offset,
+        Absmax::Plain { .. } => 0.0,
     }
 }
 
 /// `products` as `fits` has seen them.
 pub(crate) fn launch(launcher: &Launcher, products: &[Gemv4bit<'_>]) -> Result<()> {
-    let parts: Vec<_> = products.iter().map(|product| Part::new([Weight::plain(product); 2], product)).collect();
-    launch_parts(launcher, &products[0], &parts, false, |_| (), &Next::default())
+    let multiprocessors = launcher.limits().multiprocessors;
+    let (launched, ctas) = Products::new(&products.iter().collect::<Vec<_>>(), false, multiprocessors);
+    launch_products(launcher, &products[0], launched, ctas, Weights::none())
 }
 
 pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Result<()> {
-    let given: Vec<_> = fused.products().collect();
-    let head = &given[0].product;
+    let given: Vec<_> = fused.products().map(|product| &product.product).collect();
+    let head = given[0];
     let misfits = |other: &Gemv4bit<'_>| !fits_alone(other) || map_of(other) != map_of(head);
-    if let Some(other) = given.iter().find(|other| misfits(&other.product) || !runs_on(launcher.limits())) {
+    if let Some(other) = given.iter().find(|other| misfits(other) || !runs_on(launcher.limits())) {
         let expected = "double quantization with one map, blocks of 64, K a multiple of 256, aligned to 16 bytes, and \
                         a GPU of compute capability 9.0 or later";
-        let got = format!("{:?}", other.product.shape);
+        let got = format!("{:?}", other.shape);
         return Err(Error::Argument { op: "gemv_4bit_fused", name: "packed", expected, got });
     }
     if head.shape.m * head.shape.n == 0 {
         return Ok(());
     }
-    let mut column = 0;
-    let mut parts = Vec::new();
-    for pair in given.chunks(if fused.gated { 2 } else { 1 }) {
-        let first = Weight::fused(pair[0], &mut column);
-        let second = pair.get(1).map_or(first, |second| Weight::fused(second, &mut column));
-        parts.push(Part::new([first, second], &pair[0].product));
-    }
-    let adapt = |products: &mut Products| {
-        products.hidden = fused.hidden.as_ref().map_or(ptr::null_mut(), |hidden| hidden.ptr());
-        products.ranks = column as i32;
-        products.adapters_fp32 = fused.adapters().any(|adapter| adapter.a.dtype() == DType::F32);
-    };
-    launch_parts(launcher, head, &parts, fused.gated, adapt, &fused.next)
-}
-
-fn launch_parts(
-    launcher: &Launcher,
-    head: &Gemv4bit<'_>,
-    parts: &[Part],
-    gated: bool,
-    adapt: impl FnOnce(&mut Products),
-    next: &Next<'_>,
-) -> Result<()> {
     let multiprocessors = launcher.limits().multiprocessors;
-    let (mut products, ctas) = Products::new(parts, head.shape.k, gated, multiprocessors);
-    (products.x, products.rows_x) = (head.x.ptr(), head.shape.m as i32);
-    adapt(&mut products);
-    let half = usize::from(head.x.dtype() == DType::BF16);
+    let (products, ctas) = Products::new(&given, fused.gated, multiprocessors);
+    let products = products.fused(fused);
     if products.ranks > 0 {
         let grid = (extent(products.ranks as usize), extent(head.shape.k.div_ceil(CHUNK)), 1);
         let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared: 0, overlaps: true };
-        launcher.launch(&FAMILY, KERNELS[2 + half], geometry, args![products])?;
+        launcher.launch(&FAMILY, KERNELS[2 + dtype(head)], geometry, args![products])?;
     }
-    let ahead = Products::next(next, multiprocessors);
+    launch_products(launcher, head, products, ctas, Weights::next(&fused.next, multiprocessors))
+}
+
+fn launch_products(
+    launcher: &Launcher,
+    head: &Gemv4bit<'_>,
+    products: Products,
+    ctas: usize,
+    ahead: Weights,
+) -> Result<()> {
     let (codebook, gain) = codebook(head.quant_type);
-    launcher.launch(&FAMILY, KERNELS[half], geometry(ctas, head.shape.m), args![products, ahead, codebook, gain])
+    let geometry = geometry(ctas, head.shape.m);
+    launcher.launch(&FAMILY, KERNELS[dtype(head)], geometry, args![products, ahead, codebook, gain])
+}
+
+/// Of x, among the kernels.
+fn dtype(product: &Gemv4bit<'_>) -> usize {
+    usize::from(product.x.dtype() == DType::BF16)
 }
 
 fn geometry(ctas: usize, m: usize) -> Geometry {

@@ -41,12 +41,15 @@ struct Table {
     __device__ float scale(uint32_t word, int i) const { return *reinterpret_cast<const float*>(row(word, i) + 128); }
 };
 
-// `value(b)` into the first (half 0) or second 128 bytes of each row b, by the CTA's first `threads`; eight a row.
+// An eighth of the first (half 0) or second 128 bytes of a row: the i-th of all rows.
+__device__ inline void fill_eighth(uint4* table, int half, int i, uint32_t value) {
+    table[i / 8 * 16 + half * 8 + i % 8] = make_uint4(value, value, value, value);
+}
+
+// `value(b)` into one half of each row b, by the CTA's first `threads`; eight a row.
 template <typename Value>
 __device__ void fill_table(uint4* table, int half, int threads, const Value& value) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < 256 * 8; i += threads) {
-        const uint32_t v = value(i / 8);
-        table[i / 8 * 16 + half * 8 + i % 8] = make_uint4(v, v, v, v);
-    }
+    for (int i = threadIdx.x; i < 256 * 8; i += threads)
+        fill_eighth(table, half, i, value(i / 8));
 }

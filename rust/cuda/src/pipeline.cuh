@@ -37,15 +37,24 @@ struct Barrier {
     }
 };
 
-// From global into shared memory; addresses and size are multiples of 16. The whole warp calls, its `leader` copies:
-// values that all lanes share then stay in uniform registers, where the instruction wants them.
-__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier& done, bool leader) {
+// One lane of the warp, of which the compiler knows that it is one: what it computes stays in uniform registers, where
+// bulk copies want it.
+__device__ inline bool elected() {
+    uint32_t leads;
     asm volatile("{\n"
                  ".reg .pred leads;\n"
-                 "setp.ne.b32 leads, %4, 0;\n"
-                 "@leads cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n"
-                 "}" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(&done)), "r"(int(leader))
+                 "elect.sync _|leads, 0xffffffff;\n"
+                 "selp.u32 %0, 1, 0, leads;\n"
+                 "}"
+                 : "=r"(leads));
+    return leads;
+}
+
+// From global into shared memory; addresses and size are multiples of 16.
+__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier& done) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(&done))
                  : "memory");
 }
 

@@ -1,9 +1,7 @@
 // What a launch of gemv_4bit_bulk is asked to do, and the order in which a CTA does it.
 #pragma once
 #include <limits.h>
-
-#include "absmax.cuh"
-#include "scalars.cuh"
+#include <stdint.h>
 
 constexpr int MAX_PARTS = 4;
 constexpr int PANEL = 16; // rows of W of one mma
@@ -14,38 +12,65 @@ constexpr int CHUNK = 2048; // elements of K that make a share of a hidden value
 constexpr int STAGES = 2;
 constexpr int SUM_BUFFERS = 2;
 
-// A weight [N, K] and the adapter beside it, laid out as the launcher's `Weight`.
-struct Weight {
-    const uint8_t* packed;
-    Absmax absmax;
-    const void* bias;     // [N] or null
-    const void* lora_a;   // [rank, K], fp32 or as x
-    const void* lora_b;   // [N, rank]
+// Rows 0..7 of a panel come from a part's first weight, 8..15 from its second: where both are one weight a panel is 16
+// of its rows, of a gate and an up projection it is 8 of each.
+template <typename V>
+using OfParts = V[MAX_PARTS][2];
+
+// The weights [N, K] of all products, laid out as the launcher's `Weights`. A launch begins with reading this, and what
+// lies together comes together: first what says where to go, then each kind of pointer.
+struct alignas(64) Weights {
+    int K, slice;                             // blocks of a slice of K
+    int share, rest;                          // panels of each CTA, and one more for the first so many
+    int early;                                // items of each CTA that may be moved to L2 before the launch
+    bool gated;                               // parts are pairs of gate and up
+    int N[MAX_PARTS], first_panel[MAX_PARTS]; // parts that are not there begin past the last panel
+    OfParts<const uint8_t*> packed, codes;    // codes of the scales
+    OfParts<const float*> nested;             // scales of the scales
+};
+
+// The adapter beside a weight.
+struct Adapter {
+    const void* a;        // [rank, K], fp32 or as x
+    const void* b;        // [N, rank]
     const float* factors; // [rows of x, rank], null where scaling is all
     float scaling;
     int rank, column; // 0 without an adapter; the first of its hidden values among all
 };
 
-// One product and where it goes. Rows 0..7 of a panel come from the first weight, 8..15 from the second: of one weight
-// a panel is 16 rows, of a gate and an up projection it is 8 of each.
-struct Part {
-    Weight halves[2];
-    void* out;
-    int N, first_panel;
-};
-
 // Products of one x, laid out as the launcher's `Products`.
 struct Products {
-    Part parts[MAX_PARTS]; // those that are not there begin past the last panel
+    Weights weights;
+    OfParts<float> offset; // of the scales
+    const float* map;      // of the scales' codes
     const void* x;         // [rows_x, K]
     float* hidden;         // [chunks of K, rows_x, ranks], of the adapters
-    int K, slice;          // blocks of a slice of K
-    int share, rest;       // panels of each CTA, and one more for the first so many
+    uint32_t* arrived;     // zero; null without adapters
     int rows_x, ranks;
-    int early;          // items of each CTA that may be moved to L2 before the launch
-    bool gated;         // parts are pairs of gate and up
     bool adapters_fp32; // else as x
+    void* out[MAX_PARTS];
+    OfParts<const void*> bias; // [N] or null
+    OfParts<Adapter> adapters;
 };
+
+// What belongs to a part. No index: all are read at once, and parameters are far away.
+template <typename V>
+__device__ V of_part(const V (&values)[MAX_PARTS], int part) {
+    V value = values[0];
+#pragma unroll
+    for (int i = 1; i < MAX_PARTS; ++i)
+        value = part == i ? values[i] : value;
+    return value;
+}
+
+template <typename V>
+__device__ V of_part(const OfParts<V>& values, int part, int half) {
+    V value = values[0][half];
+#pragma unroll
+    for (int i = 1; i < MAX_PARTS; ++i)
+        value = part == i ? values[i][half] : value;
+    return value;
+}
 
 // One panel of one slice of K.
 struct Item {
@@ -63,9 +88,9 @@ struct Item {
 struct Walk {
     int first, last, blocks, slice;
 
-    __device__ explicit Walk(const Products& products) : blocks(products.K / 64), slice(products.slice) {
-        first = blockIdx.x * products.share + min(int(blockIdx.x), products.rest);
-        last = first + products.share + (int(blockIdx.x) < products.rest);
+    __device__ explicit Walk(const Weights& weights) : blocks(weights.K / 64), slice(weights.slice) {
+        first = blockIdx.x * weights.share + min(int(blockIdx.x), weights.rest);
+        last = first + weights.share + (int(blockIdx.x) < weights.rest);
     }
 
     // `job(block, blocks)` for each slice.
@@ -93,25 +118,26 @@ __device__ void each_item(const Walk& walk, Job&& job) {
     job.end();
 }
 
-// Where a panel lies. The parameters are far away when they are indexed: what a part says stays in registers.
+// Where a panel lies; what a part says stays in registers.
 struct Place {
     int part, begin = 0, end = 0; // panels of the part
     int N, row_blocks;
     bool gated;
 
     // Whether the panel lies in another part than the one before.
-    __device__ bool moves(const Products& products, int panel) {
+    __device__ bool moves(const Weights& weights, int panel) {
         if (panel >= begin && panel < end)
             return false;
-        part = 0;
-        while (part + 1 < MAX_PARTS && panel >= products.parts[part + 1].first_panel)
-            ++part;
-        begin = products.parts[part].first_panel;
-        // Parts that are not there begin where the last one ends.
-        end = part + 1 < MAX_PARTS ? products.parts[part + 1].first_panel : INT_MAX;
-        if (end <= begin)
-            end = INT_MAX;
-        N = products.parts[part].N, row_blocks = products.K / 64, gated = products.gated;
+        part = 0, begin = 0, end = INT_MAX;
+#pragma unroll
+        for (int i = 1; i < MAX_PARTS; ++i) {
+            const int first = weights.first_panel[i];
+            if (panel >= first)
+                part = i, begin = first;
+            else
+                end = min(end, first);
+        }
+        N = of_part(weights.N, part), row_blocks = weights.K / 64, gated = weights.gated;
         return true;
     }
 
@@ -121,14 +147,14 @@ struct Place {
     }
 };
 
-// The weight whose adapter has the hidden value `r`.
-__device__ inline const Weight& adapter_of(const Products& products, int r) {
+// The adapter that has the hidden value `r`.
+__device__ inline const Adapter& adapter_of(const Products& products, int r) {
     int i = 0;
     while (i + 1 < 2 * MAX_PARTS) {
-        const Weight& weight = products.parts[i / 2].halves[i % 2];
-        if (r >= weight.column && r < weight.column + weight.rank)
+        const Adapter& adapter = products.adapters[i / 2][i % 2];
+        if (r >= adapter.column && r < adapter.column + adapter.rank)
             break;
         ++i;
     }
-    return products.parts[i / 2].halves[i % 2];
+    return products.adapters[i / 2][i % 2];
 }

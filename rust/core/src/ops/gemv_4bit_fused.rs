@@ -87,8 +87,9 @@ impl<'a> FusedProduct<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct NextWeight<'a> {
     pub packed: TensorRef<'a>,
-    /// u8, of double quantization
+    /// u8, of double quantization, and its f32 scales
     pub absmax: TensorRef<'a>,
+    pub nested_absmax: TensorRef<'a>,
     pub n: usize,
     pub k: usize,
 }
@@ -122,6 +123,9 @@ impl<'a> Next<'a> {
             let (size, device) = (weight.n * weight.k, first.packed.device());
             arg(OP, "next", weight.packed).dtype(DType::U8)?.numel(size.div_ceil(2), "N x K, two codes a byte")?;
             arg(OP, "next", weight.absmax).dtype(DType::U8)?.numel(size.div_ceil(64), "a scale a block")?;
+            arg(OP, "next", weight.nested_absmax)
+                .dtype(DType::F32)?
+                .numel(size.div_ceil(64 * 256), "a scale's scale")?;
             arg(OP, "next", weight.packed).on(device, "next")?.aligned_to(16)?;
             if weight.k != first.k || weight.k % 256 != 0 {
                 return wrong("next", "one K, a multiple of 256", weight.k.to_string());
@@ -139,6 +143,8 @@ pub struct Gemv4bitFused<'a> {
     pub gated: bool,
     /// f32 `[ceil(K / CHUNK), M, ranks]`, the adapters' hidden values one after the other; scratch, which they need
     pub hidden: Option<TensorMut<'a>>,
+    /// i32, a zero before and after, by which launches meet; beside `hidden`
+    pub arrived: Option<TensorMut<'a>>,
     pub next: Next<'a>,
 }
 
@@ -148,6 +154,7 @@ impl<'a> Gemv4bitFused<'a> {
         products: Vec<FusedProduct<'a>>,
         gated: bool,
         hidden: Option<TensorMut<'a>>,
+        arrived: Option<TensorMut<'a>>,
         next: Next<'a>,
     ) -> Result<Self> {
         let count = products.len();
@@ -155,7 +162,7 @@ impl<'a> Gemv4bitFused<'a> {
             return wrong("products", "1 to 4, in pairs where gated", count.to_string());
         }
         let mut products = products.into_iter();
-        let fused = Self { products: std::array::from_fn(|_| products.next()), gated, hidden, next };
+        let fused = Self { products: std::array::from_fn(|_| products.next()), gated, hidden, arrived, next };
         fused.check()?;
         Ok(fused)
     }
@@ -189,6 +196,10 @@ impl<'a> Gemv4bitFused<'a> {
         let Some(hidden) = &self.hidden else {
             return wrong("hidden", "beside adapters", "none".to_string());
         };
+        let Some(arrived) = &self.arrived else {
+            return wrong("arrived", "beside adapters", "none".to_string());
+        };
+        arg(OP, "arrived", arrived.as_ref()).dtype(DType::I32)?.on(first.a.device(), "packed")?;
         let hidden = arg(OP, "hidden", hidden.as_ref()).dtype(DType::F32)?.on(first.a.device(), "packed")?;
         hidden.numel(shape.k.div_ceil(CHUNK) * shape.m * self.ranks(), "chunks of K x M x all ranks")?;
         Ok(())
