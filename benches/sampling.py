@@ -26,11 +26,10 @@ def timing(sampling: Sampling, batch: int, vocab: int) -> Timing:
     for row in range(batch):
         rows.set(row, sampling, row, [1], [], [2])
     logits = (torch.randn(batch, vocab, device="cuda") * 3).bfloat16()
-    positions = torch.arange(batch, device="cuda")
 
     def work() -> None:
         for _ in range(LAUNCHES):
-            rows.sample(logits, positions, 0, sampling.kind)
+            rows.sample(logits, 0, sampling.kind)
 
     return replays(work, LAUNCHES)
 

@@ -46,12 +46,23 @@ def drawn(
     key: int = 5,
     first: int = 0,
 ) -> Tensor:
-    """A token for each row of scores [B, V], at positions from `first` on."""
+    """A token for each row of scores [B, V], of lengths from `first` on; -1 for none."""
     rows, vocab = scores.shape
-    settings = torch.tensor([temperature, top_p, min_p], device=scores.device).expand(rows, -1)
-    integers = torch.tensor([top_k or vocab, key], device=scores.device).expand(rows, -1)
-    positions = torch.arange(first, first + rows, device=scores.device)
-    return draw(scores, settings, integers[:, 0], integers[:, 1], positions)
+    settings = torch.tensor([temperature, top_p, min_p]).repeat(rows, 1)
+    top_k, keys = torch.full((rows,), top_k or vocab), torch.full((rows,), key)
+    return reported(scores, settings, top_k, keys, torch.arange(first, first + rows))
+
+
+def reported(scores: Tensor, *rows: Tensor) -> Tensor:
+    """Tokens, int64, by settings, top_k, keys and lengths; every other row runs."""
+    device = scores.device
+    settings, top_k, keys, lengths = (x.to(device) for x in rows)
+    running = torch.arange(len(scores), device=device, dtype=torch.int32) % 2
+    after, got = lengths.int(), [torch.full_like(running, -7) for _ in range(2)]
+    draw(scores, settings, top_k.int(), keys, running, after, *got)
+    assert torch.equal(after, lengths.int() + running)
+    assert torch.equal(got[0], got[1].clamp(min=0))
+    return got[1].long()
 
 
 def intervals(scores: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Tensor:
@@ -129,7 +140,7 @@ def test_numbers_are_splitmix(device):
     flat = torch.zeros(1, 1 << 16, device=device)
     for seed in (0, 1, 2**63 + 5, 2**70 + 3):
         key = mix((seed + 1) * golden % 2**64)
-        for position in (0, 1, 77, 10**6, 2**40):
+        for position in (0, 1, 77, 10**6, 2**31 - 1):
             expected = int(uniform(key, position) * (1 << 16))
             assert drawn(flat, key=seed_key(seed), first=position).item() == expected
 
@@ -148,34 +159,77 @@ def test_a_row_does_not_know_the_others(vocab, device):
     rng = torch.Generator().manual_seed(3)
     scores = (torch.randn(7, vocab, generator=rng) * 3).to(device)
     settings = torch.tensor([[1, 1, 0], [0.7, 0.9, 0], [2, 0.5, 0.1]] * 2 + [[1, 1, 0.01]])
-    settings = settings.to(device)
-    top_k, keys, positions = (
-        torch.randint(1, 60, (7,), generator=rng).to(device) for _ in range(3)
-    )
-    rows = (scores, settings, top_k, keys, positions)
-    together = draw(*rows)
+    top_k, keys, lengths = (torch.randint(1, 60, (7,), generator=rng) for _ in range(3))
+    rows = (scores, settings, top_k, keys, lengths)
+    together = reported(*rows)
     for row in range(7):
-        assert draw(*(x[row : row + 1] for x in rows)).item() == together[row]
+        assert reported(*(x[row : row + 1] for x in rows)).item() == together[row]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 8200, 32001, 152064])
+def test_temperature_0_is_argmax(vocab, dtype, device):
+    scores = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    scores[1] = scores[1].round()  # many are the largest
+    scores[2] = torch.where(torch.arange(vocab) % 2 == 1, 0.0, -0.0)
+    scores[3] = -math.inf
+    scores[3, vocab // 2] = -3
+    scores[4, -1] = scores[4].max()
+    first = [row.tolist().index(row.max().item()) for row in scores]
+    for fields in ({}, {"top_k": 3, "top_p": 0.5, "min_p": 0.5}):
+        assert drawn(scores.to(device), 0.0, **fields).tolist() == first
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [33, 8200, 32001])
+def test_16_bits_draw_as_32_do(vocab, dtype, device):
+    rng = torch.Generator().manual_seed(vocab)
+    scores = (torch.randn(30, vocab, generator=rng) * 3).to(dtype).to(device)
+    for fields in FILTERS:
+        assert torch.equal(drawn(scores, 0.8, **fields), drawn(scores.float(), 0.8, **fields))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_draws_some_token(bad, device):
-    scores = torch.randn(3, 1000, device=device)
+@pytest.mark.parametrize("place", [0, 7, 8199, 8200])
+def test_what_is_not_finite_is_reported(bad, place, device):
+    scores = torch.randn(4, 8201, device=device)
     scores[1] = bad
-    scores[2, 7] = bad
-    for fields in FILTERS:
-        tokens = drawn(scores, **fields)
-        assert ((tokens >= 0) & (tokens < 1000)).all()
+    scores[2, place] = bad
+    masked = bad == -math.inf
+    for temperature in (0.0, 1.0):
+        for fields in FILTERS:
+            tokens = drawn(scores, temperature, **fields).tolist()
+            assert tokens[1] == -1 and (tokens[2] >= 0) == masked
+            assert min(tokens[0], tokens[3]) >= 0
+
+
+@pytest.mark.gpu
+def test_gpu_reports_in_pinned_memory():
+    scores = torch.randn(3, 1000, device="cuda")
+    settings = torch.tensor([[0.0, 1, 0]], device="cuda").repeat(3, 1)
+    ints = [torch.ones(3, dtype=torch.int32, device="cuda") for _ in range(4)]
+    keys = torch.ones(3, dtype=torch.int64, device="cuda")
+    reported = torch.zeros(3, dtype=torch.int32, pin_memory=True)
+    draw(scores, settings, ints[0], keys, *ints[1:], reported)
+    torch.cuda.synchronize()
+    assert torch.equal(reported, scores.argmax(-1).int().cpu())
+    with pytest.raises(ValueError, match="draw: reported must be on"):
+        draw(scores, settings, ints[0], keys, *ints[1:], torch.zeros(3, dtype=torch.int32))
 
 
 def test_arguments_are_checked():
     scores = torch.zeros(2, 5)
-    rows = [torch.ones(2, 3), *(torch.ones(2, dtype=torch.int64) for _ in range(3))]
-    with pytest.raises(ValueError, match="draw: scores must have dtype float32"):
-        draw(scores.half(), *rows)
+    settings, keys = torch.ones(2, 3), torch.ones(2, dtype=torch.int64)
+    top_k, *others = (torch.ones(2, dtype=torch.int32) for _ in range(5))
+    with pytest.raises(ValueError, match="draw: scores must have dtype float32, float16 or bf"):
+        draw(scores.int(), settings, top_k, keys, *others)
     with pytest.raises(ValueError, match="draw: settings must have 6 elements"):
-        draw(scores, rows[0][:1], *rows[1:])
+        draw(scores, settings[:1], top_k, keys, *others)
+    with pytest.raises(ValueError, match="draw: lengths must not share memory with running"):
+        draw(scores, settings, top_k, keys, others[0], *others[:3])
     with pytest.raises(ValueError, match=r"draw: scores: expected rows of 1 to 2\^18|rows of 1 to"):
-        draw(torch.zeros(2, (1 << 18) + 1), *rows)
-    assert draw(torch.zeros(0, 5), *(x[:0] for x in rows)).shape == (0,)
+        draw(torch.zeros(2, (1 << 18) + 1), settings, top_k, keys, *others)
+    draw(scores[:0], settings[:0], top_k[:0], keys[:0], *(x[:0] for x in others))

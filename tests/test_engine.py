@@ -256,7 +256,7 @@ def gpu_model(byte_tokenizer):  # noqa: F811
 def test_gpu_graph_equals_eager(gpu_model, monkeypatch):
     captured = Engine(gpu_model, max_batch=8)
     expected = all_at_once(captured, gpu_work())
-    steps = captured._scheduler.decode.steps.values()
+    steps = captured._scheduler.decode.forwards.values()
     assert sum(step.captured is not None for step in steps) >= 3
     forwards = captured._scheduler.prefill.forwards.values()
     assert sum(forward.captured is not None for forward in forwards) >= 3
@@ -271,7 +271,7 @@ def test_gpu_threads_capture_what_another_one_called(gpu_model):
     engine = Engine(gpu_model, max_batch=2)
     expected = engine.generate([1, 2, 3], max_new_tokens=2).token_ids
     got = asyncio.run(engine.agenerate([1, 2, 3], max_new_tokens=40)).token_ids
-    steps = engine._scheduler.decode.steps.values()
+    steps = engine._scheduler.decode.forwards.values()
     assert got[:2] == expected and any(step.captured for step in steps)
 
 

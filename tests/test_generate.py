@@ -293,14 +293,15 @@ def sampling_rows(
 def sample(logits: torch.Tensor, sampling: Sampling, positions=None, **lists) -> list[int]:
     """The next token of each row of logits, all with one setting."""
     rows = sampling_rows([sampling] * len(logits), logits.shape[-1], **lists)
-    positions = torch.tensor(positions or [1] * len(logits))
-    return rows.sample(logits, positions, 0, sampling.kind).tokens.tolist()
+    if positions is not None:
+        rows.lengths.copy_(torch.tensor(positions))
+    return rows.sample(logits, 0, sampling.kind).tokens.tolist()
 
 
 def edited(logits: torch.Tensor, sampling: Sampling, prompts, replies) -> torch.Tensor:
     rows = sampling_rows([sampling] * len(logits), logits.shape[-1], prompts, replies)
     assert rows.edits is not None
-    return rows.edits.apply(logits, rows.scalars[:, 3:], torch.zeros(len(logits), dtype=torch.bool))
+    return rows.edits.apply(logits, rows.penalties, torch.zeros(len(logits), dtype=torch.bool))
 
 
 def draws(logits: torch.Tensor, n: int, **fields) -> Counter:
@@ -344,11 +345,11 @@ def test_every_row_has_its_own_settings():
     kind = Kind()
     for sampling in settings:
         kind = kind | sampling.kind
-    assert kind == Kind(True, True, True)
-    together = rows.sample(logits, torch.full((6,), 5), 0, kind).tokens.tolist()
+    assert kind == Kind(True, True)
+    together = rows.sample(logits, 0, kind).tokens.tolist()
     for row, sampling in enumerate(settings):
         part = {"prompts": prompts[:1], "replies": replies[:1]}
-        assert together[row] == sample(logits[row : row + 1], sampling, [5], **part)[0]
+        assert together[row] == sample(logits[row : row + 1], sampling, **part)[0]
     assert together[4] == 7
 
 

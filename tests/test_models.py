@@ -647,3 +647,15 @@ def test_rotation_is_one_by_hand():
         torch.testing.assert_close(cos[0, 0, 0, i], angle.cos())
         torch.testing.assert_close(sin[0, 0, 0, i + 4], angle.sin())
         torch.testing.assert_close(sin[0, 0, 0, i], -angle.sin())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_table_of_angles_is_that_of_each_position(device, dtype):
+    config = DecoderConfig.from_dict(raw_config("llama"))
+    embedding = RotaryEmbedding(config.rope, 80)
+    table = embedding.table(3000, dtype, device)
+    for lengths in (torch.tensor([1]), torch.arange(1, 3000, 97), torch.tensor([2999, 5, 5])):
+        lengths = lengths.int().to(device)
+        expected = embedding(lengths[:, None].long() - 1, dtype)
+        for got, angles in zip(table.index_select(1, lengths), expected, strict=True):
+            assert torch.equal(got[:, None, None], angles)

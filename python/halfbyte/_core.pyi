@@ -298,14 +298,18 @@ def draw(
     settings: Tensor,
     top_k: Tensor,
     keys: Tensor,
-    positions: Tensor,
+    running: Tensor,
+    lengths: Tensor,
     tokens: Tensor,
+    reported: Tensor,
 ) -> None:
-    """A token for each row of scores, by filters and a draw that only the row decides.
+    """The next token of each row of scores, by filters and a draw that only the row decides.
 
-    scores: float32 [B, V], V at most 2^18. settings: float32 [B, 3], temperature, top_p and min_p.
-    top_k: int32 [B], off from V on. keys, positions: int32 [B, 2], the halves of 64 bits, low ones
-    first. tokens: int32 [B], out.
+    scores: floats [B, V], V at most 2^18. settings: float32 [B, 3], temperature, top_p and min_p.
+    top_k: int32 [B], off from V on. keys: int32 [B, 2], the halves of 64 bits, low ones first.
+    running: int32 [B], added to lengths, int32 [B], which hold the places of the new tokens before.
+    tokens, reported: int32 [B], out; where scores are not finite 0 and -1. reported may be in
+    pinned memory.
     """
 
 def cross_entropy(

@@ -144,7 +144,8 @@ class CacheStep:
     tables: int32 [B, W]. lengths: int32 [B], tokens with the new ones. positions: int64 [B or 1,
     T] of the new tokens. arrived: as `paged_attention` takes it; decode only. last: int64 [B], the
     place of each row's last real token; None: all rows have T. cached: the most tokens that a row
-    reads from the cache; 0 where no row has earlier tokens.
+    reads from the cache; 0 where no row has earlier tokens. angles: cos and sin [B, 1, 1, head_dim]
+    of the new tokens, in place of their positions; decode only.
 
     With one new token a row nothing here is read on the host, so a captured forward serves every
     later step whose numbers are written into the same tensors.
@@ -153,10 +154,11 @@ class CacheStep:
     cache: KVCache
     tables: Tensor
     lengths: Tensor
-    positions: Tensor
+    positions: Tensor | None
     arrived: Tensor | None
     last: Tensor | None = None
     cached: int = 0
+    angles: tuple[Tensor, Tensor] | None = None
 
     @property
     def decodes(self) -> bool:
@@ -165,7 +167,8 @@ class CacheStep:
 
     def check(self, ids: Tensor) -> None:
         """Raise ValueError unless ids are [B, T] as announced."""
-        expected = (self.tables.shape[0], self.positions.shape[1])
+        tokens = 1 if self.positions is None else self.positions.shape[1]
+        expected = (self.tables.shape[0], tokens)
         if tuple(ids.shape) != expected:
             raise ValueError(f"CacheStep: expected ids {list(expected)}, got {list(ids.shape)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 MAX_LOGPROBS = 20
 # Stands for a token where logits were not finite.
 NOT_FINITE = -1
+# Steps whose tokens the host has not read, at most: a prompt's first ones and those of two steps.
+SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,8 @@ class Sampling:
     @property
     def kind(self) -> Kind:
         """Which parts of sampling it needs."""
-        draws = self.temperature > 0
         edits = self.penalizes or bool(self.logit_bias) or self.min_new_tokens > 0
-        return Kind(draws, edits, self.logprobs is not None, self.json_schema is not None)
+        return Kind(edits, self.logprobs is not None, self.json_schema is not None)
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -126,9 +128,8 @@ def _require_int(value: object, name: str, least: int) -> None:
 
 
 class Kind(NamedTuple):
-    """The parts of sampling that a batch needs; a row gets the same token with any others on."""
+    """What a batch needs beside the draw; a row gets the same token with any others on."""
 
-    draws: bool = False
     edits: bool = False
     logprobs: bool = False
     masked: bool = False
@@ -138,8 +139,10 @@ class Kind(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """tokens: int64 [B], -1 where logits were not finite. logprobs: fp32 [B, 1 + MAX_LOGPROBS] of
-    the token and the likeliest tokens, alternatives: int64 [B, MAX_LOGPROBS] which those are."""
+    """tokens: int32 [B], -1 where logits were not finite. logprobs: fp32 [B, 1 + MAX_LOGPROBS] of
+    the token and the likeliest tokens, alternatives: int64 [B, MAX_LOGPROBS] which those are.
+
+    From a GPU tokens are on their way to the host, in pinned memory."""
 
     tokens: Tensor
     logprobs: Tensor | None
@@ -220,7 +223,7 @@ class Edits(NamedTuple):
 
     def note(self, tokens: Tensor) -> None:
         """Count one new token of each row."""
-        index = tokens.clamp(min=0)[:, None]
+        index = tokens[:, None]
         self.seen.scatter_(1, index, True)
         self.replied.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float32))
 
@@ -229,25 +232,26 @@ class SamplingRows:
     """The settings of `rows` rows and the tokens they have seen, on one device.
 
     A captured step reads them there, so a row's settings may change between two launches.
+    tokens: the newest of each row. lengths: tokens of a row, the newest included; 1 where no
+    sequence runs, and `running` is 0.
     """
 
-    SCALARS = (
-        "temperature",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "frequency_penalty",
-        "presence_penalty",
-    )
-
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str) -> None:
+        def ints(value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full((rows,), value, dtype=dtype, device=device)
+
         self.vocab_size = vocab_size
-        self.scalars = torch.zeros(rows, len(self.SCALARS), device=device)
-        # top_k, the seed's key and the position of the first token that may be an end.
-        self.integers = torch.zeros(rows, 3, dtype=torch.int64, device=device)
+        self.tokens, self.lengths, self.running = ints(), ints(1), ints()
+        # temperature, top_p, min_p; then the penalties: repetition, frequency, presence.
+        self.settings = torch.zeros(rows, 3, device=device)
+        self.penalties = torch.zeros(rows, 3, device=device)
+        self.top_k, self.keys = ints(), ints(dtype=torch.int64)
+        # Of a sequence, when its next token may be an end.
+        self.first_ends = ints()
         self.edits: Edits | None = None
         # Of each row, a bit for each token that may come next.
         self.masks: Tensor | None = None
+        self._slots = cycle(_shared(SLOTS, rows, self.tokens.device).unbind())
 
     def set(
         self,
@@ -258,15 +262,23 @@ class SamplingRows:
         reply: Sequence[int],
         ends: Sequence[int],
     ) -> None:
-        """Give a row the settings of a sequence that holds `prompt` and has replied `reply`."""
-        top_k = min(sampling.top_k or self.vocab_size, self.vocab_size)
-        first_end = len(prompt) + sampling.min_new_tokens
-        scalars = [getattr(sampling, name) for name in self.SCALARS]
-        self.scalars[row].copy_(torch.tensor(scalars, dtype=torch.float32), non_blocking=True)
-        integers = torch.tensor([top_k, seed_key(seed), first_end])
-        self.integers[row].copy_(integers, non_blocking=True)
+        """Let a sequence run in a row that holds `prompt` and has replied `reply`."""
+        self.settings[row].copy_(
+            torch.tensor([sampling.temperature, sampling.top_p, sampling.min_p]), non_blocking=True
+        )
+        penalties = (
+            sampling.repetition_penalty,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+        )
+        self.penalties[row].copy_(torch.tensor(penalties), non_blocking=True)
+        self.top_k[row].fill_(min(sampling.top_k or self.vocab_size, self.vocab_size))
+        self.keys[row].fill_(seed_key(seed))
+        self.first_ends[row].fill_(len(prompt) + sampling.min_new_tokens)
+        self.lengths[row].fill_(len(prompt) + len(reply))
+        self.running[row].fill_(1)
         if self.edits is None and sampling.kind.edits:
-            self.edits = Edits.empty(len(self.scalars), self.vocab_size, self.scalars.device)
+            self.edits = Edits.empty(len(self.tokens), self.vocab_size, self.tokens.device)
         if self.edits is not None:
             self.edits.set(row, sampling.logit_bias, prompt, reply, ends)
         if self.masks is not None:
@@ -275,50 +287,59 @@ class SamplingRows:
     def allow(self, row: int, mask: Tensor) -> None:
         """Let a row's next token be one of those that its grammar's mask (on the CPU) allows."""
         if self.masks is None:
-            self.masks = self.integers.new_full((len(self.integers), len(mask)), -1).int()
+            self.masks = self.tokens.new_full((len(self.tokens), len(mask)), -1)
         self.masks[row].copy_(mask, non_blocking=True)
 
+    def remove(self, row: int) -> None:
+        """Let no sequence run in a row."""
+        self.lengths[row].fill_(1)
+        self.running[row].fill_(0)
+
     def move(self, source: int, target: int) -> None:
-        """Copy a row's settings and tokens to another row."""
-        for table in (self.scalars, self.integers, *(self.edits or ()), self.masks):
+        """Let a row's sequence run in another row."""
+        state = (self.tokens, self.lengths, self.running, self.first_ends)
+        settings = (self.settings, self.penalties, self.top_k, self.keys, self.masks)
+        for table in (*state, *settings, *(self.edits or ())):
             if table is not None:
                 table[target].copy_(table[source])
+        self.remove(source)
 
-    def sample(self, logits: Tensor, positions: Tensor, first: int, kind: Kind) -> Sampled:
-        """The next token of rows `first` on, from their logits [B, V].
+    def sample(self, logits: Tensor, first: int, kind: Kind) -> Sampled:
+        """Give rows `first` on their next token, from their logits [B, V].
 
-        positions: int64 [B] of the new tokens. kind: the parts that at least one row needs.
+        kind: what at least one row needs. Tokens reported SLOTS calls ago are written over.
         """
         part = slice(first, first + len(logits))
-        # 16 bits order tokens as well as 32 do.
-        logits = logits.float() if kind != Kind() else logits
+        tokens, lengths = self.tokens[part], self.lengths[part]
         edits = self.edits.rows(part) if self.edits is not None and kind.edits else None
         scores = logits
         if edits is not None:
-            early = positions < self.integers[part, 2]
-            scores = edits.apply(logits, self.scalars[part, 3:], early)
+            early = lengths < self.first_ends[part]
+            scores = edits.apply(logits.float(), self.penalties[part], early)
         if self.masks is not None and kind.masked:
             scores = scores.masked_fill(~_bits(self.masks[part], scores.shape[-1]), -math.inf)
-        # The largest is NaN if any is.
-        tokens = scores.argmax(-1)
-        finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
-        if kind.draws:
-            tokens = self._draw(scores, tokens, positions, part)
-        if edits is not None:
-            edits.note(tokens)
+        reported = next(self._slots)[part]
+        chosen = (self.settings[part], self.top_k[part], self.keys[part], self.running[part])
+        draw(scores, *chosen, lengths, tokens, reported)
         logprobs = alternatives = None
-        if kind.logprobs:
-            every = logits.log_softmax(-1)
-            top, alternatives = every.topk(min(MAX_LOGPROBS, every.shape[-1]))
-            logprobs = torch.cat((every.gather(1, tokens[:, None]), top), 1)
-        return Sampled(tokens.where(finite, NOT_FINITE), logprobs, alternatives)
+        if edits is not None or kind.logprobs:
+            drawn = tokens.long()
+            if edits is not None:
+                edits.note(drawn)
+            if kind.logprobs:
+                every = logits.float().log_softmax(-1)
+                top, alternatives = every.topk(min(MAX_LOGPROBS, every.shape[-1]))
+                logprobs = torch.cat((every.gather(1, drawn[:, None]), top), 1)
+        return Sampled(reported, logprobs, alternatives)
 
-    def _draw(self, scores: Tensor, best: Tensor, positions: Tensor, part: slice) -> Tensor:
-        """`best` for rows of temperature 0, a drawn token for the others."""
-        settings = self.scalars[part, :3]
-        top_k, keys, _ = self.integers[part].unbind(1)
-        drawn = draw(scores, settings, top_k, keys, positions)
-        return best.where(settings[:, 0] == 0, drawn)
+
+def _shared(slots: int, rows: int, device: torch.device) -> Tensor:
+    """int32 [slots, rows] on the host, where `device` can write."""
+    if device.type != "cuda":
+        return torch.zeros(slots, rows, dtype=torch.int32)
+    shared = torch.zeros(slots, rows, dtype=torch.int32, pin_memory=True)
+    # A copy tells torch that the stream writes here: nobody else gets the memory before that ends.
+    return shared.copy_(torch.zeros_like(shared, device=device), non_blocking=True)
 
 
 def _bits(masks: Tensor, count: int) -> Tensor:

@@ -73,9 +73,8 @@ class Scheduler:
 
     Each `step` reads at most one chunk of a prompt and gives every running sequence one token. A
     request starts when the blocks that it may ever need are free, so none is ever put back. On
-    CUDA a step is launched before the one before it is read. Where a request follows a grammar, a
-    step is launched in two parts: the forward, which needs no more than the tokens on the device,
-    then the choice of tokens, for which the host makes masks while the forward runs.
+    CUDA a step is launched before the one before it is read. Where a request follows a grammar, the
+    draw of tokens waits for the next `step`: the host makes masks while the forward runs.
 
     Raises ContextLengthError for a request that no empty cache could hold, QueueFullError when
     `max_waiting` requests wait already.
@@ -90,8 +89,8 @@ class Scheduler:
     ) -> None:
         self.cache = cache
         self.prefixes = PrefixCache(cache.blocks)
-        # One block more than the context, so that a table never ends in a block of its own.
-        width = blocks_for(model.config.max_position_embeddings) + 1
+        # One block more than a sequence can have, so that a table never ends in a block of its own.
+        width = min(blocks_for(model.config.max_position_embeddings), self.prefixes.blocks) + 1
         on_gpu = cache.device.type == "cuda"
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.decode = DecodeStep(model, cache, max_batch, width, pool)
@@ -102,8 +101,6 @@ class Scheduler:
         self.prefilling: deque[Request] = deque()
         self.running: list[Request] = []
         self.pending: deque[Pending] = deque()
-        # Whether a step's first part was launched, whose tokens wait for what grammars allow.
-        self.undrawn = False
 
     def submit(self, request: Request) -> None:
         """Queue a request, from any thread."""
@@ -126,6 +123,11 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.prefilling or self.running or self.pending)
+
+    @property
+    def undrawn(self) -> bool:
+        """Whether a forward was launched whose tokens wait for what grammars allow."""
+        return self.decode.logits is not None
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -150,7 +152,7 @@ class Scheduler:
         After a step that was not finished no one knows what the cache holds.
         """
         requests = [*self.waiting, *self.prefilling, *self.running]
-        self.undrawn = False
+        self.decode.logits = None
         for row in range(self.max_batch):
             self.decode.remove(row)
         for queue in (self.pending, self.waiting, self.prefilling, self.running):
@@ -185,38 +187,31 @@ class Scheduler:
 
     def _start(self, request: Request, logits: torch.Tensor) -> None:
         """Sample the first token and let the request run in the first free row."""
-        row, position = len(self.running), len(request.prompt)
-        rows, ends = self.decode.sampling, sorted(request.reply.ends)
+        row, rows, ends = len(self.running), self.decode.sampling, sorted(request.reply.ends)
         rows.set(row, request.sampling, request.seed, request.prompt, (), ends)
         if request.reply.grammar is not None:
             rows.allow(row, request.reply.grammar.mask)
-        place = torch.full((1,), position, device=self.cache.device)
-        sampled = rows.sample(logits, place, row, request.kind)
-        self.decode.place(row, request.blocks, sampled.tokens, position, request.adapter)
+        self.decode.place(row, request.blocks, request.adapter)
+        results = self.decode.sample(logits, row, request.kind)
         self.prefilling.popleft()
         self.running.append(request)
         request.sampled = 1
-        self.pending.append(Pending(self.decode.to_host(sampled), [(0, request)]))
+        self.pending.append(Pending(results, [(0, request)]))
 
     def _decode(self) -> bool:
         """Launch a step if some sequence can take a token more than it has been given."""
         if all(request.sampled >= request.reply.most_tokens for request in self.running):
             return False
-        kind = self._kind()
         for request in self.running:
             request.sampled += 1
         adapted = any(request.adapter is not None for request in self.running)
-        if kind.masked:
-            self.decode.forward(len(self.running), adapted)
-            self.undrawn = True
-            return True
-        results = self.decode.launch(len(self.running), kind, adapted)
-        self.pending.append(Pending(results, list(enumerate(self.running))))
+        self.decode.forward(len(self.running), adapted)
+        if not any(request.kind.masked for request in self.running):
+            self._launch_draw()
         return True
 
     def _draw(self) -> None:
-        """Launch the second part of a step, now that all tokens before are known."""
-        self.undrawn = False
+        """Launch the draw that has waited, now that all tokens before are known."""
         for request in list(self.running):
             try:
                 if request.reply.grammar is not None:
@@ -225,15 +220,17 @@ class Scheduler:
                 request.error = error
                 self._end(request, "error")
         if not self.running:
+            self.decode.logits = None
             return
         for row, request in enumerate(self.running):
             if request.reply.grammar is not None:
                 self.decode.sampling.allow(row, request.reply.grammar.mask)
-        results = self.decode.draw(len(self.running), self._kind())
-        self.pending.append(Pending(results, list(enumerate(self.running))))
+        self._launch_draw()
 
-    def _kind(self) -> Kind:
-        return reduce(Kind.__or__, {request.kind for request in self.running})
+    def _launch_draw(self) -> None:
+        kind = reduce(Kind.__or__, {request.kind for request in self.running})
+        results = self.decode.draw(len(self.running), kind)
+        self.pending.append(Pending(results, list(enumerate(self.running))))
 
     def _read(self, pending: Pending) -> None:
         """Wait for a step's tokens and hand them out; a sequence that has ended drops its own."""

@@ -136,6 +136,8 @@ class Backbone(nn.Module):
         else:
             cache.check(ids)
             positions = cache.positions
+        if cache is not None and cache.angles is not None:
+            return Step(*cache.angles, {}, cache)
         cos, sin = self.rotary_emb(positions, dtype)
         if cache is not None and cache.decodes:
             return Step(cos, sin, {}, cache)
@@ -212,7 +214,10 @@ class Decoder(nn.Module):
         """
         rows = len(hidden)
         if hidden.is_cuda and rows < HEAD_ROWS:
-            hidden = F.pad(hidden, (0, 0, 0, HEAD_ROWS - rows))
+            # What the other rows hold matters to nobody.
+            padded = hidden.new_empty(HEAD_ROWS, hidden.shape[1])
+            padded[:rows] = hidden
+            hidden = padded
         return self.lm_head(hidden)[:rows]
 
     def _check(

@@ -185,3 +185,8 @@ class RotaryEmbedding(nn.Module):
         angles = positions[:, :, None, None].float() * self.inv_freq
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+    def table(self, lengths: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[2, lengths, head_dim]: at n the cos and sin of the last of n tokens, as in `forward`."""
+        positions = torch.arange(-1, lengths - 1, device=device)[None]
+        return torch.stack([angles.flatten(0, 2) for angles in self(positions, dtype)])

@@ -8,7 +8,7 @@ use halfbyte_core::ops::cross_entropy::CrossEntropy;
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
-use halfbyte_core::ops::draw::Draw;
+use halfbyte_core::ops::draw::{Choice, Draw, Drawn};
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
@@ -501,19 +501,23 @@ pub fn draw(
     settings: Object<'_, '_>,
     top_k: Object<'_, '_>,
     keys: Object<'_, '_>,
-    positions: Object<'_, '_>,
+    running: Object<'_, '_>,
+    lengths: Object<'_, '_>,
     tokens: Object<'_, '_>,
+    reported: Object<'_, '_>,
 ) -> PyResult<()> {
     const OP: &str = "draw";
     let read = |name, object| Tensor::read(OP, name, object);
     let (scores, settings, top_k) = (read("scores", scores)?, read("settings", settings)?, read("top_k", top_k)?);
-    let (keys, positions, tokens) = (read("keys", keys)?, read("positions", positions)?, read("tokens", tokens)?);
-    check_overlap(OP, &[&scores, &settings, &top_k, &keys, &positions], &[&tokens])?;
+    let (keys, running) = (read("keys", keys)?, read("running", running)?);
+    let (lengths, tokens) = (read("lengths", lengths)?, read("tokens", tokens)?);
+    let reported = Tensor::read_pinned(OP, "reported", reported, &scores)?;
+    check_overlap(OP, &[&scores, &settings, &top_k, &keys, &running], &[&lengths, &tokens, &reported])?;
+    let (settings, top_k) = (settings.as_ref(), top_k.as_ref());
+    let choice = Choice { settings, top_k, keys: keys.as_ref(), running: running.as_ref() };
     // SAFETY: the outputs were checked for overlap.
-    let out = unsafe { tokens.as_mut() };
-    let (keys, positions) = (keys.as_ref(), positions.as_ref());
-    let args =
-        Draw::new(scores.as_ref(), settings.as_ref(), top_k.as_ref(), keys, positions, out).map_err(to_py_err)?;
+    let drawn = unsafe { Drawn { lengths: lengths.as_mut(), tokens: tokens.as_mut(), reported: reported.as_mut() } };
+    let args = Draw::new(scores.as_ref(), choice, drawn).map_err(to_py_err)?;
     call(py, scores.device, |backend| backend.draw(args))
 }
 

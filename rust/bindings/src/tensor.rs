@@ -38,6 +38,15 @@ impl Tensor {
         Self::read_contiguous(op, name, object, dtype, other.device)
     }
 
+    /// As [`Tensor::read`], of a tensor on `other`'s device, or in pinned memory, which has one address everywhere.
+    pub fn read_pinned(op: &str, name: &'static str, object: &Bound<'_, PyAny>, other: &Tensor) -> PyResult<Self> {
+        let tensor = Self::read(op, name, object)?;
+        let pinned = tensor.device != other.device
+            && tensor.device == Device::Cpu
+            && object.call_method0(intern!(object.py(), "is_pinned"))?.is_truthy()?;
+        Ok(if pinned { Self { device: other.device, ..tensor } } else { tensor })
+    }
+
     /// Whether `object`, from which this was read, still has the memory and the layout that it had.
     pub fn is_still(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
         let py = object.py();

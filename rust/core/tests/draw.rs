@@ -2,27 +2,46 @@
 
 mod common;
 
-use common::normal;
-use halfbyte_core::ops::draw::Draw;
+use common::{cast, normal};
+use half::{bf16, f16};
+use halfbyte_core::ops::draw::{Choice, Draw, Drawn};
+use halfbyte_core::tensor::Float;
 use halfbyte_core::{Backend, CpuBackend, Result, TensorMut, TensorRef};
 
-/// Tokens of rows that differ in their positions only.
-fn draw(scores: &[f32], settings: [f32; 3], top_k: usize, rows: usize) -> Result<Vec<i32>> {
-    let scores = scores.repeat(rows);
+/// What becomes of rows of lengths 0, 1, 2, ..., every other one of which runs.
+struct Outcome {
+    lengths: Vec<i32>,
+    tokens: Vec<i32>,
+    reported: Vec<i32>,
+}
+
+fn draw_rows<T: Float>(scores: &[T], settings: [f32; 3], top_k: usize, rows: usize) -> Result<Outcome> {
     let settings = settings.repeat(rows);
     let top_k = vec![top_k as i32; rows];
     let keys = [9, -1].repeat(rows);
-    let positions: Vec<i32> = (0..rows as i32).flat_map(|row| [row, 0]).collect();
-    let mut tokens = vec![-1; rows];
-    CpuBackend::oracle().draw(Draw::new(
-        TensorRef::from_slice(&scores),
-        TensorRef::from_slice(&settings),
-        TensorRef::from_slice(&top_k),
-        TensorRef::from_slice(&keys),
-        TensorRef::from_slice(&positions),
-        TensorMut::from_slice(&mut tokens),
-    )?)?;
-    Ok(tokens)
+    let running: Vec<i32> = (0..rows as i32).map(|row| row % 2).collect();
+    let mut lengths: Vec<i32> = (0..rows as i32).collect();
+    let (mut tokens, mut reported) = (vec![-7; rows], vec![-7; rows]);
+    let choice = Choice {
+        settings: TensorRef::from_slice(&settings),
+        top_k: TensorRef::from_slice(&top_k),
+        keys: TensorRef::from_slice(&keys),
+        running: TensorRef::from_slice(&running),
+    };
+    let drawn = Drawn {
+        lengths: TensorMut::from_slice(&mut lengths),
+        tokens: TensorMut::from_slice(&mut tokens),
+        reported: TensorMut::from_slice(&mut reported),
+    };
+    CpuBackend::oracle().draw(Draw::new(TensorRef::from_slice(scores), choice, drawn)?)?;
+    Ok(Outcome { lengths, tokens, reported })
+}
+
+/// Tokens of rows that differ in their lengths only.
+fn draw(scores: &[f32], settings: [f32; 3], top_k: usize, rows: usize) -> Result<Vec<i32>> {
+    let drawn = draw_rows(&scores.repeat(rows), settings, top_k, rows)?;
+    assert_eq!(drawn.tokens, drawn.reported);
+    Ok(drawn.tokens)
 }
 
 #[test]
@@ -57,6 +76,34 @@ fn keeps_what_the_filters_keep() {
         let mut expected: Vec<i32> = order[..kept].iter().map(|&i| i as i32).collect();
         expected.sort_unstable();
         assert_eq!(drawn, expected, "{settings:?} {top_k}");
+    }
+}
+
+#[test]
+fn temperature_0_takes_the_first_of_the_largest() {
+    for (scores, place) in [
+        (vec![1.0f32, 3.0, 3.0, 2.0], 1),
+        (vec![-0.0, 0.0, -1.0], 0),
+        (vec![f32::NEG_INFINITY, -5.0, f32::NEG_INFINITY, -5.0], 1),
+    ] {
+        let expected = vec![place; 3];
+        assert_eq!(draw(&scores, [0.0, 0.5, 0.5], 2, 3).unwrap(), expected);
+        let half = cast::<f16>(&scores).repeat(3);
+        assert_eq!(draw_rows(&half, [0.0, 1.0, 0.0], 9, 3).unwrap().tokens, expected);
+        let half = cast::<bf16>(&scores).repeat(3);
+        assert_eq!(draw_rows(&half, [0.0, 1.0, 0.0], 9, 3).unwrap().tokens, expected);
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_reported() {
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    for temperature in [0.0, 0.7] {
+        let scores = [[1.0, nan, 0.0], [1.0, 2.0, inf], [-inf, -inf, -inf], [-inf, 0.5, -inf]].concat();
+        let drawn = draw_rows(&scores, [temperature, 1.0, 0.0], 3, 4).unwrap();
+        assert_eq!(drawn.reported, [-1, -1, -1, 1]);
+        assert_eq!(drawn.tokens, [0, 0, 0, 1]);
+        assert_eq!(drawn.lengths, [0, 2, 2, 4], "of those that run one more");
     }
 }
 

@@ -1,7 +1,7 @@
-// Bound by what one CTA reads of a row from L2, once for each of a few passes. Instead of sorting, the limits of top-k
+// Bound by what one CTA reads of a row from L2: once for the largest score, and unless that is the one to take once for
+// each of a few passes. Instead of sorting, the limits of top-k
 // and top-p are found by histograms: of the whole row, then of one bin's tokens, until a bin is one number.
-#include "overlap.cuh"
-#include "reduce.cuh"
+#include "memory.cuh"
 
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
@@ -13,15 +13,14 @@ constexpr int WEIGHT_BITS = 40;
 constexpr int LOW_BITS = 14; // of a weight: the rest is added in another bin, so that 32 bits hold both sums
 constexpr uint32_t INFINITE = 0x7f800000u;
 
+template <typename T>
 struct Row {
-    const float* scores;
+    const T* scores;
     int vocab;
     float largest, inverse;
 
     // How much less likely than the likeliest: not negative, so that its bits are in the order of numbers.
-    __device__ uint32_t x(int i) const {
-        return magnitude(__fmul_rn(__fsub_rn(largest, __ldcg(scores + i)), inverse));
-    }
+    __device__ uint32_t x(int i) const { return magnitude(__fmul_rn(__fsub_rn(largest, widen(scores[i])), inverse)); }
 };
 
 __device__ inline float likelihood(uint32_t x) { return expf(-__uint_as_float(x)); }
@@ -30,6 +29,7 @@ struct Shared {
     uint32_t low[BINS], high[BINS];
     uint64_t of_warp[WARPS];
     float largest[WARPS];
+    int place[WARPS];
     uint64_t before; // the bin that was found: the sum of those before it
     int bin;
 };
@@ -51,28 +51,54 @@ __device__ inline uint64_t warp_scan(uint64_t value) {
     return value;
 }
 
-__device__ inline float row_max(const Row& row, Shared& shared) {
-    float most = -INFINITY;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < row.vocab; i += THREADS)
-        most = fmaxf(most, __ldcg(row.scores + i));
+// A score and where it stands. Of equal ones the first is the larger.
+struct Place {
+    float score;
+    int at;
+
+    __device__ bool exceeds(const Place& other) const {
+        return score > other.score || (score == other.score && at < other.at);
+    }
+};
+
+__device__ inline Place warp_max(Place own) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2)
-        most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, step));
+    for (int step = 16; step > 0; step /= 2) {
+        const Place other = {__shfl_xor_sync(FULL_WARP, own.score, step), __shfl_xor_sync(FULL_WARP, own.at, step)};
+        own = other.exceeds(own) ? other : own;
+    }
+    return own;
+}
+
+// The largest score; nowhere (-1) if it is not finite or one is NaN.
+template <typename T>
+__device__ Place row_max(const T* scores, int vocab, bool vector, Shared& shared) {
+    Place own = {-INFINITY, vocab};
+    bool finite = true;
+#pragma unroll 4
+    for (int first = 8 * threadIdx.x; first < vocab; first += 8 * THREADS) {
+        float v[8];
+        load8_or_zero(scores, first, vocab, vector, v);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const bool inside = first + i < vocab;
+            finite = finite && (!inside || v[i] < INFINITY);
+            if (inside && v[i] > own.score)
+                own = {v[i], first + i};
+        }
+    }
+    own = warp_max(own);
     if (lane_id() == 0)
-        shared.largest[threadIdx.x / 32] = most;
-    __syncthreads();
-    most = shared.largest[lane_id()];
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2)
-        most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, step));
-    return most;
+        shared.largest[threadIdx.x / 32] = own.score, shared.place[threadIdx.x / 32] = own.at;
+    finite = __syncthreads_and(finite);
+    own = warp_max({shared.largest[lane_id()], shared.place[lane_id()]});
+    return {own.score, finite && own.score > -INFINITY ? own.at : -1};
 }
 
 // The smallest x so that the tokens up to it, at most `most`, reach the goal: `top_k` tokens, or if WEIGH a share of
 // the sum of their likelihoods.
-template <bool WEIGH>
-__device__ uint32_t limit_of(const Row& row, uint32_t most, int top_k, float share, Shared& shared) {
+template <bool WEIGH, typename T>
+__device__ uint32_t limit_of(const Row<T>& row, uint32_t most, int top_k, float share, Shared& shared) {
     uint32_t begin = 0, end = most;
     uint64_t goal = top_k;
     for (bool coarse = true; begin < end; coarse = false) {
@@ -138,7 +164,8 @@ __device__ uint32_t limit_of(const Row& row, uint32_t most, int top_k, float sha
 
 // The token at which the weights' sum exceeds the fraction `uniform` of 2^64 of all of it. Each round narrows the row
 // to one of as many pieces as there are warps.
-__device__ inline int find(const Row& row, uint32_t limit, uint64_t uniform, Shared& shared) {
+template <typename T>
+__device__ int find(const Row<T>& row, uint32_t limit, uint64_t uniform, Shared& shared) {
     const auto weight = [&](int i) {
         const uint32_t x = row.x(i);
         return x <= limit ? __float2ull_rn(likelihood(x) * float(1ull << WEIGHT_BITS)) : 0;
@@ -176,26 +203,40 @@ __device__ inline uint64_t mix(uint64_t x) {
     return x ^ x >> 31;
 }
 
-// keys and positions: 64 bits, of which only halves need to be aligned.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    draw(const float* scores, const float* settings, const int* top_k, const uint32_t* keys, const uint32_t* positions,
-         int* tokens, int vocab) {
+// keys: 64 bits, of which only halves need to be aligned. vector: whether rows are whole groups of eight at a multiple
+// of 16 bytes.
+template <typename T>
+__device__ void draw(const T* scores, const float* settings, const int* top_k, const uint32_t* keys, const int* running,
+                     int* lengths, int* tokens, int* reported, int vocab, bool vector) {
     __shared__ Shared shared;
-    let_next_kernel_start();
-    wait_for_previous_kernel();
-    const int at = blockIdx.x;
-    Row row = {scores + int64_t(at) * vocab, vocab, 0, 0};
-    row.largest = row_max(row, shared);
-    row.inverse = fminf(__fdiv_rn(1.0f, settings[3 * at]), 3.4028235e38f);
-    uint32_t limit = INFINITE;
-    if (top_k[at] < vocab)
-        limit = limit_of<false>(row, limit, max(top_k[at], 1), 0, shared);
-    if (settings[3 * at + 1] < 1)
-        limit = limit_of<true>(row, limit, 0, settings[3 * at + 1], shared);
-    limit = min(limit, __float_as_uint(fabsf(logf(settings[3 * at + 2]))));
-    const auto both = [&](const uint32_t* words) { return words[2 * at] | uint64_t(words[2 * at + 1]) << 32; };
-    const uint64_t bits = mix(both(keys) + both(positions) * 0x9e3779b97f4a7c15ull) >> 16;
-    const int token = find(row, limit, bits << 16, shared);
+    const int at = blockIdx.x, length = lengths[at];
+    const float temperature = settings[3 * at], top_p = settings[3 * at + 1], min_p = settings[3 * at + 2];
+    scores += int64_t(at) * vocab;
+    const Place most = row_max(scores, vocab, vector, shared);
+    int token = most.at;
+    if (token >= 0 && temperature != 0) {
+        const Row<T> row = {scores, vocab, most.score, fminf(__fdiv_rn(1.0f, temperature), 3.4028235e38f)};
+        uint32_t limit = INFINITE;
+        if (top_k[at] < vocab)
+            limit = limit_of<false>(row, limit, max(top_k[at], 1), 0, shared);
+        if (top_p < 1)
+            limit = limit_of<true>(row, limit, 0, top_p, shared);
+        limit = min(limit, __float_as_uint(fabsf(logf(min_p))));
+        const uint64_t key = keys[2 * at] | uint64_t(keys[2 * at + 1]) << 32;
+        const uint64_t bits = mix(key + uint32_t(length) * 0x9e3779b97f4a7c15ull) >> 16;
+        token = find(row, limit, bits << 16, shared);
+    }
     if (threadIdx.x == 0)
-        tokens[at] = token;
+        lengths[at] = length + running[at], tokens[at] = max(token, 0), reported[at] = token;
 }
+
+#define DRAW(T, dtype)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
+        draw_##dtype(const T* scores, const float* settings, const int* top_k, const uint32_t* keys,                   \
+                     const int* running, int* lengths, int* tokens, int* reported, int vocab, bool vector) {           \
+        draw(scores, settings, top_k, keys, running, lengths, tokens, reported, vocab, vector);                        \
+    }
+
+DRAW(float, f32)
+DRAW(f16, f16)
+DRAW(bf16, bf16)

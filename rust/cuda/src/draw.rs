@@ -1,30 +1,36 @@
 use halfbyte_core::Result;
 use halfbyte_core::ops::draw::Draw;
 
-use crate::args::args;
-use crate::launch::{Family, Geometry, Launcher, extent, family};
+use crate::args::{aligned, args, dtype_index};
+use crate::launch::{Family, Launcher, family};
 
-pub(crate) static FAMILY: Family = family!("draw", &["draw"]);
+const KERNELS: [&str; 3] = ["draw_f32", "draw_f16", "draw_bf16"];
+pub(crate) static FAMILY: Family = family!("draw", &KERNELS);
 
 pub(crate) const THREADS: u32 = 1024;
 
 pub(crate) fn launch(launcher: &Launcher, args: Draw<'_>) -> Result<()> {
-    let (rows, vocab) = (args.tokens.numel(), args.vocab());
+    let (scores, choice, vocab) = (args.scores, args.choice, args.vocab());
+    let (rows, drawn) = (args.drawn.tokens.numel(), args.drawn);
     if rows == 0 {
         return Ok(());
     }
-    launcher.launch(
+    launcher.launch_1d(
         &FAMILY,
-        "draw",
-        Geometry { grid: (extent(rows), 1, 1), block: (THREADS, 1, 1), shared: 0, overlaps: true },
+        KERNELS[dtype_index(scores.dtype())],
+        rows,
+        THREADS,
         args![
-            args.scores.ptr(),
-            args.settings.ptr(),
-            args.top_k.ptr(),
-            args.keys.ptr(),
-            args.positions.ptr(),
-            args.tokens.ptr(),
+            scores.ptr(),
+            choice.settings.ptr(),
+            choice.top_k.ptr(),
+            choice.keys.ptr(),
+            choice.running.ptr(),
+            drawn.lengths.ptr(),
+            drawn.tokens.ptr(),
+            drawn.reported.ptr(),
             vocab as i32,
+            vocab.is_multiple_of(8) && aligned(scores, 16),
         ],
     )
 }

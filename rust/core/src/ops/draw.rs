@@ -1,4 +1,4 @@
-//! `draw`: a token for each row of scores, by temperature, top-k, top-p and min-p; only the row decides.
+//! `draw`: the next token of each row of scores, by temperature, top-k, top-p and min-p; only the row decides.
 //!
 //! ```text
 //! x_i     = (max_j s_j - s_i) min(1 / temperature, f32::MAX)     fp32: the likelihood is exp(-x), up to a constant
@@ -8,16 +8,16 @@
 //! limit   = min(limit_k, limit_p, -ln(min_p))                    tokens as likely as the last one stay, too
 //! w_i     = round(2^40 exp(-x_i)) where x_i <= limit, else 0
 //! token   = the first one whose sum of w_j, j <= i, exceeds floor(u sum of w)
-//! u       = splitmix64(key + position 0x9e3779b97f4a7c15) >> 16, of 2^48
+//! u       = splitmix64(key + length 0x9e3779b97f4a7c15) >> 16, of 2^48
 //! ```
 //!
-//! Whole numbers make the sums exact, so that their order does not matter. Where scores are not finite some token of
-//! the row is drawn.
+//! Whole numbers make the sums exact, so that their order does not matter. Temperature 0 takes the first of the largest
+//! scores. A row whose largest score is not finite, or that holds NaN, gives -1, and 0 to go on with.
 
 use crate::check::arg;
 use crate::error::{Error, Result};
 use crate::parallel;
-use crate::tensor::{DType, TensorMut, TensorRef};
+use crate::tensor::{DType, Float, TensorMut, TensorRef, with_float};
 
 const OP: &str = "draw";
 
@@ -29,66 +29,89 @@ pub const SHARE_BITS: u32 = 27;
 pub const WEIGHT_BITS: u32 = 40;
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Draw<'a> {
-    /// f32 `[rows, vocab]`
-    pub scores: TensorRef<'a>,
+/// What decides beside the scores.
+#[derive(Debug, Clone, Copy)]
+pub struct Choice<'a> {
     /// f32 `[rows, 3]`: temperature, top_p, min_p
     pub settings: TensorRef<'a>,
     /// i32 `[rows]`; off from vocab on
     pub top_k: TensorRef<'a>,
     /// i32 `[rows, 2]`: 64 bits, the low ones first
     pub keys: TensorRef<'a>,
-    /// as keys
-    pub positions: TensorRef<'a>,
-    /// i32 `[rows]`
+    /// i32 `[rows]`: added to the row's length
+    pub running: TensorRef<'a>,
+}
+
+/// What is written.
+#[derive(Debug)]
+pub struct Drawn<'a> {
+    /// i32 `[rows]`: tokens before the drawn one, before; those and `running`, afterwards
+    pub lengths: TensorMut<'a>,
+    /// i32 `[rows]`: to go on with
     pub tokens: TensorMut<'a>,
+    /// i32 `[rows]`: the same, or -1
+    pub reported: TensorMut<'a>,
+}
+
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Draw<'a> {
+    /// floats `[rows, vocab]`
+    pub scores: TensorRef<'a>,
+    pub choice: Choice<'a>,
+    pub drawn: Drawn<'a>,
 }
 
 impl<'a> Draw<'a> {
-    pub fn new(
-        scores: TensorRef<'a>,
-        settings: TensorRef<'a>,
-        top_k: TensorRef<'a>,
-        keys: TensorRef<'a>,
-        positions: TensorRef<'a>,
-        tokens: TensorMut<'a>,
-    ) -> Result<Self> {
-        let rows = tokens.numel();
-        arg(OP, "scores", scores).dtype(DType::F32)?;
+    pub fn new(scores: TensorRef<'a>, choice: Choice<'a>, drawn: Drawn<'a>) -> Result<Self> {
+        let rows = drawn.tokens.numel();
+        arg(OP, "scores", scores).float()?;
         let vocab = scores.numel().checked_div(rows).unwrap_or(1);
         if rows * vocab != scores.numel() || !(1..=MAX_VOCAB).contains(&vocab) {
             let got = format!("{} scores for {rows} tokens", scores.numel());
             return Err(Error::Argument { op: OP, name: "scores", expected: "rows of 1 to 2^18", got });
         }
         let device = scores.device();
-        arg(OP, "settings", settings).dtype(DType::F32)?.numel(3 * rows, "three a row")?.on(device, "scores")?;
+        let settings = arg(OP, "settings", choice.settings).dtype(DType::F32)?;
+        settings.numel(3 * rows, "three a row")?.on(device, "scores")?;
         let int =
             |name, tensor, numel, why| arg(OP, name, tensor).dtype(DType::I32)?.numel(numel, why)?.on(device, "scores");
-        int("top_k", top_k, rows, "one a row")?;
-        int("keys", keys, 2 * rows, "two a row")?;
-        int("positions", positions, 2 * rows, "two a row")?;
-        int("tokens", tokens.as_ref(), rows, "one a row")?;
-        Ok(Self { scores, settings, top_k, keys, positions, tokens })
+        int("top_k", choice.top_k, rows, "one a row")?;
+        int("keys", choice.keys, 2 * rows, "two a row")?;
+        int("running", choice.running, rows, "one a row")?;
+        int("lengths", drawn.lengths.as_ref(), rows, "one a row")?;
+        int("tokens", drawn.tokens.as_ref(), rows, "one a row")?;
+        int("reported", drawn.reported.as_ref(), rows, "one a row")?;
+        Ok(Self { scores, choice, drawn })
     }
 
     pub fn vocab(&self) -> usize {
-        self.scores.numel().checked_div(self.tokens.numel()).unwrap_or(1)
+        self.scores.numel().checked_div(self.drawn.tokens.numel()).unwrap_or(1)
     }
 
     pub(crate) fn run_on_cpu(self) {
+        with_float!(self.scores.dtype(), T => self.run::<T>())
+    }
+
+    fn run<T: Float>(self) {
         let vocab = self.vocab();
-        let (scores, settings): (&[f32], &[f32]) = (self.scores.as_slice(), self.settings.as_slice());
-        let top_k: &[i32] = self.top_k.as_slice();
-        let (keys, positions): (&[i32], &[i32]) = (self.keys.as_slice(), self.positions.as_slice());
-        let tokens: &mut [i32] = self.tokens.into_slice();
+        let Choice { settings, top_k, keys, running } = self.choice;
+        let (scores, settings): (&[T], &[f32]) = (self.scores.as_slice(), settings.as_slice());
+        let (top_k, keys, running): (&[i32], &[i32], &[i32]) = (top_k.as_slice(), keys.as_slice(), running.as_slice());
+        let lengths: &mut [i32] = self.drawn.lengths.into_slice();
+        let tokens: &mut [i32] = self.drawn.tokens.into_slice();
+        let reported: &mut [i32] = self.drawn.reported.into_slice();
         let rows = tokens.len();
-        parallel::for_each(tokens.iter_mut().enumerate(), rows, |(row, token)| {
+        let written = lengths.iter_mut().zip(tokens).zip(reported).enumerate();
+        parallel::for_each(written, rows, |(row, ((length, token), reported))| {
             let &[temperature, top_p, min_p] = &settings[3 * row..][..3] else { unreachable!("three a row") };
             let filters = Filters { temperature, top_k: top_k[row].max(1) as usize, top_p, min_p };
-            let uniform = uniform(long(&keys[2 * row..]), long(&positions[2 * row..]));
-            *token = draw(&scores[row * vocab..][..vocab], filters, uniform) as i32;
+            let uniform = uniform(long(&keys[2 * row..]), u64::from(*length as u32));
+            let scores: Vec<f32> = scores[row * vocab..][..vocab].iter().map(|score| score.to_f32()).collect();
+            let place = draw(&scores, filters, uniform);
+            *reported = place.map_or(-1, |place| place as i32);
+            *token = place.unwrap_or(0) as i32;
+            *length += running[row];
         });
     }
 }
@@ -104,9 +127,9 @@ fn long(words: &[i32]) -> u64 {
     u64::from(words[0] as u32) | (u64::from(words[1] as u32) << 32)
 }
 
-/// 48 bits that depend on nothing but key and position: splitmix64 (Steele, Lea, Flood 2014).
-fn uniform(key: u64, position: u64) -> u64 {
-    let x = key.wrapping_add(position.wrapping_mul(GOLDEN));
+/// 48 bits that depend on nothing but key and length: splitmix64 (Steele, Lea, Flood 2014).
+fn uniform(key: u64, length: u64) -> u64 {
+    let x = key.wrapping_add(length.wrapping_mul(GOLDEN));
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     (x ^ (x >> 31)) >> 16
@@ -117,8 +140,24 @@ fn weight(x: u32, bits: u32) -> u64 {
     (f64::from((-f32::from_bits(x)).exp()) * f64::from(bits).exp2()).round_ties_even() as u64
 }
 
-fn draw(scores: &[f32], filters: Filters, uniform: u64) -> usize {
-    let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+/// The largest score; None where it is not finite or one is NaN. In lanes, so that the compiler can use vectors.
+fn largest(scores: &[f32]) -> Option<f32> {
+    let (mut largest, mut finite) = ([f32::NEG_INFINITY; 16], [true; 16]);
+    for chunk in scores.chunks(16) {
+        for ((&score, largest), finite) in chunk.iter().zip(&mut largest).zip(&mut finite) {
+            *largest = if score > *largest { score } else { *largest };
+            *finite &= score < f32::INFINITY;
+        }
+    }
+    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    (finite == [true; 16] && largest > f32::NEG_INFINITY).then_some(largest)
+}
+
+fn draw(scores: &[f32], filters: Filters, uniform: u64) -> Option<usize> {
+    let largest = largest(scores)?;
+    if filters.temperature == 0.0 {
+        return scores.iter().position(|&score| score == largest);
+    }
     let inverse = (1.0 / filters.temperature).min(f32::MAX);
     let x: Vec<u32> = scores.iter().map(|score| ((largest - score) * inverse).abs().to_bits()).collect();
     let limit = limit(&x, &filters);
@@ -129,7 +168,7 @@ fn draw(scores: &[f32], filters: Filters, uniform: u64) -> usize {
         *sum += weight;
         Some(*sum)
     });
-    reached.into_iter().position(|sum| sum > target).unwrap_or(0)
+    Some(reached.into_iter().position(|sum| sum > target).unwrap_or(0))
 }
 
 /// The largest x that is kept.
