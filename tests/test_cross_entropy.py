@@ -204,17 +204,49 @@ def test_the_kernel_equals_the_plain_loop(vocab, stride, dtype):
 
 
 @pytest.mark.gpu
-def test_memory_is_a_tenth_of_the_logits():
+@pytest.mark.parametrize("first, width, stride", [(0, 8, 8), (7, 7, 7), (100, 4099, 4104)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_of_some_columns_equals_the_plain_loop(first, width, stride, dtype):
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(9, stride, generator=generator) * 5).to(dtype)
+    labels = torch.tensor([0, first, first + width - 1, first + width, -1, 7, 8, 200, -1]).int()
+    logsumexps, divisor = logits.float().logsumexp(1) + 0.5, torch.full((1,), 3.0)
+    logits[4], logsumexps[4] = float("nan"), float("inf")
+    results = []
+    for device in ("cpu", "cuda"):
+        x = logits.to(device, copy=True)
+        rest = labels.to(device), logsumexps.to(device), divisor.to(device)
+        _core.cross_entropy_backward(x, *rest, first, width)
+        assert torch.equal(x[[0, 1], width:].cpu(), logits[[0, 1], width:])
+        results.append(x[:, :width].cpu())
+    tolerance = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=1e-6)
+    assert not results[1][[4, 8]].any()
+
+
+@pytest.mark.parametrize("width", [1, 30, 101, 500])
+def test_columns_at_a_time_make_the_same_gradient(device, width, monkeypatch):
+    module = importlib.import_module("halfbyte.ops.cross_entropy")
+    monkeypatch.setattr(module, "WIDEST", width)
+    hidden, weight, labels = case(device)
+    (2 * cross_entropy(hidden, weight, labels)).backward()
+    (exact,) = torch.autograd.grad(2 * F.cross_entropy(hidden @ weight.t(), labels), weight)
+    torch.testing.assert_close(weight.grad, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trained", [False, True])
+def test_memory_is_a_tenth_of_the_logits(trained):
     tokens, width, vocab = 4096, 256, 32_000
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16, requires_grad=trained)
     labels = torch.randint(vocab, (tokens,), device="cuda")
     cross_entropy(hidden, weight, labels).backward()
-    hidden.grad = None
+    hidden.grad = weight.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     cross_entropy(hidden, weight, labels).backward()
-    gradients = 2 * hidden.numel() * hidden.element_size()
+    gradients = 2 * hidden.nbytes + (weight.nbytes if trained else 0)
     peak = torch.cuda.max_memory_allocated() - before - gradients
     assert peak <= 0.1 * 4 * tokens * vocab

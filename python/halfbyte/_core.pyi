@@ -313,13 +313,27 @@ def draw(
     """
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, losses: Tensor, vocab: int, divisor: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    vocab: int,
+    divisor: Tensor | None = None,
+    logsumexps: Tensor | None = None,
 ) -> None:
     """Losses of rows of logits; with a divisor, the gradient of their sum over it replaces those.
 
     logits: float [rows, stride >= vocab], updated. labels: int32 [rows]; a row whose label is no
-    column is masked: its loss and gradient are zeros. losses: float32 [rows], out. divisor: float32
-    [1].
+    column is masked: its loss and gradient are zeros. losses, logsumexps (of rows that are not
+    masked): float32 [rows], out. divisor: float32 [1].
+    """
+
+def cross_entropy_backward(
+    logits: Tensor, labels: Tensor, logsumexps: Tensor, divisor: Tensor, first: int, width: int
+) -> None:
+    """Logits of the vocabulary's columns from ``first`` on become the gradient of the losses' sum.
+
+    logits: float [rows, stride >= width], updated. labels: int32 [rows], negative in a masked row.
+    logsumexps: float32 [rows], of whole rows. divisor: float32 [1], of that sum.
     """
 
 def rms_norm(

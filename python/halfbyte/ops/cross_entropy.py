@@ -13,124 +13,178 @@ IGNORE = -100
 CHUNK_BYTES = 48 << 20
 SHARE = 0.1
 TILE = 128  # rows of a tile of torch's matrix products
+WIDEST = 8192  # columns of a stripe of the vocabulary
 ALIGNED = 8  # columns of logits, so that products of any vocabulary run at full speed
 
 
-def _softmax(logits: Tensor, labels: Tensor, vocab: int, divisor: Tensor | None) -> Tensor:
-    """Losses fp32 [rows]; with a divisor, logits [rows, >= vocab] become their sum's gradient."""
+def _softmax(
+    logits: Tensor,
+    labels: Tensor,
+    vocab: int,
+    divisor: Tensor | None,
+    losses: Tensor,
+    logsumexps: Tensor,
+) -> None:
+    """Fills fp32 [rows]; with a divisor, logits [rows, >= vocab] become the losses' gradient."""
     if logits.is_cuda:
-        losses = logits.new_empty(len(labels), dtype=torch.float32)
-        _core.cross_entropy(logits, labels, losses, vocab, divisor)
-        return losses
+        _core.cross_entropy(logits, labels, losses, vocab, divisor, logsumexps)
+        return
     # On the CPU by torch, whose exponential is vectorized.
     whole, keep = logits[:, :vocab], labels >= 0
     x, index = whole.float(), labels.clamp(min=0).long()[:, None]
     logsumexp = x.logsumexp(1, keepdim=True)
     # where, not a product: a masked row may hold Inf or NaN.
-    losses = torch.where(keep, (logsumexp - x.gather(1, index))[:, 0], 0.0)
+    losses.copy_(torch.where(keep, (logsumexp - x.gather(1, index))[:, 0], 0.0))
+    logsumexps.copy_(logsumexp[:, 0])
     if divisor is not None:
         x = x.sub_(logsumexp).exp_()
         x.scatter_add_(1, index, torch.full_like(logsumexp, -1.0))
         whole.copy_(x.masked_fill_(~keep[:, None], 0.0).div_(divisor))
-    return losses
 
 
-def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, d] fp32 += grad^T hidden."""
-    if grad.dtype == torch.float32:
-        total.addmm_(grad.t(), hidden)
-    elif grad.is_cuda:
-        torch.addmm(total, grad.t(), hidden, out_dtype=torch.float32, out=total)
-    else:
-        total.add_(grad.t() @ hidden)
+def _differentiate(
+    logits: Tensor, labels: Tensor, logsumexps: Tensor, divisor: Tensor, first: int, width: int
+) -> None:
+    """Logits of some columns of the vocabulary become the gradient of the losses' sum over it."""
+    if logits.is_cuda:
+        _core.cross_entropy_backward(logits, labels, logsumexps, divisor, first, width)
+        return
+    part = logits[:, :width]
+    x = part.float().sub_(logsumexps[:, None]).exp_()
+    columns = torch.arange(first, first + width, device=x.device)
+    x -= (columns == labels[:, None]).float()
+    part.copy_(x.masked_fill_(labels[:, None] < 0, 0.0).div_(divisor))
 
 
 def _loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    divisor: Tensor,
-    of_hidden: bool,
-    of_weight: bool,
-    chunk: int,
+    hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, of_hidden: bool, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, grad_hidden, grad_weight = _loss_fake(
-        hidden, weight, labels, divisor, of_hidden, of_weight, chunk
-    )
+    loss, grad_hidden, logsumexps = _loss_fake(hidden, weight, labels, divisor, of_hidden, chunk)
     tokens, vocab = len(hidden), len(weight)
-    stride = -(-vocab // ALIGNED) * ALIGNED
-    buffer = hidden.new_empty(min(chunk, tokens), stride)
-    grad_weight.zero_()
-    losses = hidden.new_zeros(tokens, dtype=torch.float32)
+    buffer = hidden.new_empty(min(chunk, tokens), _stride(vocab))
+    losses = torch.empty_like(logsumexps)
     for start in range(0, tokens, chunk):
         rows = slice(start, min(start + chunk, tokens))
         h = hidden[rows]
         whole = buffer[: len(h)]
         logits = whole[:, :vocab]
         torch.mm(h, weight.t(), out=logits)
-        wanted = of_hidden or of_weight
-        losses[rows] = _softmax(whole, labels[rows], vocab, divisor if wanted else None)
+        wanted = divisor if of_hidden else None
+        _softmax(whole, labels[rows], vocab, wanted, losses[rows], logsumexps[rows])
         if of_hidden:
             torch.mm(logits, weight, out=grad_hidden[rows])
-        if of_weight:
-            _accumulate(grad_weight, logits, h)
     loss.copy_(losses.sum())
-    return loss, grad_hidden, grad_weight
+    return loss, grad_hidden, logsumexps
 
 
 def _loss_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    divisor: Tensor,
-    of_hidden: bool,
-    of_weight: bool,
-    chunk: int,
+    hidden: Tensor, weight: Tensor, labels: Tensor, divisor: Tensor, of_hidden: bool, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
-    shape = weight.shape if of_weight else (0,)
-    grad_weight = weight.new_empty(shape, dtype=torch.float32)
-    return hidden.new_empty((), dtype=torch.float32), grad_hidden, grad_weight
+    logsumexps = hidden.new_empty(len(hidden), dtype=torch.float32)
+    return hidden.new_empty((), dtype=torch.float32), grad_hidden, logsumexps
+
+
+def _grad_weight(
+    hidden: Tensor, weight: Tensor, labels: Tensor, logsumexps: Tensor, divisor: Tensor, width: int
+) -> Tensor:
+    grad_weight = torch.empty_like(weight)
+    tokens, vocab = len(hidden), len(weight)
+    buffer = hidden.new_empty(tokens, _stride(min(width, vocab)))
+    # In fp16 small quotients would be lost: there the gradient is divided last.
+    late = hidden.dtype == torch.float16
+    early = torch.ones_like(divisor) if late else divisor
+    for first in range(0, vocab, width):
+        columns = slice(first, min(first + width, vocab))
+        w, out = weight[columns], grad_weight[columns]
+        logits = buffer[:, : len(w)]
+        torch.mm(hidden, w.t(), out=logits)
+        _differentiate(buffer, labels, logsumexps, early, first, len(w))
+        if late:
+            torch.div(_product_fp32(logits.t(), hidden), divisor, out=out)
+        else:
+            torch.mm(logits.t(), hidden, out=out)
+    return grad_weight
+
+
+def _grad_weight_fake(
+    hidden: Tensor, weight: Tensor, labels: Tensor, logsumexps: Tensor, divisor: Tensor, width: int
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
+    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float()
+
+
+def _stride(columns: int) -> int:
+    return -(-columns // ALIGNED) * ALIGNED
 
 
 define(
     "cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor divisor, bool of_hidden, "
-    "bool of_weight, SymInt chunk) -> (Tensor, Tensor, Tensor)",
+    "SymInt chunk) -> (Tensor, Tensor, Tensor)",
     _loss,
     _loss_fake,
+)
+define(
+    "cross_entropy_grad_weight(Tensor hidden, Tensor weight, Tensor labels, Tensor logsumexps, "
+    "Tensor divisor, SymInt width) -> Tensor",
+    _grad_weight,
+    _grad_weight_fake,
 )
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Computes gradients in the forward, so that no chunk's logits outlive the chunk."""
+    """The gradient of hidden is computed in the forward, so that no chunk's logits outlive it.
+
+    That of the weight is a sum over all tokens: the backward computes the logits again, some
+    columns at a time, so that it is added up in fp32 and rounded once, without a copy in fp32.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, divisor, chunk):
+    def forward(ctx, hidden, weight, labels, divisor, chunk, width):
         # In fp16 small quotients would be lost: there the gradients are divided last.
         late = divisor if hidden.dtype == torch.float16 else torch.ones_like(divisor)
-        loss, *grads = torch.ops.halfbyte.cross_entropy(
-            hidden, weight, labels, divisor / late, *ctx.needs_input_grad[:2], chunk
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        loss, grad_hidden, logsumexps = torch.ops.halfbyte.cross_entropy(
+            hidden, weight, labels, divisor / late, of_hidden, chunk
         )
-        ctx.save_for_backward(*grads, late)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        again = (hidden, weight, labels, logsumexps, divisor) if of_weight else ()
+        ctx.save_for_backward(grad_hidden, late, *again)
+        ctx.width = width
         return loss / divisor[0]
 
     @staticmethod
     def backward(ctx, grad_loss):
-        *grads, late = ctx.saved_tensors
-        scale = grad_loss / late
-        scaled = [
+        grad_hidden, late, *again = ctx.saved_tensors
+        of_hidden = of_weight = None
+        # First, so that its logits are gone before there is a second gradient of hidden.
+        if again:
+            *again, divisor = again
+            of_weight = torch.ops.halfbyte.cross_entropy_grad_weight(
+                *again, divisor / grad_loss, ctx.width
+            )
+        if ctx.needs_input_grad[0]:
             # A scale of one dimension is multiplied in fp32 and rounded with the product.
-            torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype)) if wanted else None
-            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        ]
-        return *scaled, None, None, None
+            scale = grad_loss / late
+            of_hidden = torch.mul(grad_hidden, scale, out=torch.empty_like(grad_hidden))
+        return of_hidden, of_weight, None, None, None, None
 
 
 def chunk_rows(tokens: int, vocab: int, logit_bytes: int) -> int:
     """Tokens a chunk: a multiple of a tile, or as many as the bytes allow if they are fewer."""
     rows = max(CHUNK_BYTES // (4 * vocab), int(SHARE * 4 * tokens) // logit_bytes)
     return rows // TILE * TILE or max(1, rows)
+
+
+def _stripe(hidden: Tensor, vocab: int, logit_bytes: int) -> int:
+    """Columns of the vocabulary at a time: a multiple of a tile, in as much memory as a chunk."""
+    tokens, size = hidden.shape
+    # In fp16 the gradient is in fp32 until it is divided.
+    column = logit_bytes * tokens + (4 * size if hidden.dtype == torch.float16 else 0)
+    columns = chunk_rows(tokens, vocab, logit_bytes) * vocab * logit_bytes // max(1, column)
+    return min(columns // TILE * TILE or max(1, columns), WIDEST)
 
 
 def cross_entropy(
@@ -173,7 +227,8 @@ def cross_entropy(
     # On the CPU the logits of a chunk are computed in fp32.
     logit_bytes = hidden.element_size() if hidden.is_cuda else 4
     chunk = chunk or chunk_rows(len(hidden), vocab, logit_bytes)
-    return _CrossEntropy.apply(hidden, head_weight, rows, divisor, chunk)
+    width = _stripe(hidden, vocab, logit_bytes)
+    return _CrossEntropy.apply(hidden, head_weight, rows, divisor, chunk, width)
 
 
 def _checked_divisor(labels: Tensor, num_items: Tensor | float, vocab: int) -> Tensor | float:

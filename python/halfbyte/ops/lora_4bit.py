@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from halfbyte.ops.dequantize_4bit import values
 from halfbyte.ops.gemm_4bit import accepted, grad_x, is_dequantized, product
@@ -107,15 +108,10 @@ def _narrowed(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> l
     """
     if len(a) == 1:
         return [a[0].to(dtype), b[0].to(dtype)]
-    gathered = torch.cat([own.reshape(-1) for own in (*a, *b)]).to(dtype)
-    columns, ranks = a[0].shape[1], [own.shape[0] for own in a]
-    numels = [
-        sum(ranks) * columns,
-        *(own.shape[0] * rank for own, rank in zip(b, ranks, strict=True)),
-    ]
-    below, *beside = torch.split_with_sizes(gathered, numels)
-    pairs = zip(beside, ranks, strict=True)
-    return [below.view(-1, columns), *(own.view(-1, rank) for own, rank in pairs)]
+    tensors = (*a, *b)
+    gathered = _flatten_dense_tensors(tensors).to(dtype)
+    below = gathered[: sum(own.numel() for own in a)].view(-1, a[0].shape[1])
+    return [below, *_unflatten_dense_tensors(gathered, tensors)[len(a) :]]
 
 
 def _grad_input(grads: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:

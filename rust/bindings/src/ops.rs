@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use halfbyte_core::codebook as maps;
 use halfbyte_core::file::ReadFile;
-use halfbyte_core::ops::cross_entropy::CrossEntropy;
+use halfbyte_core::ops::cross_entropy::{CrossEntropy, CrossEntropyBackward};
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
@@ -522,7 +522,7 @@ pub fn draw(
 }
 
 #[pyfunction]
-#[pyo3(signature = (logits, labels, losses, vocab, divisor=None))]
+#[pyo3(signature = (logits, labels, losses, vocab, divisor=None, logsumexps=None))]
 pub fn cross_entropy(
     py: Python<'_>,
     logits: Object<'_, '_>,
@@ -530,20 +530,49 @@ pub fn cross_entropy(
     losses: Object<'_, '_>,
     vocab: i64,
     divisor: Option<Object<'_, '_>>,
+    logsumexps: Option<Object<'_, '_>>,
 ) -> PyResult<()> {
     const OP: &str = "cross_entropy";
     let logits = Tensor::read(OP, "logits", logits)?;
     let labels = Tensor::read(OP, "labels", labels)?;
     let losses = Tensor::read(OP, "losses", losses)?;
     let divisor = divisor.map(|divisor| Tensor::read(OP, "divisor", divisor)).transpose()?;
+    let logsumexps = logsumexps.map(|logsumexps| Tensor::read(OP, "logsumexps", logsumexps)).transpose()?;
     let read: Vec<&Tensor> = [&labels].into_iter().chain(&divisor).collect();
-    check_overlap(OP, &read, &[&logits, &losses])?;
+    let written: Vec<&Tensor> = [&logits, &losses].into_iter().chain(&logsumexps).collect();
+    check_overlap(OP, &read, &written)?;
     let vocab = not_negative(OP, "vocab", vocab)?;
     let divided = divisor.as_ref().map(Tensor::as_ref);
     // SAFETY: the outputs were checked for overlap.
     let (target, of_rows) = unsafe { (logits.as_mut(), losses.as_mut()) };
-    let args = CrossEntropy::new(target, labels.as_ref(), of_rows, divided, vocab).map_err(to_py_err)?;
+    // SAFETY: as above.
+    let totals = logsumexps.as_ref().map(|logsumexps| unsafe { logsumexps.as_mut() });
+    let args = CrossEntropy::new(target, labels.as_ref(), of_rows, totals, divided, vocab).map_err(to_py_err)?;
     call(py, logits.device, |backend| backend.cross_entropy(args))
+}
+
+#[pyfunction]
+pub fn cross_entropy_backward(
+    py: Python<'_>,
+    logits: Object<'_, '_>,
+    labels: Object<'_, '_>,
+    logsumexps: Object<'_, '_>,
+    divisor: Object<'_, '_>,
+    first: i64,
+    width: i64,
+) -> PyResult<()> {
+    const OP: &str = "cross_entropy_backward";
+    let logits = Tensor::read(OP, "logits", logits)?;
+    let labels = Tensor::read(OP, "labels", labels)?;
+    let logsumexps = Tensor::read(OP, "logsumexps", logsumexps)?;
+    let divisor = Tensor::read(OP, "divisor", divisor)?;
+    check_overlap(OP, &[&labels, &logsumexps, &divisor], &[&logits])?;
+    let (first, width) = (not_negative(OP, "first", first)?, not_negative(OP, "width", width)?);
+    // SAFETY: the output was checked for overlap.
+    let target = unsafe { logits.as_mut() };
+    let (labels, totals, divided) = (labels.as_ref(), logsumexps.as_ref(), divisor.as_ref());
+    let args = CrossEntropyBackward::new(target, labels, totals, divided, first, width).map_err(to_py_err)?;
+    call(py, logits.device, |backend| backend.cross_entropy_backward(args))
 }
 
 #[pyfunction]

@@ -1,7 +1,7 @@
 //! The runtime's table of contents: what a device must be able to do.
 
 use crate::error::Result;
-use crate::ops::cross_entropy::CrossEntropy;
+use crate::ops::cross_entropy::{CrossEntropy, CrossEntropyBackward};
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
@@ -33,6 +33,7 @@ pub trait Backend {
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()>;
     fn draw(&self, args: Draw<'_>) -> Result<()>;
     fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()>;
+    fn cross_entropy_backward(&self, args: CrossEntropyBackward<'_>) -> Result<()>;
     fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()>;
     fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()>;
     fn rope(&self, args: Rope<'_>) -> Result<()>;

@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::ops::cross_entropy::CrossEntropy;
+use crate::ops::cross_entropy::{CrossEntropy, CrossEntropyBackward};
 use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
@@ -129,6 +129,11 @@ impl Backend for CpuBackend {
     }
 
     fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
+        args.run_on_cpu();
+        Ok(())
+    }
+
+    fn cross_entropy_backward(&self, args: CrossEntropyBackward<'_>) -> Result<()> {
         args.run_on_cpu();
         Ok(())
     }

@@ -3,32 +3,33 @@
 mod common;
 
 use common::normal;
-use halfbyte_core::ops::cross_entropy::CrossEntropy;
+use halfbyte_core::ops::cross_entropy::{CrossEntropy, CrossEntropyBackward};
 use halfbyte_core::{Backend, CpuBackend, TensorMut, TensorRef};
 
 /// Four rows of seven columns, eight apart; the last two rows are masked.
 const LABELS: [i32; 4] = [0, 6, -1, 7];
 
-fn run(divisor: Option<f32>) -> (Vec<f32>, [f32; 4]) {
-    let (mut logits, mut losses) = (normal(32, 1), [f32::NAN; 4]);
+fn run(divisor: Option<f32>) -> (Vec<f32>, [f32; 4], [f32; 4]) {
+    let (mut logits, mut losses, mut logsumexps) = (normal(32, 1), [f32::NAN; 4], [f32::NAN; 4]);
     let divisor = divisor.map(|divisor| [divisor]);
     let args = CrossEntropy::new(
         TensorMut::from_slice(&mut logits),
         TensorRef::from_slice(&LABELS),
         TensorMut::from_slice(&mut losses),
+        Some(TensorMut::from_slice(&mut logsumexps)),
         divisor.as_ref().map(|divisor| TensorRef::from_slice(divisor)),
         7,
     );
     CpuBackend::new().cross_entropy(args.unwrap()).unwrap();
-    (logits, losses)
+    (logits, losses, logsumexps)
 }
 
 #[test]
 fn losses_and_the_gradient_of_their_sum() {
     let before = normal(32, 1);
-    let (logits, losses) = run(None);
+    let (logits, losses, _) = run(None);
     assert_eq!(logits, before);
-    let (gradient, again) = run(Some(2.0));
+    let (gradient, again, _) = run(Some(2.0));
     assert_eq!(losses, again);
     assert_eq!(losses[2..], [0.0, 0.0]);
     for (row, label) in [(0, 0), (1, 6)] {
@@ -53,6 +54,29 @@ fn losses_and_the_gradient_of_their_sum() {
 fn a_vocabulary_must_fit_its_rows() {
     let (mut logits, mut losses) = (normal(32, 1), [0.0f32; 4]);
     let targets = (TensorMut::from_slice(&mut logits), TensorMut::from_slice(&mut losses));
-    let error = CrossEntropy::new(targets.0, TensorRef::from_slice(&LABELS), targets.1, None, 9).unwrap_err();
+    let error = CrossEntropy::new(targets.0, TensorRef::from_slice(&LABELS), targets.1, None, None, 9).unwrap_err();
     assert!(error.to_string().contains("vocab must be as long as a row of logits"), "{error}");
+}
+
+#[test]
+fn the_gradient_of_some_columns_is_that_of_all() {
+    let (whole, _, logsumexps) = run(Some(2.0));
+    let before = normal(32, 1);
+    for (first, width) in [(0, 7), (0, 3), (3, 4), (6, 1)] {
+        let mut logits: Vec<f32> =
+            (0..4).flat_map(|row| before[8 * row + first..8 * row + first + width].to_vec()).collect();
+        let masked = LABELS.map(|label| if label == 7 { -1 } else { label });
+        let args = CrossEntropyBackward::new(
+            TensorMut::from_slice(&mut logits),
+            TensorRef::from_slice(&masked),
+            TensorRef::from_slice(&logsumexps),
+            TensorRef::from_slice(&[2.0f32]),
+            first,
+            width,
+        );
+        CpuBackend::new().cross_entropy_backward(args.unwrap()).unwrap();
+        let expected: Vec<f32> =
+            (0..4).flat_map(|row| whole[8 * row + first..8 * row + first + width].to_vec()).collect();
+        assert_eq!(logits, expected);
+    }
 }

@@ -105,6 +105,7 @@ template <typename T>
 __device__ void cross_entropy(T* logits,            // [rows, stride]
                               const int* labels,    // [rows]
                               float* losses,        // [rows]
+                              float* logsumexps,    // [rows] or null
                               int64_t stride,       //
                               const float* divisor, // [1], null where no gradient is asked for
                               int vocab, bool vector) {
@@ -124,14 +125,49 @@ __device__ void cross_entropy(T* logits,            // [rows, stride]
     const float total = logsumexp(x, vocab, vector);
     if (threadIdx.x == 0)
         losses[blockIdx.x] = total - picked;
+    if (threadIdx.x == 0 && logsumexps != nullptr)
+        logsumexps[blockIdx.x] = total;
     if (divisor != nullptr)
         store_gradient(x, vocab, label, total, __fdiv_rn(1.0f, *divisor), vector);
 }
 
+// A row's columns of the vocabulary from `first` on, eight a thread.
+constexpr int FEW = 256;
+
+template <typename T>
+__device__ void cross_entropy_backward(T* logits,               // [rows, stride]
+                                       const int* labels,       // [rows]
+                                       const float* logsumexps, // [rows]
+                                       int64_t stride,          //
+                                       const float* divisor,    // [1]
+                                       int first, int width, bool vector) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    T* x = logits + blockIdx.x * stride;
+    const int here = (blockIdx.y * FEW + threadIdx.x) * 8, label = labels[blockIdx.x];
+    if (here >= width)
+        return;
+    const float logsumexp = logsumexps[blockIdx.x], scale = __fdiv_rn(1.0f, *divisor);
+    float v[8];
+    load_raw8(x, here, width, vector).unpack(v);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        v[i] = (power(v[i] - logsumexp) - (first + here + i == label ? 1.0f : 0.0f)) * scale;
+        v[i] = label < 0 ? 0.0f : v[i];
+    }
+    store8_inside(x, here, width, vector, v);
+}
+
 #define CROSS_ENTROPY(T, dtype)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) cross_entropy_##dtype(                                    \
-        T* logits, const int* labels, float* losses, int64_t stride, const float* divisor, int vocab, bool vector) {   \
-        cross_entropy(logits, labels, losses, stride, divisor, vocab, vector);                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
+        cross_entropy_##dtype(T* logits, const int* labels, float* losses, float* logsumexps, int64_t stride,          \
+                              const float* divisor, int vocab, bool vector) {                                          \
+        cross_entropy(logits, labels, losses, logsumexps, stride, divisor, vocab, vector);                             \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(FEW)                                                                  \
+        cross_entropy_backward_##dtype(T* logits, const int* labels, const float* logsumexps, int64_t stride,          \
+                                       const float* divisor, int first, int width, bool vector) {                      \
+        cross_entropy_backward(logits, labels, logsumexps, stride, divisor, first, width, vector);                     \
     }
 
 CROSS_ENTROPY(float, f32)

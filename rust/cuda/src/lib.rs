@@ -27,7 +27,7 @@ mod swiglu;
 #[cfg(test)]
 mod tests;
 
-use halfbyte_core::ops::cross_entropy::CrossEntropy;
+use halfbyte_core::ops::cross_entropy::{CrossEntropy, CrossEntropyBackward};
 use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
@@ -159,6 +159,10 @@ impl Backend for CudaBackend {
 
     fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
         swiglu::launch_backward(&self.launcher, args)
+    }
+
+    fn cross_entropy_backward(&self, args: CrossEntropyBackward<'_>) -> Result<()> {
+        cross_entropy::launch_backward(&self.launcher, args)
     }
 
     fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()> {

@@ -91,6 +91,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("adamw", "SLICE", crate::adamw::SLICE),
         ("adamw", "CTAS", crate::adamw::CTAS_PER_MULTIPROCESSOR),
         ("cross_entropy", "THREADS", crate::cross_entropy::THREADS as usize),
+        ("cross_entropy", "FEW", crate::cross_entropy::FEW as usize),
         ("dequantize_4bit", "THREADS", crate::dequantize_4bit::THREADS as usize),
         ("dequantize_4bit", "GROUPS", crate::dequantize_4bit::GROUPS),
         ("dequantize_blockwise", "THREADS", crate::dequantize_blockwise::THREADS as usize),

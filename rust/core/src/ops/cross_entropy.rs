@@ -5,6 +5,8 @@
 //! loss      = logsumexp - x[label]                     0 for a masked row
 //! x         = (exp(x - logsumexp) - (1 at the label)) / divisor    rounded to x's dtype; zeros for a masked row
 //! ```
+//!
+//! `cross_entropy_backward` is the last line alone, for some columns of the vocabulary at a time.
 
 use crate::check::arg;
 use crate::error::{Error, Result};
@@ -22,6 +24,8 @@ pub struct CrossEntropy<'a> {
     pub labels: TensorRef<'a>,
     /// f32 `[rows]`
     pub losses: TensorMut<'a>,
+    /// f32 `[rows]`, of rows that are not masked; if there is one
+    pub logsumexps: Option<TensorMut<'a>>,
     /// f32 `[1]`; if there is one, the gradient of the losses' sum over it replaces the logits
     pub divisor: Option<TensorRef<'a>>,
     pub vocab: usize,
@@ -32,6 +36,7 @@ impl<'a> CrossEntropy<'a> {
         logits: TensorMut<'a>,
         labels: TensorRef<'a>,
         losses: TensorMut<'a>,
+        logsumexps: Option<TensorMut<'a>>,
         divisor: Option<TensorRef<'a>>,
         vocab: usize,
     ) -> Result<Self> {
@@ -39,17 +44,15 @@ impl<'a> CrossEntropy<'a> {
         arg(OP, "logits", logits.as_ref()).float()?;
         arg(OP, "labels", labels).dtype(DType::I32)?.on(device, "logits")?;
         arg(OP, "losses", losses.as_ref()).dtype(DType::F32)?.numel(rows, "one a row")?.on(device, "logits")?;
+        if let Some(logsumexps) = &logsumexps {
+            let out = arg(OP, "logsumexps", logsumexps.as_ref());
+            out.dtype(DType::F32)?.numel(rows, "one a row")?.on(device, "logits")?;
+        }
         if let Some(divisor) = divisor {
             arg(OP, "divisor", divisor).dtype(DType::F32)?.numel(1, "a scalar")?.on(device, "logits")?;
         }
-        let whole_rows = rows == 0 && logits.numel() == 0 || rows > 0 && logits.numel().is_multiple_of(rows);
-        let fits = vocab > 0 && i32::try_from(vocab).is_ok();
-        if !whole_rows || !fits || logits.numel() < rows * vocab {
-            let expected = "as long as a row of logits at most, and 1 to 2^31 - 1";
-            let got = format!("{vocab} for {} logits in {rows} rows", logits.numel());
-            return Err(Error::Argument { op: OP, name: "vocab", expected, got });
-        }
-        Ok(Self { logits, labels, losses, divisor, vocab })
+        check_columns(OP, "vocab", vocab, &logits, rows)?;
+        Ok(Self { logits, labels, losses, logsumexps, divisor, vocab })
     }
 
     /// Elements from one row of logits to the next.
@@ -65,18 +68,100 @@ impl<'a> CrossEntropy<'a> {
         let (stride, vocab) = (self.stride(), self.vocab);
         let divisor = self.divisor.map(|divisor| divisor.as_slice::<f32>()[0]);
         let labels: &[i32] = self.labels.as_slice();
+        let mut totals = vec![0.0; labels.len()];
         let rows = self.logits.into_slice::<T>().chunks_mut(stride).zip(labels).zip(self.losses.into_slice());
-        parallel::for_each(rows, labels.len(), |((x, &label), loss)| {
+        parallel::for_each(rows.zip(&mut totals), labels.len(), |(((x, &label), loss), total)| {
             let x = &mut x[..vocab];
             let label = usize::try_from(label).ok().filter(|&label| label < vocab);
-            *loss = label.map_or(0.0, |label| logsumexp(x) - x[label].to_f32());
+            *total = label.map_or(0.0, |_| logsumexp(x));
+            *loss = label.map_or(0.0, |label| *total - x[label].to_f32());
             match (divisor, label) {
-                (Some(divisor), Some(label)) => differentiate(x, label, divisor),
+                (Some(divisor), Some(label)) => differentiate(x, Some(label), *total, divisor),
                 (Some(_), None) => x.fill(T::from_f32(0.0)),
                 (None, _) => {}
             }
         });
+        if let Some(logsumexps) = self.logsumexps {
+            logsumexps.into_slice().copy_from_slice(&totals);
+        }
     }
+}
+
+const BACKWARD: &str = "cross_entropy_backward";
+
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct CrossEntropyBackward<'a> {
+    /// f32, f16 or bf16 `[rows, stride]`, of which the first `width` columns count: those of the vocabulary from
+    /// `first` on; replaced by their gradient
+    pub logits: TensorMut<'a>,
+    /// i32 `[rows]`; a row with a negative label is masked
+    pub labels: TensorRef<'a>,
+    /// f32 `[rows]`
+    pub logsumexps: TensorRef<'a>,
+    /// f32 `[1]`
+    pub divisor: TensorRef<'a>,
+    pub first: usize,
+    pub width: usize,
+}
+
+impl<'a> CrossEntropyBackward<'a> {
+    pub fn new(
+        logits: TensorMut<'a>,
+        labels: TensorRef<'a>,
+        logsumexps: TensorRef<'a>,
+        divisor: TensorRef<'a>,
+        first: usize,
+        width: usize,
+    ) -> Result<Self> {
+        let (rows, device) = (labels.numel(), logits.device());
+        arg(BACKWARD, "logits", logits.as_ref()).float()?;
+        arg(BACKWARD, "labels", labels).dtype(DType::I32)?.on(device, "logits")?;
+        let totals = arg(BACKWARD, "logsumexps", logsumexps).dtype(DType::F32)?;
+        totals.numel(rows, "one a row")?.on(device, "logits")?;
+        arg(BACKWARD, "divisor", divisor).dtype(DType::F32)?.numel(1, "a scalar")?.on(device, "logits")?;
+        check_columns(BACKWARD, "width", width, &logits, rows)?;
+        check_columns(BACKWARD, "first", first + width, &logits, 0)?;
+        Ok(Self { logits, labels, logsumexps, divisor, first, width })
+    }
+
+    /// Elements from one row of logits to the next.
+    pub fn stride(&self) -> usize {
+        self.logits.numel().checked_div(self.labels.numel()).unwrap_or(self.width)
+    }
+
+    pub(crate) fn run_on_cpu(self) {
+        with_float!(self.logits.dtype(), T => self.run::<T>())
+    }
+
+    fn run<T: Float>(self) {
+        let (stride, first, width) = (self.stride(), self.first, self.width);
+        let (divisor, labels): (f32, &[i32]) = (self.divisor.as_slice()[0], self.labels.as_slice());
+        let rows = self.logits.into_slice::<T>().chunks_mut(stride).zip(labels).zip(self.logsumexps.as_slice());
+        parallel::for_each(rows, labels.len(), |((x, &label), &total)| match usize::try_from(label) {
+            Ok(label) => differentiate(&mut x[..width], label.checked_sub(first), total, divisor),
+            Err(_) => x[..width].fill(T::from_f32(0.0)),
+        });
+    }
+}
+
+/// Rows of logits, or no rows in particular, have `columns`.
+fn check_columns(
+    op: &'static str,
+    name: &'static str,
+    columns: usize,
+    logits: &TensorMut<'_>,
+    rows: usize,
+) -> Result<()> {
+    let numel = logits.numel();
+    let whole_rows = rows == 0 || numel.is_multiple_of(rows);
+    let fits = columns > 0 && i32::try_from(columns).is_ok();
+    if !whole_rows || !fits || numel < rows * columns {
+        let expected = "as long as a row of logits at most, and 1 to 2^31 - 1";
+        let got = format!("{columns} for {numel} logits in {rows} rows");
+        return Err(Error::Argument { op, name, expected, got });
+    }
+    Ok(())
 }
 
 fn logsumexp<T: Float>(x: &[T]) -> f32 {
@@ -85,10 +170,9 @@ fn logsumexp<T: Float>(x: &[T]) -> f32 {
     largest + sum.ln() as f32
 }
 
-fn differentiate<T: Float>(x: &mut [T], label: usize, divisor: f32) {
-    let logsumexp = logsumexp(x);
+fn differentiate<T: Float>(x: &mut [T], label: Option<usize>, logsumexp: f32, divisor: f32) {
     for (i, x) in x.iter_mut().enumerate() {
-        let hit = if i == label { 1.0 } else { 0.0 };
+        let hit = if Some(i) == label { 1.0 } else { 0.0 };
         *x = T::from_f32(((x.to_f32() - logsumexp).exp() - hit) / divisor);
     }
 }
