@@ -300,8 +300,8 @@ class SamplingRows:
         if self.masks is not None and kind.masked:
             scores = scores.masked_fill(~_bits(self.masks[part], scores.shape[-1]), -math.inf)
         # The largest is NaN if any is.
-        tokens = scores.argmax(-1)
-        finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
+        largest, tokens = scores.max(-1)
+        finite = largest.isfinite()
         if kind.draws:
             tokens = self._draw(scores, tokens, positions, part)
         if edits is not None:

@@ -171,8 +171,9 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
         super().__init__()
+        frequencies = inverse_frequencies(rope, head_dim)
         # A plain attribute, not a buffer: `.to(bfloat16)` would round it and `meta` would lose it.
-        self.inv_freq = inverse_frequencies(rope, head_dim)
+        self.inv_freq = torch.cat((-frequencies, frequencies))
         self.attention_factor = rope.attention_factor
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -182,6 +183,9 @@ class RotaryEmbedding(nn.Module):
         """
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[:, :, None, None].float() * self.inv_freq
-        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        # Few operations: in a decode step on a CPU each has to be fetched from memory.
+        angles = positions[:, :, None, None] * self.inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor != 1:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return cos.to(dtype), sin.to(dtype)
