@@ -197,10 +197,11 @@ def project(
     together = getattr(type(layers[0]), "together", None)
     if plain and together is not None and (outs := together(x, layers, bases, unread)) is not None:
         return outs
-    if not x.is_cuda or not plain:
+    if not plain:
         return [layer(x) for layer in layers]
-    if decoding is not None and (outs := _fused(x, layers, bases, False, decoding)) is not None:
-        return outs
+    if decoding is not None and x.is_cuda:
+        if (outs := _fused(x, layers, bases, False, decoding)) is not None:
+            return outs
     products = gemm_4bit_group(x, [(base.weight, base._state()) for base in bases])
     outs = [base._biased(y) for base, y in zip(bases, products, strict=True)]
     adapted = zip(layers, bases, outs, strict=True)

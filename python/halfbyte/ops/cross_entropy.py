@@ -15,6 +15,9 @@ SHARE = 0.1
 TILE = 128  # rows of a tile of torch's matrix products
 WIDEST = 8192  # columns of a stripe of the vocabulary
 ALIGNED = 8  # columns of logits, so that products of any vocabulary run at full speed
+# On a CPU so many bytes in fp32 stay in the caches, and their memory in the process, between two
+# operations.
+CACHED_BYTES = 12 << 20
 
 
 def _softmax(
@@ -29,8 +32,17 @@ def _softmax(
     if logits.is_cuda:
         _core.cross_entropy(logits, labels, losses, vocab, divisor, logsumexps)
         return
-    # On the CPU by torch, whose exponential is vectorized.
-    whole, keep = logits[:, :vocab], labels >= 0
+    rows = max(1, CACHED_BYTES // (4 * vocab))
+    tensors = (logits[:, :vocab], labels, losses, logsumexps)
+    for part in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        _softmax_by_torch(*part, divisor)
+
+
+def _softmax_by_torch(
+    whole: Tensor, labels: Tensor, losses: Tensor, logsumexps: Tensor, divisor: Tensor | None
+) -> None:
+    """The same for logits [rows, vocab]: torch's exponential is vectorized on the CPU."""
+    keep = labels >= 0
     x, index = whole.float(), labels.clamp(min=0).long()[:, None]
     logsumexp = x.logsumexp(1, keepdim=True)
     # where, not a product: a masked row may hold Inf or NaN.

@@ -137,7 +137,7 @@ def _forward_group(
 ) -> list[Tensor]:
     weights = zip(packed, absmax, nested_absmax, nested_map, offset, n, strict=True)
     few, many = _code_rows(x, True, blocksize)
-    if not x.is_cuda or len(x) > max(few, many):
+    if len(x) > max(few, many):
         return [_forward(x, *weight, quant_type, blocksize, rows) for *weight, rows in weights]
     outs = [x.new_empty(len(x), rows) for rows in n]
     products = list(zip(packed, absmax, nested_absmax, nested_map, offset, outs, strict=True))
@@ -263,7 +263,7 @@ def gemm_4bit_group(x: Tensor, weights: Sequence[tuple[Tensor, QuantState]]) -> 
     states = [state for _, state in weights]
     kinds = {(state.quant_type, state.blocksize, state.nested is None) for state in states}
     tracked = torch.is_grad_enabled() and x.requires_grad
-    fits = x.is_cuda and x.dtype in FLOAT_DTYPES and not torch.is_autocast_enabled("cuda")
+    fits = x.dtype in FLOAT_DTYPES and not torch.is_autocast_enabled(x.device.type)
     fits &= all(len(s.shape) == 2 and 0 < s.shape[1] == x.shape[-1] for s in states)
     if tracked or not fits or len(kinds) != 1 or states[0].nested is None:
         return [gemm_4bit(x, packed, state) for packed, state in weights]

@@ -89,7 +89,7 @@ impl Backend for CpuBackend {
     }
 
     fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
-        args.into_products().for_each(|product| product.run_on_cpu(self.simd));
+        args.run_on_cpu(self.simd);
         Ok(())
     }
 

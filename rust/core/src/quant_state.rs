@@ -153,9 +153,9 @@ impl Scales<'_> {
                     let run = out.len().min(NESTED_BLOCKSIZE - block % NESTED_BLOCKSIZE);
                     let factor = absmax[block / NESTED_BLOCKSIZE];
                     let (now, later) = out.split_at_mut(run);
-                    for (out, &code) in now.iter_mut().zip(codes) {
-                        *out = map[code as usize] * factor + offset;
-                    }
+                    now.iter_mut().zip(codes).for_each(|(out, &code)| *out = map[code as usize]);
+                    // Apart from the look-up, so that vectors can.
+                    now.iter_mut().for_each(|out| *out = *out * factor + offset);
                     (block, codes, out) = (block + run, &codes[run..], later);
                 }
             }

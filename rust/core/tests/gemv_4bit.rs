@@ -4,23 +4,27 @@ mod common;
 
 use common::{QUANT_TYPES, backends, bits, cast, dequantize, normal, plain, quantize};
 use half::{bf16, f16};
-use halfbyte_core::ops::gemv_4bit::{Gemv4bit, GemvShape};
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
 use halfbyte_core::tensor::Float;
 use halfbyte_core::{Absmax, Backend, CpuBackend, QuantType, TensorMut, TensorRef, parallel};
 
 fn gemv<T: Float>(backend: &CpuBackend, x: &[T], weight: &Weight, m: usize) -> Vec<T> {
     let mut out = vec![T::from_f32(f32::NAN); m * weight.n];
+    backend.gemv_4bit(product(x, weight, m, &mut out)).unwrap();
+    out
+}
+
+fn product<'a, T: Float>(x: &'a [T], weight: &'a Weight, m: usize, out: &'a mut [T]) -> Gemv4bit<'a> {
     let args = Gemv4bit::new(
         TensorRef::from_slice(x),
         TensorRef::from_slice(&weight.packed),
         plain(&weight.absmax),
         weight.quant_type,
         weight.blocksize,
-        TensorMut::from_slice(&mut out),
+        TensorMut::from_slice(out),
         GemvShape { m, n: weight.n, k: weight.k },
     );
-    backend.gemv_4bit(args.unwrap()).unwrap();
-    out
+    args.unwrap()
 }
 
 struct Weight {
@@ -101,6 +105,32 @@ fn a_row_depends_on_itself_only() {
             }
         }
     }
+}
+
+#[test]
+fn a_group_is_its_products() {
+    for k in [576, 100] {
+        let weights = [300, 0, 7, 130].map(|n| Weight::new(n, k, QuantType::Nf4, 64));
+        for (backend, m) in backends().into_iter().flat_map(|backend| [(backend, 0), (backend, 1), (backend, 9)]) {
+            let x = normal(m * k, 8);
+            let mut outs = weights.each_ref().map(|weight| vec![f32::NAN; m * weight.n]);
+            let products = weights.iter().zip(&mut outs).map(|(weight, out)| product(&x, weight, m, out)).collect();
+            backend.gemv_4bit_group(Gemv4bitGroup::new(products).unwrap()).unwrap();
+            for (out, weight) in outs.iter().zip(&weights) {
+                assert_eq!(bits(out), bits(&gemv(&backend, &x, weight, m)));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_group_is_of_one_x() {
+    let weight = Weight::new(3, 64, QuantType::Nf4, 64);
+    let (x, other, mut outs) = (normal(64, 1), normal(64, 2), [[0f32; 3]; 2]);
+    let [first, second] = &mut outs;
+    let products = vec![product(&x, &weight, 1, first), product(&other, &weight, 1, second)];
+    let message = "products of one x: products must be of one x, got several";
+    assert_eq!(Gemv4bitGroup::new(products).unwrap_err().to_string(), message);
 }
 
 #[test]

@@ -29,6 +29,6 @@ impl<'a> Gemm4bit<'a> {
     }
 
     pub(crate) fn run_on_cpu(self, simd: Simd) {
-        self.group.into_products().for_each(|product| product.run_on_cpu(simd));
+        self.group.run_on_cpu(simd);
     }
 }

@@ -80,6 +80,10 @@ impl<'a> Gemv4bitGroup<'a> {
         if products.len() > MAX_GROUP {
             return Err(Error::Argument { op, name, expected: "at most 4", got: products.len().to_string() });
         }
+        let x_of = |product: &Gemv4bit<'_>| (product.x.ptr(), product.x.dtype(), product.shape.m, product.shape.k);
+        if products.windows(2).any(|pair| x_of(&pair[0]) != x_of(&pair[1])) {
+            return Err(Error::Argument { op, name, expected: "of one x", got: "several".into() });
+        }
         let mut products = products.into_iter();
         Ok(Self(std::array::from_fn(|_| products.next())))
     }
@@ -101,57 +105,86 @@ const CHUNKS_PER_THREAD: usize = 2;
 
 impl Gemv4bit<'_> {
     pub(crate) fn run_on_cpu(self, simd: Simd) {
-        let GemvShape { m, n, k } = self.shape;
-        if m == 0 || n == 0 {
-            return;
-        }
-        // Rows of W are the outer index, so that a thread's results are contiguous.
-        let mut sums = vec![0.0; n * m];
-        if k > 0 {
-            with_float!(self.x.dtype(), T => self.accumulate::<T>(&mut sums, simd));
-        }
-        with_float!(self.out.dtype(), T => store_transposed::<T>(&sums, self.out.into_slice(), self.shape));
+        Gemv4bitGroup([Some(self), None, None, None]).run_on_cpu(simd);
     }
 
-    fn accumulate<T: Lanes>(&self, sums: &mut [f32], simd: Simd) {
-        let x: &[T] = self.x.as_slice();
-        let weight = Weight {
+    fn weight(&self) -> Weight<'_> {
+        Weight {
             packed: self.packed.as_slice(),
             scales: self.absmax.scales(),
             table: self.quant_type.table(),
             blocksize: self.blocksize,
+            n: self.shape.n,
             k: self.shape.k,
-        };
+        }
+    }
+}
+
+impl Gemv4bitGroup<'_> {
+    /// All products in one region of threads: to begin and end it takes as long as a small product.
+    pub(crate) fn run_on_cpu(self, simd: Simd) {
+        let Some(&Gemv4bit { x, shape: GemvShape { m, k, .. }, .. }) = self.first() else { return };
+        let rows: usize = self.0.iter().flatten().map(|product| product.shape.n).sum();
+        // Rows of W are the outer index, so that a thread's results are contiguous.
+        let mut sums = vec![0.0; rows * m];
+        if k > 0 && !sums.is_empty() {
+            with_float!(x.dtype(), T => self.accumulate::<T>(x.as_slice(), &mut sums, simd));
+        }
+        let mut sums = sums.as_slice();
+        for Gemv4bit { shape, out, .. } in self.into_products().filter(|product| product.out.numel() > 0) {
+            let (own, others) = sums.split_at(shape.n * m);
+            with_float!(out.dtype(), T => store_transposed::<T>(own, out.into_slice(), shape));
+            sums = others;
+        }
+    }
+
+    fn accumulate<T: Lanes>(&self, x: &[T], sums: &mut [f32], simd: Simd) {
+        let weights: Vec<_> = self.0.iter().flatten().map(Gemv4bit::weight).collect();
         #[cfg(target_arch = "x86_64")]
-        if weight.k.is_multiple_of(weight.blocksize) && weight.blocksize >= units::UNIT {
+        if weights.iter().all(|weight| weight.k.is_multiple_of(weight.blocksize) && weight.blocksize >= units::UNIT) {
+            let k = weights[0].k;
             match simd {
                 Simd::Avx512 => {
-                    let x = units::SplitRows::new(x, weight.k, Avx512::LANES);
+                    let x = units::SplitRows::new(x, k, Avx512::LANES);
                     // SAFETY: the level was detected.
-                    return self.for_each_chunk(sums, |first, sums| unsafe { avx512(&weight, &x, first, sums) });
+                    return for_each_chunk(&weights, sums, |weight, first, sums| unsafe {
+                        avx512(weight, &x, first, sums);
+                    });
                 }
                 Simd::Avx2 => {
-                    let x = units::SplitRows::new(x, weight.k, Avx2::LANES);
+                    let x = units::SplitRows::new(x, k, Avx2::LANES);
                     // SAFETY: the level was detected.
-                    return self.for_each_chunk(sums, |first, sums| unsafe { avx2(&weight, &x, first, sums) });
+                    return for_each_chunk(&weights, sums, |weight, first, sums| unsafe {
+                        avx2(weight, &x, first, sums);
+                    });
                 }
                 Simd::Scalar => {}
             }
         }
         let x: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
-        self.for_each_chunk(sums, |first, sums| weight.any_rows(simd, &x, first, sums));
+        for_each_chunk(&weights, sums, |weight, first, sums| weight.any_rows(simd, &x, first, sums));
     }
+}
 
-    /// Splits the rows of W: `work(first, sums)` fills `sums` `[rows, M]` for the rows from `first` on.
-    fn for_each_chunk(&self, sums: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
-        let GemvShape { m, n, k } = self.shape;
-        // An equal number for each thread, and few, because taking one costs a cache line from another core.
-        let threads = parallel::num_threads();
-        let chunks = (n * k / CHUNK_WEIGHTS).clamp(1, CHUNKS_PER_THREAD * threads);
-        let rows = if chunks == 1 { n } else { n.div_ceil(chunks.next_multiple_of(threads)) };
-        let chunks = sums.chunks_mut(rows * m).enumerate();
-        parallel::for_each(chunks, n.div_ceil(rows), |(chunk, sums)| work(chunk * rows, sums));
-    }
+/// Splits the rows of all W: `work(weight, first, sums)` fills `sums` `[rows, M]` for rows of one W from `first` on.
+fn for_each_chunk(weights: &[Weight<'_>], sums: &mut [f32], work: impl Fn(&Weight<'_>, usize, &mut [f32]) + Sync) {
+    let n: usize = weights.iter().map(|weight| weight.n).sum();
+    let (m, k) = (sums.len() / n, weights[0].k);
+    // An equal number for each thread, and few, because taking one costs a cache line from another core.
+    let threads = parallel::num_threads();
+    let chunks = (n * k / CHUNK_WEIGHTS).clamp(1, CHUNKS_PER_THREAD * threads);
+    let rows = if chunks == 1 { n } else { n.div_ceil(chunks.next_multiple_of(threads)) };
+    parallel::for_each(sums.chunks_mut(rows * m).enumerate(), n.div_ceil(rows), |(chunk, sums)| {
+        let (mut first, mut sums) = (chunk * rows, sums);
+        for weight in weights {
+            let count = weight.n.saturating_sub(first).min(sums.len() / m);
+            let (own, others) = sums.split_at_mut(count * m);
+            if count > 0 {
+                work(weight, first, own);
+            }
+            (first, sums) = (first.saturating_sub(weight.n), others);
+        }
+    });
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -174,6 +207,7 @@ struct Weight<'a> {
     scales: Scales<'a>,
     table: &'static [f32; 16],
     blocksize: usize,
+    n: usize,
     k: usize,
 }
 

@@ -2,8 +2,9 @@
 //!
 //! Packed bytes are even and odd elements, so x is split the same way before. A unit lies in one block: its products
 //! are summed unscaled and enter the row's sum by one multiplication with the block's scale. Bound by the two vector
-//! ports of the processor: 3 instructions of decoding and 2 M multiplications for two registers of weights.
+//! ports of the processor: 4 instructions of decoding and 2 M multiplications for two registers of weights.
 
+use std::array;
 use std::ops::Range;
 
 use super::Weight;
@@ -21,6 +22,9 @@ const AHEAD: usize = 2048;
 
 /// Rows of W in a tile: their sums of eight rows of x take 8 KiB.
 const W_TILE: usize = 16;
+
+/// The scales of a tile's part of K.
+type TileScales = [f32; W_TILE * X_TILE / UNIT];
 
 /// Sixteen floats that never straddle a cache line.
 #[derive(Clone, Copy)]
@@ -62,6 +66,7 @@ pub(super) unsafe fn accumulate<V: Vector>(weight: &Weight<'_>, x: &SplitRows, f
     let m = x.rows();
     // SAFETY: as the caller vouches.
     let table = unsafe { V::table(weight.table) };
+    let mut scales = [0.0; W_TILE * X_TILE / UNIT];
     for (tile, sums) in sums.chunks_mut(W_TILE * m).enumerate() {
         let first = first + tile * W_TILE;
         for (group, lines) in x.lines.chunks(V::GROUP * x.lines_per_row).enumerate() {
@@ -69,14 +74,14 @@ pub(super) unsafe fn accumulate<V: Vector>(weight: &Weight<'_>, x: &SplitRows, f
             // SAFETY: as the caller vouches.
             unsafe {
                 match lines.len() / x.lines_per_row {
-                    1 => tile_of_rows::<V, 1>(weight, table, lines, first, columns),
-                    2 => tile_of_rows::<V, 2>(weight, table, lines, first, columns),
-                    3 => tile_of_rows::<V, 3>(weight, table, lines, first, columns),
-                    4 => tile_of_rows::<V, 4>(weight, table, lines, first, columns),
-                    5 => tile_of_rows::<V, 5>(weight, table, lines, first, columns),
-                    6 => tile_of_rows::<V, 6>(weight, table, lines, first, columns),
-                    7 => tile_of_rows::<V, 7>(weight, table, lines, first, columns),
-                    _ => tile_of_rows::<V, 8>(weight, table, lines, first, columns),
+                    1 => tile_of_rows::<V, 1, 4>(weight, table, lines, first, columns, &mut scales),
+                    2 => tile_of_rows::<V, 2, 2>(weight, table, lines, first, columns, &mut scales),
+                    3 => tile_of_rows::<V, 3, 1>(weight, table, lines, first, columns, &mut scales),
+                    4 => tile_of_rows::<V, 4, 1>(weight, table, lines, first, columns, &mut scales),
+                    5 => tile_of_rows::<V, 5, 1>(weight, table, lines, first, columns, &mut scales),
+                    6 => tile_of_rows::<V, 6, 1>(weight, table, lines, first, columns, &mut scales),
+                    7 => tile_of_rows::<V, 7, 1>(weight, table, lines, first, columns, &mut scales),
+                    _ => tile_of_rows::<V, 8, 1>(weight, table, lines, first, columns, &mut scales),
                 }
             }
         }
@@ -91,13 +96,16 @@ struct Columns<'a> {
 }
 
 /// A tile of rows of W with M rows of x, `lines` `[M, K / 16]`; K is walked in parts, units in ascending order.
+///
+/// N rows of W go side by side, so that fewer sums wait for the one before; each row's sum is the same for every N.
 #[inline(always)]
-unsafe fn tile_of_rows<V: Vector, const M: usize>(
+unsafe fn tile_of_rows<V: Vector, const M: usize, const N: usize>(
     weight: &Weight<'_>,
     table: V::Table,
     lines: &[Line],
     first: usize,
     columns: Columns<'_>,
+    scales: &mut TileScales,
 ) {
     let units_per_row = weight.k / UNIT;
     let units_per_part = X_TILE / UNIT / M;
@@ -107,8 +115,16 @@ unsafe fn tile_of_rows<V: Vector, const M: usize>(
         let mut totals = [[V::splat(0.0); M]; W_TILE];
         for unit in (0..units_per_row).step_by(units_per_part) {
             let units = unit..units_per_row.min(unit + units_per_part);
-            for (i, total) in totals[..rows].iter_mut().enumerate() {
-                add_units::<V, M>(weight, table, lines, first + i, units.clone(), total);
+            let scales = &mut scales[..rows * units.len()];
+            fill_scales(weight, first, units.clone(), scales);
+            let (groups, rest) = totals[..rows].as_chunks_mut::<N>();
+            let (of_groups, of_rest) = scales.split_at(groups.len() * N * units.len());
+            for (i, (totals, scales)) in groups.iter_mut().zip(of_groups.chunks_exact(N * units.len())).enumerate() {
+                add_units::<V, M, N>(weight, table, lines, first + i * N, units.clone(), scales, totals);
+            }
+            for (i, (total, scales)) in rest.iter_mut().zip(of_rest.chunks_exact(units.len())).enumerate() {
+                let row = first + groups.len() * N + i;
+                add_units::<V, M, 1>(weight, table, lines, row, units.clone(), scales, array::from_mut(total));
             }
         }
         for (sums, total) in columns.sums.chunks_exact_mut(columns.m).zip(&totals) {
@@ -119,48 +135,66 @@ unsafe fn tile_of_rows<V: Vector, const M: usize>(
     }
 }
 
-/// Adds some units of one row of W, times M rows of x, to the row's sums.
+/// `scales` `[rows, units]`, those of some units of the rows from `first` on.
 #[inline(always)]
-unsafe fn add_units<V: Vector, const M: usize>(
+fn fill_scales(weight: &Weight<'_>, first: usize, units: Range<usize>, scales: &mut [f32]) {
+    let units_per_row = weight.k / UNIT;
+    let units_of_block = weight.blocksize / UNIT;
+    // Those of whole rows follow each other.
+    let run = if units.len() == units_per_row { scales.len() } else { units.len() };
+    for (i, scales) in scales.chunks_mut(run).enumerate() {
+        let first = (first + i) * units_per_row + units.start;
+        if units_of_block == 1 {
+            weight.scales.fill(first, scales);
+        } else {
+            let blocks = (first..).map(|unit| unit / units_of_block);
+            scales.iter_mut().zip(blocks).for_each(|(scale, block)| *scale = weight.scales.get(block));
+        }
+    }
+}
+
+/// Adds some units of N rows of W, times M rows of x, to the rows' sums.
+#[inline(always)]
+unsafe fn add_units<V: Vector, const M: usize, const N: usize>(
     weight: &Weight<'_>,
     table: V::Table,
     lines: &[Line],
-    row: usize,
+    first: usize,
     units: Range<usize>,
-    total: &mut [V::Register; M],
+    scales: &[f32],
+    totals: &mut [[V::Register; M]; N],
 ) {
     let stride = lines.len() / M * 16;
     let mut x: *const f32 = lines[units.start * (UNIT / 16)..].as_ptr().cast();
-    let first = row * (weight.k / UNIT) + units.start;
-    let packed = &weight.packed[first * (UNIT / 2)..][..units.len() * (UNIT / 2)];
-    let units_of_block = weight.blocksize / UNIT;
-    let mut scales = [0.0; X_TILE / UNIT];
-    let scales = &mut scales[..units.len()];
-    if units_of_block == 1 {
-        weight.scales.fill(first, scales);
-    } else {
-        scales.iter_mut().enumerate().for_each(|(i, scale)| *scale = weight.scales.get((first + i) / units_of_block));
-    }
-    // SAFETY: the caller vouches for V's features; x walks through M rows of K floats, 64 a unit, in aligned lines.
+    let row_bytes = weight.k / 2;
+    let mut packed = weight.packed[first * row_bytes..][..N * row_bytes][units.start * (UNIT / 2)..].as_ptr();
+    let mut scale = scales[..N * units.len()].as_ptr();
+    // SAFETY: the caller vouches for V's features; x walks through M rows of K floats, 64 a unit, in aligned lines,
+    // packed through N rows of K / 2 bytes, and scale through N rows of one a unit.
     unsafe {
-        let mut sums = *total;
-        for (bytes, &scale) in packed.chunks_exact(UNIT / 2).zip(&*scales) {
-            V::prefetch(bytes.as_ptr().wrapping_add(AHEAD));
-            let mut partial = [V::splat(0.0); M];
-            for step in 0..UNIT / 2 / V::LANES {
-                let (even, odd) = V::decode(bytes.as_ptr().add(step * V::LANES), table);
-                for (m, partial) in partial.iter_mut().enumerate() {
-                    let x = x.add(m * stride + step * 2 * V::LANES);
-                    *partial = V::multiply_add(even, V::load(x), *partial);
-                    *partial = V::multiply_add(odd, V::load(x.add(V::LANES)), *partial);
+        let mut sums = *totals;
+        for _ in 0..units.len() {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let bytes = packed.add(row * row_bytes);
+                V::prefetch(bytes.wrapping_add(AHEAD));
+                let mut partial = [V::splat(0.0); M];
+                for step in 0..UNIT / 2 / V::LANES {
+                    let (even, odd) = V::decode(bytes.add(step * V::LANES), table);
+                    for (m, partial) in partial.iter_mut().enumerate() {
+                        let x = x.add(m * stride + step * 2 * V::LANES);
+                        *partial = V::multiply_add(even, V::load(x), *partial);
+                        *partial = V::multiply_add(odd, V::load(x.add(V::LANES)), *partial);
+                    }
+                }
+                let scale = V::splat(*scale.add(row * units.len()));
+                for (sum, partial) in sums.iter_mut().zip(partial) {
+                    *sum = V::multiply_add(partial, scale, *sum);
                 }
             }
-            let scale = V::splat(scale);
-            for (sum, partial) in sums.iter_mut().zip(partial) {
-                *sum = V::multiply_add(partial, scale, *sum);
-            }
             x = x.add(UNIT);
+            packed = packed.add(UNIT / 2);
+            scale = scale.add(1);
         }
-        *total = sums;
+        *totals = sums;
     }
 }
