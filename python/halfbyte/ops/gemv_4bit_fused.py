@@ -39,10 +39,20 @@ class Product(NamedTuple):
     adapter: LowRank | None
 
 
+class _NextWeight(NamedTuple):
+    """As the compiled part takes it."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    n: int
+    k: int
+
+
 class _Next(NamedTuple):
     """As the compiled part takes it."""
 
-    weights: Sequence[tuple[Tensor, Tensor, Tensor, int, int]]
+    weights: Sequence[_NextWeight]
     gated: bool
 
 
@@ -125,7 +135,8 @@ def gemv_4bit_fused(
     if not all(_takes(packed, state, head) for packed, state in following):
         following = ()
     weights = [
-        (packed, state.absmax, state.nested.absmax, *state.shape) for packed, state in following
+        _NextWeight(packed, state.absmax, state.nested.absmax, *state.shape)
+        for packed, state in following
     ]
     after = _Next(weights, following_gated)
     _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, after)

@@ -366,22 +366,36 @@ impl PyFusedProduct<'_> {
     }
 }
 
-/// What the next launch reads: (codes, codes and scales of their scales, N, K) each, in pairs where gated.
+/// A weight [n, k] that the next launch reads.
+#[derive(FromPyObject)]
+pub struct PyNextWeight<'py> {
+    packed: Bound<'py, PyAny>,
+    absmax: Bound<'py, PyAny>,
+    nested_absmax: Bound<'py, PyAny>,
+    n: usize,
+    k: usize,
+}
+
+/// All of them, in pairs where gated.
 #[derive(FromPyObject)]
 pub struct PyNext<'py> {
-    weights: Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, usize, usize)>,
+    weights: Vec<PyNextWeight<'py>>,
     gated: bool,
 }
 
 impl PyNext<'_> {
     fn build(&self, op: &'static str, read: &mut Vec<Tensor>) -> PyResult<Next<'static>> {
         let mut weights = Vec::new();
-        for (packed, absmax, nested, n, k) in &self.weights {
-            let [packed, absmax, nested] = [packed, absmax, nested].map(|next| Tensor::read(op, "next", next));
-            let (packed, absmax, nested) = (packed?, absmax?, nested?);
-            let [packed_ref, absmax_ref, nested_absmax] = [&packed, &absmax, &nested].map(Tensor::as_ref);
-            weights.push(NextWeight { packed: packed_ref, absmax: absmax_ref, nested_absmax, n: *n, k: *k });
-            read.extend([packed, absmax, nested]);
+        for weight in &self.weights {
+            let mut input = |object| {
+                let tensor = Tensor::read(op, "next", object)?;
+                let borrowed = tensor.as_ref();
+                read.push(tensor);
+                PyResult::Ok(borrowed)
+            };
+            let (packed, absmax) = (input(&weight.packed)?, input(&weight.absmax)?);
+            let nested_absmax = input(&weight.nested_absmax)?;
+            weights.push(NextWeight { packed, absmax, nested_absmax, n: weight.n, k: weight.k });
         }
         Next::new(weights, self.gated).map_err(to_py_err)
     }
