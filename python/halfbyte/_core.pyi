@@ -316,9 +316,9 @@ def cross_entropy(
     logits: Tensor,
     labels: Tensor,
     losses: Tensor,
+    logsumexps: Tensor,
     vocab: int,
     divisor: Tensor | None = None,
-    logsumexps: Tensor | None = None,
 ) -> None:
     """Losses of rows of logits; with a divisor, the gradient of their sum over it replaces those.
 

@@ -115,11 +115,13 @@ class Engine:
     replies come from what they are now; call `refresh` after they have changed, since the cache
     still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
     halfbyte saved, over a model that carries none itself; requests choose one, and all run in one
-    batch. max_batch: sequences that run at once, at most 32; others wait. kv_budget: bytes for
-    keys and values; default: what max_batch sequences of the model's whole context need, but at
-    most 80 % of the free device memory (1 GiB on the CPU). max_waiting: requests that may wait
-    before QueueFullError; None: any number. kv_dtype: "int8" keeps keys and values in 8 bits, so
-    that the budget holds nearly twice the tokens (see KVCache); None: in the model's dtype.
+    batch. On a GPU up to 256 ranks together join the launches of a step's products; with more, each
+    layer takes slower ones of its own. max_batch: sequences that run at once, at most 32; others
+    wait. kv_budget: bytes for keys and values; default: what max_batch sequences of the model's
+    whole context need, but at most 80 % of the free device memory (1 GiB on the CPU). max_waiting:
+    requests that may wait before QueueFullError; None: any number. kv_dtype: "int8" keeps keys and
+    values in 8 bits, so that the budget holds nearly twice the tokens (see KVCache); None: in the
+    model's dtype.
 
     Not bound to a thread: whoever waits for a reply drives the engine, and an async caller has it
     driven by a thread of its own.

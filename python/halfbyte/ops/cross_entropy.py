@@ -30,7 +30,7 @@ def _softmax(
 ) -> None:
     """Fills fp32 [rows]; with a divisor, logits [rows, >= vocab] become the losses' gradient."""
     if logits.is_cuda:
-        _core.cross_entropy(logits, labels, losses, vocab, divisor, logsumexps)
+        _core.cross_entropy(logits, labels, losses, logsumexps, vocab, divisor)
         return
     rows = max(1, CACHED_BYTES // (4 * vocab))
     tensors = (logits[:, :vocab], labels, losses, logsumexps)

@@ -21,7 +21,7 @@ use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
 use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward, WeightGradient};
 use halfbyte_core::ops::rope::{Angles, Heads, Rope, RopeShape};
 use halfbyte_core::ops::swiglu::{Rows, Swiglu, SwigluBackward};
-use halfbyte_core::{Absmax, QuantType, simd};
+use halfbyte_core::{Absmax, QuantType, TensorRef, simd};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -333,6 +333,19 @@ pub struct PyFusedProduct<'py> {
     out: Bound<'py, PyAny>,
 }
 
+/// A tensor that is only read, kept in `read` for the check against what is written.
+fn read_input(
+    op: &str,
+    name: &'static str,
+    object: &Bound<'_, PyAny>,
+    read: &mut Vec<Tensor>,
+) -> PyResult<TensorRef<'static>> {
+    let tensor = Tensor::read(op, name, object)?;
+    let borrowed = tensor.as_ref();
+    read.push(tensor);
+    Ok(borrowed)
+}
+
 impl PyFusedProduct<'_> {
     /// The product and its output; what is read goes to `read`.
     fn build(
@@ -341,12 +354,7 @@ impl PyFusedProduct<'_> {
         rows: &Rows4bit,
         read: &mut Vec<Tensor>,
     ) -> PyResult<(FusedProduct<'static>, Tensor)> {
-        let mut input = |name, object: &Bound<'_, PyAny>| {
-            let tensor = Tensor::read(op, name, object)?;
-            let borrowed = tensor.as_ref();
-            read.push(tensor);
-            PyResult::Ok(borrowed)
-        };
+        let mut input = |name, object| read_input(op, name, object, read);
         let (absmax, map) = (Some(&self.nested_absmax), Some(&self.nested_map));
         let weight = Weight::read(op, &self.packed, &self.absmax, absmax, map, self.offset, &self.out)?;
         // SAFETY: the caller checks the outputs for overlap before anything runs.
@@ -387,12 +395,7 @@ impl PyNext<'_> {
     fn build(&self, op: &'static str, read: &mut Vec<Tensor>) -> PyResult<Next<'static>> {
         let mut weights = Vec::new();
         for weight in &self.weights {
-            let mut input = |object| {
-                let tensor = Tensor::read(op, "next", object)?;
-                let borrowed = tensor.as_ref();
-                read.push(tensor);
-                PyResult::Ok(borrowed)
-            };
+            let mut input = |object| read_input(op, "next", object, read);
             let (packed, absmax) = (input(&weight.packed)?, input(&weight.absmax)?);
             let nested_absmax = input(&weight.nested_absmax)?;
             weights.push(NextWeight { packed, absmax, nested_absmax, n: weight.n, k: weight.k });
@@ -536,31 +539,27 @@ pub fn draw(
 }
 
 #[pyfunction]
-#[pyo3(signature = (logits, labels, losses, vocab, divisor=None, logsumexps=None))]
+#[pyo3(signature = (logits, labels, losses, logsumexps, vocab, divisor=None))]
 pub fn cross_entropy(
     py: Python<'_>,
     logits: Object<'_, '_>,
     labels: Object<'_, '_>,
     losses: Object<'_, '_>,
+    logsumexps: Object<'_, '_>,
     vocab: i64,
     divisor: Option<Object<'_, '_>>,
-    logsumexps: Option<Object<'_, '_>>,
 ) -> PyResult<()> {
     const OP: &str = "cross_entropy";
     let logits = Tensor::read(OP, "logits", logits)?;
     let labels = Tensor::read(OP, "labels", labels)?;
-    let losses = Tensor::read(OP, "losses", losses)?;
+    let (losses, logsumexps) = (Tensor::read(OP, "losses", losses)?, Tensor::read(OP, "logsumexps", logsumexps)?);
     let divisor = divisor.map(|divisor| Tensor::read(OP, "divisor", divisor)).transpose()?;
-    let logsumexps = logsumexps.map(|logsumexps| Tensor::read(OP, "logsumexps", logsumexps)).transpose()?;
     let read: Vec<&Tensor> = [&labels].into_iter().chain(&divisor).collect();
-    let written: Vec<&Tensor> = [&logits, &losses].into_iter().chain(&logsumexps).collect();
-    check_overlap(OP, &read, &written)?;
+    check_overlap(OP, &read, &[&logits, &losses, &logsumexps])?;
     let vocab = not_negative(OP, "vocab", vocab)?;
     let divided = divisor.as_ref().map(Tensor::as_ref);
     // SAFETY: the outputs were checked for overlap.
-    let (target, of_rows) = unsafe { (logits.as_mut(), losses.as_mut()) };
-    // SAFETY: as above.
-    let totals = logsumexps.as_ref().map(|logsumexps| unsafe { logsumexps.as_mut() });
+    let (target, of_rows, totals) = unsafe { (logits.as_mut(), losses.as_mut(), logsumexps.as_mut()) };
     let args = CrossEntropy::new(target, labels.as_ref(), of_rows, totals, divided, vocab).map_err(to_py_err)?;
     call(py, logits.device, |backend| backend.cross_entropy(args))
 }

@@ -16,7 +16,7 @@ fn run(divisor: Option<f32>) -> (Vec<f32>, [f32; 4], [f32; 4]) {
         TensorMut::from_slice(&mut logits),
         TensorRef::from_slice(&LABELS),
         TensorMut::from_slice(&mut losses),
-        Some(TensorMut::from_slice(&mut logsumexps)),
+        TensorMut::from_slice(&mut logsumexps),
         divisor.as_ref().map(|divisor| TensorRef::from_slice(divisor)),
         7,
     );
@@ -52,9 +52,10 @@ fn losses_and_the_gradient_of_their_sum() {
 
 #[test]
 fn a_vocabulary_must_fit_its_rows() {
-    let (mut logits, mut losses) = (normal(32, 1), [0.0f32; 4]);
-    let targets = (TensorMut::from_slice(&mut logits), TensorMut::from_slice(&mut losses));
-    let error = CrossEntropy::new(targets.0, TensorRef::from_slice(&LABELS), targets.1, None, None, 9).unwrap_err();
+    let (mut logits, mut losses, mut logsumexps) = (normal(32, 1), [0.0f32; 4], [0.0f32; 4]);
+    let (logits, losses) = (TensorMut::from_slice(&mut logits), TensorMut::from_slice(&mut losses));
+    let (labels, logsumexps) = (TensorRef::from_slice(&LABELS), TensorMut::from_slice(&mut logsumexps));
+    let error = CrossEntropy::new(logits, labels, losses, logsumexps, None, 9).unwrap_err();
     assert!(error.to_string().contains("vocab must be as long as a row of logits"), "{error}");
 }
 

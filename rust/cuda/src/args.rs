@@ -64,11 +64,6 @@ pub(crate) fn optional(tensor: Option<TensorRef<'_>>) -> *const c_void {
     tensor.map_or(ptr::null(), |tensor| tensor.ptr())
 }
 
-/// As `optional`, of a tensor that is written.
-pub(crate) fn optional_mut(tensor: Option<&TensorMut<'_>>) -> *mut c_void {
-    tensor.map_or(ptr::null_mut(), |tensor| tensor.ptr())
-}
-
 /// Row of the codebook tables that build.rs prints.
 pub(crate) fn codebook_row(quant_type: QuantType) -> i32 {
     match quant_type {

@@ -105,7 +105,7 @@ template <typename T>
 __device__ void cross_entropy(T* logits,            // [rows, stride]
                               const int* labels,    // [rows]
                               float* losses,        // [rows]
-                              float* logsumexps,    // [rows] or null
+                              float* logsumexps,    // [rows]
                               int64_t stride,       //
                               const float* divisor, // [1], null where no gradient is asked for
                               int vocab, bool vector) {
@@ -124,9 +124,7 @@ __device__ void cross_entropy(T* logits,            // [rows, stride]
     const float picked = widen(x[label]); // before any thread may replace it
     const float total = logsumexp(x, vocab, vector);
     if (threadIdx.x == 0)
-        losses[blockIdx.x] = total - picked;
-    if (threadIdx.x == 0 && logsumexps != nullptr)
-        logsumexps[blockIdx.x] = total;
+        losses[blockIdx.x] = total - picked, logsumexps[blockIdx.x] = total;
     if (divisor != nullptr)
         store_gradient(x, vocab, label, total, __fdiv_rn(1.0f, *divisor), vector);
 }

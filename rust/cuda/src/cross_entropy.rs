@@ -1,7 +1,7 @@
 use halfbyte_core::Result;
 use halfbyte_core::ops::cross_entropy::{CrossEntropy, CrossEntropyBackward};
 
-use crate::args::{aligned_mut, args, dtype_index, optional, optional_mut};
+use crate::args::{aligned_mut, args, dtype_index, optional};
 use crate::launch::{Family, Geometry, Launcher, extent, family};
 
 const FORWARD: [&str; 3] = ["cross_entropy_f32", "cross_entropy_f16", "cross_entropy_bf16"];
@@ -27,7 +27,7 @@ pub(crate) fn launch(launcher: &Launcher, args: CrossEntropy<'_>) -> Result<()> 
             args.logits.ptr(),
             args.labels.ptr(),
             args.losses.ptr(),
-            optional_mut(args.logsumexps.as_ref()),
+            args.logsumexps.ptr(),
             stride as i64,
             optional(args.divisor),
             args.vocab as i32,

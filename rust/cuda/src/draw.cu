@@ -1,6 +1,6 @@
 // Bound by what one CTA reads of a row from L2: once for the largest score, and unless that is the one to take once for
-// each of a few passes. Instead of sorting, the limits of top-k
-// and top-p are found by histograms: of the whole row, then of one bin's tokens, until a bin is one number.
+// each of a few passes. Instead of sorting, the limits of top-k and top-p are found by histograms: of the whole row,
+// then of one bin's tokens, until a bin is one number.
 #include "memory.cuh"
 
 constexpr int THREADS = 1024;

@@ -54,7 +54,8 @@ struct Shared {
     Barrier full[STAGES], empty[STAGES], summed[SUM_BUFFERS], taken[SUM_BUFFERS];
 };
 
-// The table and the barriers; whoever copies does not wait for the table.
+// The barriers are there, for the warp that copies; then the table, too, for all others. Warps that multiply meet
+// alone.
 __device__ inline void all_ready() { asm volatile("bar.sync 1, %0;" ::"n"(32 * (ALL_WARPS - 1)) : "memory"); }
 __device__ inline void multipliers_meet() { asm volatile("bar.sync 3, %0;" ::"n"(32 * WARPS) : "memory"); }
 __device__ inline void barriers_ready() { asm volatile("bar.sync 2, 64;" ::: "memory"); }
@@ -302,7 +303,6 @@ struct Adapt {
     // Elements of B of one panel: of rows g and g + 8, each at 2 t and the next one, then at 8 more.
     struct Coming {
         Place place;
-        const A* rows[2];
         int ranks[2];
         A elements[STEPS][4][2];
     } coming;
@@ -368,10 +368,11 @@ struct Adapt {
         if (coming.place.moves(products.weights, panel))
             for (int half = 0; half < 2; ++half)
                 coming.ranks[half] = products.adapters[coming.place.part][half].rank;
+        const A* rows[2];
         for (int half = 0; half < 2; ++half) {
             const int row = min(coming.place.row(panel, half * HALF) + g, coming.place.N - 1);
             const A* b = static_cast<const A*>(products.adapters[coming.place.part][half].b);
-            coming.rows[half] = b + int64_t(row) * coming.ranks[half];
+            rows[half] = b + int64_t(row) * coming.ranks[half];
         }
 #pragma unroll
         for (int s = 0; s < STEPS; ++s)
@@ -380,7 +381,7 @@ struct Adapt {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int at = k + 16 * s + i / 2 * 8 + 2 * t + e;
-                    coming.elements[s][i][e] = at < coming.ranks[i % 2] ? coming.rows[i % 2][at] : A{};
+                    coming.elements[s][i][e] = at < coming.ranks[i % 2] ? rows[i % 2][at] : A{};
                 }
     }
 

@@ -168,7 +168,7 @@ impl Weights {
 
     /// One to four weights, or pairs of them where gated; and the CTAs for them.
     fn new(given: &[Weight], k: usize, gated: bool, multiprocessors: usize) -> (Self, usize) {
-        let (rows, parts) = if gated { (HALF, pairs(given)) } else { (PANEL, twice(given)) };
+        let (rows, parts) = (if gated { HALF } else { PANEL }, parts(given, gated));
         let (mut weights, blocks, mut panels) = (Self::none(), k / BLOCKSIZE, 0);
         (weights.k, weights.gated) = (k as i32, gated);
         weights.slice = blocks.div_ceil(blocks.div_ceil(SLICE)).next_multiple_of(QUAD) as i32;
@@ -198,12 +198,9 @@ impl Weights {
     }
 }
 
-fn pairs<V: Copy>(given: &[V]) -> Vec<[V; 2]> {
-    given.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect()
-}
-
-fn twice<V: Copy>(given: &[V]) -> Vec<[V; 2]> {
-    given.iter().map(|&one| [one; 2]).collect()
+/// What belongs to each weight, for both halves of each part's panels: those of a pair, or one for both.
+fn parts<V: Copy>(given: &[V], gated: bool) -> Vec<[V; 2]> {
+    given.chunks(if gated { 2 } else { 1 }).map(|part| [part[0], part[part.len() - 1]]).collect()
 }
 
 impl LowRank {
@@ -274,9 +271,9 @@ impl Products {
     }
 }
 
-/// What belongs to each product, laid out by parts.
+/// As the kernels take it; `none` where there is no part.
 fn of_parts<V: Copy>(given: &[V], gated: bool, none: V) -> OfParts<V> {
-    let parts = if gated { pairs(given) } else { twice(given) };
+    let parts = parts(given, gated);
     std::array::from_fn(|i| parts.get(i).copied().unwrap_or([none; 2]))
 }
 

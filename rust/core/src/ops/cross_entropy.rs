@@ -24,8 +24,8 @@ pub struct CrossEntropy<'a> {
     pub labels: TensorRef<'a>,
     /// f32 `[rows]`
     pub losses: TensorMut<'a>,
-    /// f32 `[rows]`, of rows that are not masked; if there is one
-    pub logsumexps: Option<TensorMut<'a>>,
+    /// f32 `[rows]`, of rows that are not masked
+    pub logsumexps: TensorMut<'a>,
     /// f32 `[1]`; if there is one, the gradient of the losses' sum over it replaces the logits
     pub divisor: Option<TensorRef<'a>>,
     pub vocab: usize,
@@ -36,7 +36,7 @@ impl<'a> CrossEntropy<'a> {
         logits: TensorMut<'a>,
         labels: TensorRef<'a>,
         losses: TensorMut<'a>,
-        logsumexps: Option<TensorMut<'a>>,
+        logsumexps: TensorMut<'a>,
         divisor: Option<TensorRef<'a>>,
         vocab: usize,
     ) -> Result<Self> {
@@ -44,10 +44,8 @@ impl<'a> CrossEntropy<'a> {
         arg(OP, "logits", logits.as_ref()).float()?;
         arg(OP, "labels", labels).dtype(DType::I32)?.on(device, "logits")?;
         arg(OP, "losses", losses.as_ref()).dtype(DType::F32)?.numel(rows, "one a row")?.on(device, "logits")?;
-        if let Some(logsumexps) = &logsumexps {
-            let out = arg(OP, "logsumexps", logsumexps.as_ref());
-            out.dtype(DType::F32)?.numel(rows, "one a row")?.on(device, "logits")?;
-        }
+        let totals = arg(OP, "logsumexps", logsumexps.as_ref()).dtype(DType::F32)?;
+        totals.numel(rows, "one a row")?.on(device, "logits")?;
         if let Some(divisor) = divisor {
             arg(OP, "divisor", divisor).dtype(DType::F32)?.numel(1, "a scalar")?.on(device, "logits")?;
         }
@@ -68,9 +66,9 @@ impl<'a> CrossEntropy<'a> {
         let (stride, vocab) = (self.stride(), self.vocab);
         let divisor = self.divisor.map(|divisor| divisor.as_slice::<f32>()[0]);
         let labels: &[i32] = self.labels.as_slice();
-        let mut totals = vec![0.0; labels.len()];
-        let rows = self.logits.into_slice::<T>().chunks_mut(stride).zip(labels).zip(self.losses.into_slice());
-        parallel::for_each(rows.zip(&mut totals), labels.len(), |(((x, &label), loss), total)| {
+        let rows = self.logits.into_slice::<T>().chunks_mut(stride).zip(labels);
+        let outs = self.losses.into_slice().iter_mut().zip(self.logsumexps.into_slice());
+        parallel::for_each(rows.zip(outs), labels.len(), |((x, &label), (loss, total))| {
             let x = &mut x[..vocab];
             let label = usize::try_from(label).ok().filter(|&label| label < vocab);
             *total = label.map_or(0.0, |_| logsumexp(x));
@@ -81,9 +79,6 @@ impl<'a> CrossEntropy<'a> {
                 (None, _) => {}
             }
         });
-        if let Some(logsumexps) = self.logsumexps {
-            logsumexps.into_slice().copy_from_slice(&totals);
-        }
     }
 }
 
@@ -121,7 +116,10 @@ impl<'a> CrossEntropyBackward<'a> {
         totals.numel(rows, "one a row")?.on(device, "logits")?;
         arg(BACKWARD, "divisor", divisor).dtype(DType::F32)?.numel(1, "a scalar")?.on(device, "logits")?;
         check_columns(BACKWARD, "width", width, &logits, rows)?;
-        check_columns(BACKWARD, "first", first + width, &logits, 0)?;
+        if i32::try_from(first + width).is_err() {
+            let (expected, got) = ("columns that end below 2^31", format!("{width} from {first} on"));
+            return Err(Error::Argument { op: BACKWARD, name: "first", expected, got });
+        }
         Ok(Self { logits, labels, logsumexps, divisor, first, width })
     }
 
@@ -145,7 +143,7 @@ impl<'a> CrossEntropyBackward<'a> {
     }
 }
 
-/// Rows of logits, or no rows in particular, have `columns`.
+/// Rows of logits have `columns`.
 fn check_columns(
     op: &'static str,
     name: &'static str,
