@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import halfbyte
 from halfbyte.linear import Linear4bit
 from halfbyte.ops import QuantState, gemm_4bit, gemm_4bit_group, quantize_4bit
+from halfbyte.ops.gemm_4bit import is_dequantized
 
 # Relative Frobenius error against fp64: one rounding of the inputs' products and of the output.
 BOUND = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -61,6 +62,25 @@ def test_gradient_against_fp64(device, m, n, k, dtype):
     grad = torch.randn(m, n, device=device).to(dtype)
     gemm_4bit(x, packed, state).backward(grad)
     assert relative_error(x.grad, grad.double() @ exact) < BOUND[dtype]
+
+
+@pytest.mark.gpu
+def test_hundreds_of_rows_are_multiplied_from_codes_where_tiles_are_full():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("kernels for hundreds of rows exist for compute capability 9.0 alone")
+    n = 128 * (torch.cuda.get_device_properties(0).multi_processor_count // 2)
+    device = torch.device("cuda")
+    for rows, dtype, dequantized in [
+        (512, torch.bfloat16, False),
+        (300, torch.bfloat16, True),
+        (512, torch.float16, True),
+        (4096, torch.bfloat16, True),
+    ]:
+        x, packed, state, exact = case(rows, n, 512, dtype, device, double_quant=True)
+        assert is_dequantized(x, state) == dequantized
+        y = gemm_4bit(x, packed, state)
+        assert relative_error(y, x.double() @ exact.t()) < BOUND[dtype]
+        assert torch.equal(y, gemm_4bit(x, packed, state))
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 4), (0,), (2, 0)])

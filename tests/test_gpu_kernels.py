@@ -397,7 +397,7 @@ def gemm_group(linears: list[Linear], x: Tensor) -> list[Tensor]:
     return [out.intact().view_as(view) for out, view in zip(outs, views, strict=True)]
 
 
-@pytest.mark.parametrize("M", [1, 9, 16, 17, 33, 64, 65, 127, 128, 129, 255, 257])
+@pytest.mark.parametrize("M", [1, 9, 16, 17, 33, 64, 65, 127, 128, 129, 255, 257, 777])
 @pytest.mark.parametrize("N, K", [(1, 256), (40, 512), (129, 1024), (1000, 2816), (4104, 4096)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gemm_4bit(dtype, N, K, M):

@@ -17,8 +17,10 @@ from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
 
 # Elements of W dequantized at a time on the CPU: 8 MiB in fp32 are still cached when multiplied.
 PIECE = 1 << 21
-# Rows of x that the kernel of codes for the most of them takes.
-MOST_ROWS = 256
+# Rows of x up to which the kernel of codes beats a dequantized W, whatever N is.
+MANY_ROWS = 256
+# Rows of x and of W of its largest tile.
+TILE = (256, 128)
 
 
 def _state(absmax, nested_absmax, nested_map, offset, quant_type, blocksize, shape) -> QuantState:
@@ -75,7 +77,29 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _code_rows(x: Tensor, nested: bool, blocksize: int) -> tuple[int, int]:
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _fills_tiles(x: Tensor, n: int) -> bool:
+    """Whether tiles of x W^T, each on a multiprocessor, waste less time than dequantizing W takes.
+
+    A whole wave of tiles takes 1.12 times a bf16 product of as many elements, and W, dequantized,
+    230 / M times that product, as measured on an H200. In fp16 the kernel, which rounds a weight
+    twice, would be less exact.
+    """
+    if x.dtype != torch.bfloat16:
+        return False
+    most = _multiprocessors(x.get_device())
+    tiles = -(-len(x) // TILE[0]) * -(-n // TILE[1])
+    if 2 * tiles <= most:
+        most /= 2  # two share a tile
+    wave = -(-tiles // most) * most * TILE[0] * TILE[1]
+    return 1.12 * wave < (len(x) + 230) * n
+
+
+def _code_rows(x: Tensor, n: int, nested: bool, blocksize: int) -> tuple[int, int]:
     """Rows of x up to which gemv_4bit, and from there gemm_4bit, beat a dequantized W.
 
     Eight rows cost a GPU what one does where tensor cores multiply them. Kernels for more exist
@@ -87,7 +111,7 @@ def _code_rows(x: Tensor, nested: bool, blocksize: int) -> tuple[int, int]:
         return 8, 0
     capability = _capability(x.get_device())
     if capability == (9, 0):
-        return 8, MOST_ROWS
+        return 8, len(x) if len(x) > MANY_ROWS and _fills_tiles(x, n) else MANY_ROWS
     return (32, 0) if capability >= (8, 0) else (8, 0)
 
 
@@ -102,15 +126,15 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 def is_dequantized(x: Tensor, state: QuantState) -> bool:
     """Whether a GPU multiplies x [M, K] by a dequantized W, not by a kernel of codes."""
-    if not x.is_cuda or len(x) > MOST_ROWS:
-        return x.is_cuda
-    return len(x) > max(_code_rows(x, state.nested is not None, state.blocksize))
+    if not x.is_cuda:
+        return False
+    return len(x) > max(_code_rows(x, state.shape[0], state.nested is not None, state.blocksize))
 
 
 def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     *scales, quant_type, blocksize, n = scales_and_sizes
     m, k = x.shape
-    few, many = _code_rows(x, scales[1] is not None, blocksize)
+    few, many = _code_rows(x, n, scales[1] is not None, blocksize)
     if m <= max(few, many):
         x, out = x.contiguous(), x.new_empty(m, n)
         if m <= few:
@@ -136,7 +160,7 @@ def _forward_group(
     x: Tensor, packed, absmax, nested_absmax, nested_map, offset, quant_type, blocksize, n
 ) -> list[Tensor]:
     weights = zip(packed, absmax, nested_absmax, nested_map, offset, n, strict=True)
-    few, many = _code_rows(x, True, blocksize)
+    few, many = _code_rows(x, 0, True, blocksize)
     if len(x) > max(few, many):
         return [_forward(x, *weight, quant_type, blocksize, rows) for *weight, rows in weights]
     outs = [x.new_empty(len(x), rows) for rows in n]

@@ -123,7 +123,12 @@ fn plan(m: usize, ns: &[usize], k: usize, multiprocessors: usize) -> Plan {
     // Some multiprocessors find no three beside them for a cluster of four. Beyond 64 rows of x, neither many of those
     // nor tiles of three groups have been measured.
     let room = if m > 64 { multiprocessors / 2 } else { multiprocessors * 8 / 9 };
-    let has_room = |tile: &Tile, splits: usize| splits < 4 || ctas(tile, splits) <= room;
+    let has_room = |tile: &Tile, splits: usize| match splits {
+        4 => ctas(tile, splits) <= room,
+        // Of many rows of x a second wave of clusters is slower than one more of whole tiles.
+        2 => tile.permutes || ctas(tile, splits) <= multiprocessors,
+        _ => true,
+    };
     // Of x no more than a tile that fits, or some of half its size and less; W would be read again for more of them.
     let suits = |tile: &Tile| {
         if m > 64 { tile.tokens >= 64 && tile.groups != 3 } else { tile.tokens == m.next_power_of_two().max(16) }
@@ -281,6 +286,9 @@ mod tests {
         }
         assert_eq!(chosen(256, 4096, 4096), ("many_128", 2));
         assert_eq!(chosen(256, 4096, 14336), ("many_128", 2));
+        for (m, n, k) in [(512, 28672, 8192), (1024, 4096, 4096), (1024, 8192, 8192), (1024, 4096, 14336)] {
+            assert_eq!(chosen(m, n, k), ("many_256", 1));
+        }
     }
 
     #[test]
