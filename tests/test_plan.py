@@ -6,6 +6,7 @@ import dataclasses
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,8 +155,11 @@ def test_activations_are_those_of_a_traced_step(monkeypatch, size, batch, seq, r
     monkeypatch.setattr(FakeTensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(FakeTensor, "is_cpu", False, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    h200 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     monkeypatch.setattr(recompute, "_random_state", lambda device: 0)
-    monkeypatch.setattr(_core, "dequantize_4bit", lambda *_: None)
+    for name in ("dequantize_4bit", "gemm_4bit"):
+        monkeypatch.setattr(_core, name, lambda *_: None)
     with FakeTensorMode():
         model = fake_model(config, r)
         with Meter(model) as meter:
