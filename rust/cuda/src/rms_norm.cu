@@ -279,7 +279,9 @@ __device__ void rms_norm_partials(const T* grad,      // [rows, columns]
     const int64_t end = min(rows, (blockIdx.y + 1) * rows_a_slice);
     const int warp = threadIdx.x / 32;
     float total[8] = {};
-#pragma unroll 2
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+#pragma unroll 4
     for (int64_t row = blockIdx.y * rows_a_slice + warp; row < end; row += WARPS) {
         float g[8], v[8];
         load8_or_zero(grad + row * columns, first, columns, vector, g);
@@ -307,8 +309,10 @@ __device__ void rms_norm_grad_weight(const float* partials, // [slices, columns]
                                      W* grad_weight,        // [columns]
                                      int64_t columns, int slices) {
     const int64_t column = int64_t(blockIdx.x) * STRIP + threadIdx.x;
+    let_next_kernel_start();
     if (column >= columns)
         return;
+    wait_for_previous_kernel();
     float sum = 0.0f;
 #pragma unroll 8
     for (int slice = 0; slice < slices; ++slice)
@@ -336,7 +340,7 @@ ROWS(bf16, float, bf16_f32)
 ROWS(bf16, bf16, bf16_bf16)
 
 #define COLUMNS(T, dtype)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(STRIP)                                                                \
+    extern "C" __global__ void __launch_bounds__(STRIP, 4)                                                             \
         rms_norm_partials_##dtype(const T* grad, const T* x, const float* roots, float* partials, int64_t rows,        \
                                   int64_t columns, int64_t rows_a_slice, bool vector) {                                \
         rms_norm_partials(grad, x, roots, partials, rows, columns, rows_a_slice, vector);                              \

@@ -35,6 +35,8 @@ pub(crate) const MAX_THREADS: usize = 512;
 pub(crate) const HELD_BYTES: usize = 64;
 /// Columns of a CTA, and its threads, where it sums over rows.
 pub(crate) const STRIP: usize = 256;
+/// CTAs that sum over rows: as many as an H100 holds at once.
+const WAVE: usize = 528;
 /// Threads of a CTA whose rows are shared by at most a warp.
 const SMALL: usize = 256;
 
@@ -122,11 +124,12 @@ pub(crate) fn launch_backward(launcher: &Launcher, args: RmsNormBackward<'_>) ->
     }
     let Some(gradient) = args.weight_gradient else { return Ok(()) };
     let (strips, dtype) = (columns.div_ceil(STRIP), args.weight.dtype());
-    let grid = (extent(strips), SLICES as u32, 1);
+    let slices = (WAVE / strips).clamp(1, SLICES);
+    let shape = |grid| Geometry { grid, block: (STRIP as u32, 1, 1), shared: 0, overlaps: true };
     launcher.launch(
         &FAMILY,
         PARTIALS[dtype_index(x.dtype())],
-        Geometry { grid, block: (STRIP as u32, 1, 1), shared: 0, overlaps: false },
+        shape((extent(strips), extent(slices), 1)),
         args![
             grad.ptr(),
             x.ptr(),
@@ -134,15 +137,14 @@ pub(crate) fn launch_backward(launcher: &Launcher, args: RmsNormBackward<'_>) ->
             gradient.partials.ptr(),
             rows as i64,
             columns as i64,
-            rows.div_ceil(SLICES) as i64,
+            rows.div_ceil(slices) as i64,
             vector,
         ],
     )?;
-    launcher.launch_1d(
+    launcher.launch(
         &FAMILY,
         GRAD_WEIGHT[dtype_index(dtype)],
-        strips,
-        STRIP as u32,
-        args![gradient.partials.ptr(), gradient.grad_weight.ptr(), columns as i64, SLICES as i32],
+        shape((extent(strips), 1, 1)),
+        args![gradient.partials.ptr(), gradient.grad_weight.ptr(), columns as i64, slices as i32],
     )
 }

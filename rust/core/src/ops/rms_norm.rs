@@ -81,7 +81,7 @@ pub struct WeightGradient<'a> {
     pub partials: TensorMut<'a>,
 }
 
-/// Runs of consecutive rows whose sums for the weight's gradient are added last, in ascending order.
+/// Most runs of consecutive rows whose sums for the weight's gradient are added last, in ascending order.
 pub const SLICES: usize = 64;
 
 impl<'a> RmsNormBackward<'a> {
