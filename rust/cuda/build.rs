@@ -28,6 +28,7 @@ const FAMILIES: &[&str] = &[
     "gemv_4bit_bulk",
     "gemv_4bit_mma",
     "paged_attention",
+    "paged_attention_bulk",
     "paged_attention_mma",
     "quantize_4bit",
     "quantize_blockwise",

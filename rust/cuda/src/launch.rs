@@ -222,20 +222,25 @@ impl DeviceState {
             // SAFETY: the module was loaded above and is never unloaded.
             let function = unsafe { result::module::get_function(module, name) };
             let function = function.map_err(|error| self.error(format!("looking up {kernel}"), error))?;
-            self.allow_shared_memory(function).map_err(|error| self.error(format!("setting up {kernel}"), error))?;
+            self.raise_limits(function).map_err(|error| self.error(format!("setting up {kernel}"), error))?;
             Ok((kernel, Function(function)))
         };
         family.kernels.iter().map(look_up).collect()
     }
 
-    /// Without this a kernel gets 48 KiB of dynamic shared memory, however much the device has.
-    fn allow_shared_memory(&self, function: sys::CUfunction) -> std::result::Result<(), DriverError> {
+    /// Without this a kernel gets 48 KiB of dynamic shared memory and clusters of 8, however much the device has.
+    fn raise_limits(&self, function: sys::CUfunction) -> std::result::Result<(), DriverError> {
         use sys::CUfunction_attribute::*;
         // SAFETY: the function belongs to the current context.
         unsafe {
             let fixed = result::function::get_function_attribute(function, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
             let most = self.limits.shared as i32 - fixed;
-            result::function::set_function_attribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
+            result::function::set_function_attribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)?;
+            if self.limits.capability >= (9, 0) {
+                let large_clusters = CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+                result::function::set_function_attribute(function, large_clusters, 1)?;
+            }
+            Ok(())
         }
     }
 }

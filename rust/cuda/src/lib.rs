@@ -16,6 +16,7 @@ mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
 mod paged_attention;
+mod paged_attention_bulk;
 mod paged_attention_mma;
 mod pager;
 mod quantize_4bit;

@@ -56,12 +56,14 @@ struct Cut {
     int first, length, part_size, parts;
 
     Cut() = default;
-    __device__ Cut(int length_, int most, int window) : length(max(0, min(length_, most))) {
+    // Up to `most_parts`, of at least `smallest` tokens.
+    __device__ Cut(int length_, int most, int window, int smallest, int most_parts)
+        : length(max(0, min(length_, most))) {
         first = window > 0 ? max(0, length - window) : 0;
-        const int span = length - start(), cut = (span + MAX_PARTS - 1) / MAX_PARTS;
-        part_size = max(1, (cut + MIN_PART - 1) / MIN_PART) * MIN_PART;
+        const int span = length - start(), cut = (span + most_parts - 1) / most_parts;
+        part_size = max(1, (cut + smallest - 1) / smallest) * smallest;
         // Nearly all contexts are spared a division.
-        parts = part_size == MIN_PART ? (span + MIN_PART - 1) / MIN_PART : (span + part_size - 1) / part_size;
+        parts = part_size == smallest ? (span + smallest - 1) / smallest : (span + part_size - 1) / part_size;
     }
     __device__ int start() const { return first / BLOCK * BLOCK; }
     __device__ int begin(int part) const { return max(first, start() + part * part_size); }
@@ -117,7 +119,7 @@ struct Tile {
     }
     // Not through L1, which may be out of date once this kernel has waited for the one before it.
     __device__ int length() const { return __ldcg(x.lengths + row); }
-    __device__ Cut cut(int length) const { return Cut(length, shape.table * BLOCK, shape.window); }
+    __device__ Cut cut(int length) const { return Cut(length, shape.table * BLOCK, shape.window, MIN_PART, MAX_PARTS); }
 
     // Length and table are nearly always known before the kernel before this one has ended; what they name is moved
     // to L2 meanwhile.

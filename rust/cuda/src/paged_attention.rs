@@ -6,7 +6,7 @@ use halfbyte_core::{DType, Result};
 
 use crate::args::{KernelArg, aligned_mut, args, dtype_index};
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
-use crate::paged_attention_mma;
+use crate::{paged_attention_bulk, paged_attention_mma};
 
 /// By lanes that share a token and heads of a CTA (any: rows on any boundary; codes: those of 8 bits), then by dtype.
 const KERNELS: [&str; 30] = [
@@ -50,7 +50,7 @@ pub(crate) const PER_LANE: usize = 8;
 /// `struct Tensors` of paged_attention.cuh.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct DeviceTensors {
+pub(crate) struct DeviceTensors {
     q: *const c_void,
     k: *const c_void,
     v: *const c_void,
@@ -69,10 +69,32 @@ struct DeviceTensors {
 
 impl KernelArg for DeviceTensors {}
 
+impl DeviceTensors {
+    pub fn new(PagedAttention { inputs, outputs, .. }: &PagedAttention<'_>) -> Self {
+        let scales = outputs.scales.as_ref();
+        Self {
+            q: inputs.q.ptr(),
+            k: inputs.k.ptr(),
+            v: inputs.v.ptr(),
+            cos: inputs.cos.ptr(),
+            sin: inputs.sin.ptr(),
+            tables: inputs.tables.ptr(),
+            lengths: inputs.lengths.ptr(),
+            keys: outputs.keys.ptr(),
+            values: outputs.values.ptr(),
+            key_scales: scales.map_or(ptr::null_mut(), |scales| scales.keys.ptr()),
+            value_scales: scales.map_or(ptr::null_mut(), |scales| scales.values.ptr()),
+            partials: outputs.partials.ptr(),
+            arrived: outputs.arrived.ptr(),
+            out: outputs.out.ptr(),
+        }
+    }
+}
+
 /// `struct Shape` of paged_attention.cuh.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct DeviceShape {
+pub(crate) struct DeviceShape {
     heads: i32,
     kv_heads: i32,
     group: i32,
@@ -84,6 +106,23 @@ struct DeviceShape {
 }
 
 impl KernelArg for DeviceShape {}
+
+impl DeviceShape {
+    /// `heads`: of a tile.
+    pub fn new(args: &PagedAttention<'_>, heads: usize) -> Self {
+        let shape = args.shape;
+        Self {
+            heads: shape.heads as i32,
+            kv_heads: shape.kv_heads as i32,
+            group: shape.group() as i32,
+            tiles: shape.group().div_ceil(heads) as i32,
+            head_dim: shape.head_dim as i32,
+            blocks: shape.blocks as i32,
+            table: shape.table as i32,
+            window: i32::try_from(args.window).unwrap_or(0),
+        }
+    }
+}
 
 /// Place among the kernels of a dtype, and heads of a CTA.
 fn variant(shape: AttentionShape, codes: bool, vector: bool) -> (usize, usize) {
@@ -118,9 +157,10 @@ pub(crate) fn launch(launcher: &Launcher, args: PagedAttention<'_>) -> Result<()
     if shape.batch == 0 {
         return Ok(());
     }
+    if let Some(place) = paged_attention_bulk::place(launcher.limits(), &args) {
+        return paged_attention_bulk::launch(launcher, &args, place);
+    }
     let (family, kernel, heads) = kernel(launcher.limits(), &args);
-    let (inputs, outputs) = (args.inputs, args.outputs);
-    let scales = outputs.scales.as_ref();
     let tiles = shape.kv_heads * shape.group().div_ceil(heads);
     // Parts are taken in turns by so many CTAs as the device holds at once; which parts there are depends on the row.
     let ctas = (2 * launcher.limits().multiprocessors / (tiles * shape.batch)).clamp(1, MAX_PARTS);
@@ -133,33 +173,6 @@ pub(crate) fn launch(launcher: &Launcher, args: PagedAttention<'_>) -> Result<()
             shared: 0,
             overlaps: true,
         },
-        args![
-            DeviceTensors {
-                q: inputs.q.ptr(),
-                k: inputs.k.ptr(),
-                v: inputs.v.ptr(),
-                cos: inputs.cos.ptr(),
-                sin: inputs.sin.ptr(),
-                tables: inputs.tables.ptr(),
-                lengths: inputs.lengths.ptr(),
-                keys: outputs.keys.ptr(),
-                values: outputs.values.ptr(),
-                key_scales: scales.map_or(ptr::null_mut(), |scales| scales.keys.ptr()),
-                value_scales: scales.map_or(ptr::null_mut(), |scales| scales.values.ptr()),
-                partials: outputs.partials.ptr(),
-                arrived: outputs.arrived.ptr(),
-                out: outputs.out.ptr(),
-            },
-            DeviceShape {
-                heads: shape.heads as i32,
-                kv_heads: shape.kv_heads as i32,
-                group: shape.group() as i32,
-                tiles: shape.group().div_ceil(heads) as i32,
-                head_dim: shape.head_dim as i32,
-                blocks: shape.blocks as i32,
-                table: shape.table as i32,
-                window: i32::try_from(args.window).unwrap_or(0),
-            },
-        ],
+        args![DeviceTensors::new(&args), DeviceShape::new(&args, heads)],
     )
 }
