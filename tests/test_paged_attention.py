@@ -14,6 +14,8 @@ from halfbyte.ops.paged_attention import Cached, decode, encode, paged_attention
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Of four heads: a GPU has kernels of its own for key heads with one query head.
+KV_HEADS = pytest.mark.parametrize("kv_heads", [2, 4])
 # With codes, weights are rounded to bfloat16 wherever tensor cores multiply them.
 CODE_BOUNDS = {**BOUNDS, torch.float16: BOUNDS[torch.bfloat16]}
 
@@ -152,9 +154,10 @@ def test_equals_fp64(heads, kv_heads, head_dim, dtype, device, codes):
 @pytest.mark.parametrize("window", [1, 16, 64, 255, 257, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
-def test_window(window, dtype, device, codes):
+@KV_HEADS
+def test_window(window, dtype, device, codes, kv_heads):
     lengths = [1, 63, 64, 65, 255, 256, 257, 700]
-    Case(lengths, dtype=dtype, device=device, codes=codes).check(window)
+    Case(lengths, kv_heads=kv_heads, dtype=dtype, device=device, codes=codes).check(window)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -163,10 +166,11 @@ def test_long_contexts(length, device):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     Case([length, 5], 8, 1 + (device == "cuda"), 128, dtype, device).check()
     Case([length], 4, 4, 64, dtype, device, codes=True).check(window=1000)
+    Case([length, 5], 4, 4, 128, dtype, device).check()
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("heads, kv_heads", [(32, 8), (7, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [(32, 8), (7, 1), (12, 12)])
 @pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
 def test_a_row_does_not_know_the_others(heads, kv_heads, device, codes):
     lengths = [700, 1, 64, 65, 2500, 16, 333, 128] * 4
@@ -181,8 +185,10 @@ def test_a_row_does_not_know_the_others(heads, kv_heads, device, codes):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_tables_wider_than_needed_change_nothing(device):
-    case = Case([5, 40], width=40, device=device)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@KV_HEADS
+def test_tables_wider_than_needed_change_nothing(device, dtype, kv_heads):
+    case = Case([5, 40], kv_heads=kv_heads, dtype=dtype, width=80, device=device)
     wide = case.check()
     narrow = case.rows([0, 1])
     narrow.tables = case.tables[:, :3].contiguous()
@@ -190,8 +196,10 @@ def test_tables_wider_than_needed_change_nothing(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_senseless_lengths_and_blocks_stay_inside(device):
-    case = Case([40, 40], device=device)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@KV_HEADS
+def test_senseless_lengths_and_blocks_stay_inside(device, dtype, kv_heads):
+    case = Case([40, 40], kv_heads=kv_heads, dtype=dtype, device=device)
     case.lengths.copy_(torch.tensor([10_000, 0]))
     case.tables[0].fill_(1 << 30)
     out = case.run()
@@ -201,10 +209,11 @@ def test_senseless_lengths_and_blocks_stay_inside(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_what_others_left_behind_does_not_matter(dtype, device, codes):
+@KV_HEADS
+def test_what_others_left_behind_does_not_matter(dtype, device, codes, kv_heads):
     """Free places of a row's last block, and those before its window, may hold anything."""
     lengths, window = [5, 40, 259], 20
-    case = Case(lengths, dtype=dtype, device=device, codes=codes)
+    case = Case(lengths, kv_heads=kv_heads, dtype=dtype, device=device, codes=codes)
     expected = case.rows([0, 1, 2]).run(window)
     for row, length in enumerate(lengths):
         for t in [*range(length - window), *range(length, -(-length // 16) * 16)]:
@@ -222,8 +231,9 @@ def test_what_others_left_behind_does_not_matter(dtype, device, codes):
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_what_is_not_finite_shows(name, bad, dtype, device, codes):
-    case = Case([40, 300], dtype=dtype, device=device, codes=codes)
+@KV_HEADS
+def test_what_is_not_finite_shows(name, bad, dtype, device, codes, kv_heads):
+    case = Case([40, 300], kv_heads=kv_heads, dtype=dtype, device=device, codes=codes)
     getattr(case, name)[0, 0, 3] = bad
     out = case.run()
     assert not out[0, 0].isfinite().all() and out[1].isfinite().all()
@@ -286,8 +296,9 @@ def test_arguments_are_checked():
 
 
 @pytest.mark.gpu
-def test_one_capture_serves_every_length():
-    case = Case([1, 1], 8, 2, 128, torch.bfloat16, "cuda", width=30)
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_one_capture_serves_every_length(kv_heads):
+    case = Case([1, 1], 8, kv_heads, 128, torch.bfloat16, "cuda", width=30)
     case.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
