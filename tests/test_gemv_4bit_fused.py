@@ -81,7 +81,7 @@ def agree(found, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
 @pytest.mark.parametrize("sizes, k", SHAPES + LONG)
 def test_biases_and_gates_have_equal_bits(dtype, m, sizes, k):
     x, products = random(m, k, dtype), [product(n, k, dtype, bias=True) for n in sizes]
@@ -229,7 +229,8 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="one dtype for all adapters"):
         other = product(40, 512, rank=4, lora_dtype=torch.float32)
         gemv_4bit_fused(x, [adapted, other])
-    assert not fuses(x.float(), [plain]) and not fuses(random(9, 512), [plain])
+    assert not fuses(x.float(), [plain]) and not fuses(random(17, 512), [plain])
+    assert not fuses(random(9, 512), [adapted])
     assert not fuses(random(1, 320), [product(40, 320)])
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from halfbyte import _core
 from halfbyte.ops.quant_state import QuantState
 
-MAX_ROWS = 8
+MAX_ROWS = 16
+# Beside adapters.
+MAX_ADAPTED_ROWS = 8
 MAX_RANK = 256
 # Elements of K that make a share of an adapter's hidden value.
 CHUNK = 2048
@@ -77,9 +79,10 @@ def _has_kernels(device: torch.device) -> bool:
 def fuses(x: Tensor, products: Sequence[Product]) -> bool:
     """Whether there is a kernel for these products of x [M, K]."""
     head = products[0].state
+    adapted = any(product.adapter is not None for product in products)
     return (
         x.dtype in (torch.float16, torch.bfloat16)
-        and 0 < len(x) <= MAX_ROWS
+        and 0 < len(x) <= (MAX_ADAPTED_ROWS if adapted else MAX_ROWS)
         and _has_kernels(x.device)
         and all(len(p.adapter.a) <= MAX_RANK for p in products if p.adapter is not None)
         and len({p.adapter.a.dtype for p in products if p.adapter is not None}) <= 1
@@ -109,7 +112,7 @@ def gemv_4bit_fused(
     following_gated: bool = False,
     arrived: Tensor | None = None,
 ) -> list[Tensor]:
-    """Up to four products of x [M, K], M <= 8, that `fuses`; each [M, N] in x's dtype.
+    """Up to four products of x [M, K] that `fuses`; each [M, N] in x's dtype.
 
     Every rounding is that of the operations one after the other (`gemm_4bit`, the bias' sum, the
     adapter, `swiglu`). gated: the products are a gate and an up projection, and the one result is
