@@ -7,6 +7,7 @@ use halfbyte_core::ops::gemv_4bit_fused::{Adapter, CHUNK, Gemv4bitFused, Next, N
 use halfbyte_core::{Absmax, DType, Error, QuantType, Result, TensorMut};
 
 use crate::args::{KernelArg, aligned, args, optional};
+use crate::gemm_4bit;
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 
 /// The products in each form, and the adapters' hidden values; by x's dtype.
@@ -336,6 +337,9 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
         return Err(Error::Argument { op: "gemv_4bit_fused", name: "packed", expected, got });
     }
     if head.shape.m * head.shape.n == 0 {
+        return Ok(());
+    }
+    if gemm_4bit::launch_fused(launcher, fused)? {
         return Ok(());
     }
     let (limits, ranks) = (launcher.limits(), fused.ranks());
