@@ -81,7 +81,7 @@ def agree(found, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
 @pytest.mark.parametrize("sizes, k", SHAPES + LONG)
 def test_biases_and_gates_have_equal_bits(dtype, m, sizes, k):
     x, products = random(m, k, dtype), [product(n, k, dtype, bias=True) for n in sizes]
@@ -118,6 +118,25 @@ def test_adapters_over_slices_of_a_long_row(m, sizes, k):
     products = [product(n, k, rank=16, lora_dtype=torch.float32) for n in sizes]
     for found, p in zip(gemv_4bit_fused(x, products), products, strict=True):
         agree(found, alone(x, p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [17, 32, 33, 64])
+@pytest.mark.parametrize("sizes, k", [*SHAPES, ((136, 1), 1024), ((11008,), 4096)])
+def test_more_rows_of_plain_products(dtype, m, sizes, k):
+    x, products = random(m, k, dtype), [product(n, k, dtype) for n in sizes]
+    if not fuses(x, products):
+        pytest.skip("needs compute capability 9.0")
+    for found, p in zip(gemv_4bit_fused(x, products), products, strict=True):
+        agree(found, exact(x, p).to(dtype))
+    pair = [products[0], product(sizes[0], k, dtype)]
+    (found,) = gemv_4bit_fused(x, pair, gated=True)
+    agree(found, swiglu(*(alone(x, p) for p in pair)))
+    assert torch.equal(gemv_4bit_fused(x, pair, gated=True)[0], found)
+    x[3] = float("nan")
+    (beside,) = gemv_4bit_fused(x, pair, gated=True)
+    kept = [row for row in range(m) if row != 3]
+    assert torch.equal(beside[kept], found[kept]) and beside[3].isnan().all()
 
 
 def test_only_some_products_are_adapted():
@@ -229,7 +248,9 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="one dtype for all adapters"):
         other = product(40, 512, rank=4, lora_dtype=torch.float32)
         gemv_4bit_fused(x, [adapted, other])
-    assert not fuses(x.float(), [plain]) and not fuses(random(9, 512), [plain])
+    assert not fuses(x.float(), [plain]) and not fuses(random(65, 512), [plain])
+    assert not fuses(random(9, 512), [adapted])
+    assert not fuses(random(17, 512), [product(40, 512, bias=True)])
     assert not fuses(random(1, 320), [product(40, 320)])
 
 

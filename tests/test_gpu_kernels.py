@@ -352,7 +352,7 @@ def test_gemv_4bit_reads_every_weight_in_every_place(dtype):
     close(linear(x), x, linear.table_weight(dtype))
 
 
-@pytest.mark.parametrize("M", [1, 5, 8])
+@pytest.mark.parametrize("M", [1, 5, 8, 16])
 def test_gemv_4bit_is_no_less_accurate_than_bitsandbytes(M):
     functional = pytest.importorskip("bitsandbytes.functional")
     linear, x = Linear(4096, 2048), rows(M, 2048, torch.bfloat16)
@@ -375,9 +375,10 @@ def test_gemv_4bit_is_no_less_accurate_than_bitsandbytes(M):
     assert error(linear(x), exact) <= error(theirs, exact)
 
 
-def test_gemv_4bit_of_more_panels_than_go_together():
+@pytest.mark.parametrize("M", [3, 13])
+def test_gemv_4bit_of_more_panels_than_go_together(M):
     """Each multiprocessor gets more than sixteen panels, and K has more than one slice."""
-    linear, x = Linear(36_000, 4352), rows(3, 4352, torch.bfloat16)
+    linear, x = Linear(36_000, 4352), rows(M, 4352, torch.bfloat16)
     close(linear(x), x, linear.table_weight(torch.bfloat16))
 
 
@@ -444,7 +445,7 @@ def test_gemm_4bit_keeps_rows_apart():
     assert y[3].isnan().all() and not y[40].isfinite().any() and not y[69].isfinite().any()
 
 
-@pytest.mark.parametrize("M", [1, 3, 8, 9])
+@pytest.mark.parametrize("M", [1, 3, 8, 9, 17])
 @pytest.mark.parametrize("K", [256, 1000, 5120])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gemv_4bit_group_is_its_parts(dtype, K, M):
@@ -501,7 +502,7 @@ def test_gemv_4bit_sees_what_the_kernel_before_it_wrote():
 def test_a_row_does_not_depend_on_the_others(dtype, K):
     linear, x = Linear(72, K), rows(19, K, dtype)
     alone = torch.cat([linear(x[i : i + 1].clone()) for i in range(19)])
-    for M in (2, 3, 4, 5, 8, 9, 19):
+    for M in (2, 3, 4, 5, 8, 9, 16, 19):
         same(linear(x[:M].clone()), alone[:M])
 
 

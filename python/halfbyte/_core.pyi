@@ -253,6 +253,7 @@ def gemv_4bit_fused(
     gated: bool,
     hidden: Tensor | None = None,
     arrived: Tensor | None = None,
+    workspace: Tensor | None = None,
     next: Any = None,
 ) -> None:
     """One to four 4-bit products of x [M, K] with adapter, bias and gate, in one launch.
@@ -260,6 +261,7 @@ def gemv_4bit_fused(
     products, next: as `halfbyte.ops.gemv_4bit_fused` makes them, read by attribute; where gated,
     pairs of gate and up that share an out. hidden: float32 [ceil(K / 2048), M, ranks of all
     adapters], scratch; arrived: int32, its first element zero before and after; adapters need both.
+    workspace: x's dtype [M, K], scratch of a kernel for more rows without biases and adapters.
     GPUs for which `has_gemv_4bit_fused` is true only.
     """
 

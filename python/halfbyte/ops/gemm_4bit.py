@@ -102,8 +102,9 @@ def _fills_tiles(x: Tensor, n: int) -> bool:
 def _code_rows(x: Tensor, n: int, nested: bool, blocksize: int) -> tuple[int, int]:
     """Rows of x up to which gemv_4bit, and from there gemm_4bit, beat a dequantized W.
 
-    Eight rows cost a GPU what one does where tensor cores multiply them. Kernels for more exist
-    for compute capability 9.0; elsewhere a second and further pass over the codes has to do.
+    Where tensor cores multiply them, eight rows cost a GPU what one does, sixteen not much more.
+    Kernels for more exist for compute capability 9.0; elsewhere a further pass over the codes has
+    to do.
     """
     if not x.is_cuda:
         return 32, 0
@@ -111,7 +112,7 @@ def _code_rows(x: Tensor, n: int, nested: bool, blocksize: int) -> tuple[int, in
         return 8, 0
     capability = _capability(x.get_device())
     if capability == (9, 0):
-        return 8, len(x) if len(x) > MANY_ROWS and _fills_tiles(x, n) else MANY_ROWS
+        return 16, len(x) if len(x) > MANY_ROWS and _fills_tiles(x, n) else MANY_ROWS
     return (32, 0) if capability >= (8, 0) else (8, 0)
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from halfbyte import _core
 from halfbyte.ops.quant_state import QuantState
 
-MAX_ROWS = 8
+MAX_ROWS = 16
+# Beside adapters; and of products alone, by another kernel.
+MAX_ADAPTED_ROWS = 8
+MAX_PLAIN_ROWS = 64
 MAX_RANK = 256
 # Elements of K that make a share of an adapter's hidden value.
 CHUNK = 2048
@@ -74,17 +77,30 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _core.has_gemv_4bit_fused(device.index or 0)
 
 
+@functools.cache
+def _has_kernels_of_more_rows(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def fuses(x: Tensor, products: Sequence[Product]) -> bool:
     """Whether there is a kernel for these products of x [M, K]."""
     head = products[0].state
     return (
         x.dtype in (torch.float16, torch.bfloat16)
-        and 0 < len(x) <= MAX_ROWS
-        and _has_kernels(x.device)
+        and 0 < len(x) <= _most_rows(x.device, products)
         and all(len(p.adapter.a) <= MAX_RANK for p in products if p.adapter is not None)
         and len({p.adapter.a.dtype for p in products if p.adapter is not None}) <= 1
         and all(_takes(product.packed, product.state, head) for product in products)
     )
+
+
+def _most_rows(device: torch.device, products: Sequence[Product]) -> int:
+    if not _has_kernels(device):
+        return 0
+    if any(product.adapter is not None for product in products):
+        return MAX_ADAPTED_ROWS
+    plain = all(product.bias is None for product in products)
+    return MAX_PLAIN_ROWS if plain and _has_kernels_of_more_rows(device) else MAX_ROWS
 
 
 def _takes(packed: Tensor, state: QuantState, head: QuantState) -> bool:
@@ -109,7 +125,7 @@ def gemv_4bit_fused(
     following_gated: bool = False,
     arrived: Tensor | None = None,
 ) -> list[Tensor]:
-    """Up to four products of x [M, K], M <= 8, that `fuses`; each [M, N] in x's dtype.
+    """Up to four products of x [M, K] that `fuses`; each [M, N] in x's dtype.
 
     Every rounding is that of the operations one after the other (`gemm_4bit`, the bias' sum, the
     adapter, `swiglu`). gated: the products are a gate and an up projection, and the one result is
@@ -139,5 +155,6 @@ def gemv_4bit_fused(
         for packed, state in following
     ]
     after = _Next(weights, following_gated)
-    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, after)
+    room = torch.empty_like(x) if len(x) > MAX_ROWS else None
+    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, room, after)
     return outs

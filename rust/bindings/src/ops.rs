@@ -405,7 +405,7 @@ impl PyNext<'_> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (x, products, quant_type, gated, hidden=None, arrived=None, next=None))]
+#[pyo3(signature = (x, products, quant_type, gated, hidden=None, arrived=None, workspace=None, next=None))]
 pub fn gemv_4bit_fused(
     py: Python<'_>,
     x: Object<'_, '_>,
@@ -414,6 +414,7 @@ pub fn gemv_4bit_fused(
     gated: bool,
     hidden: Option<Object<'_, '_>>,
     arrived: Option<Object<'_, '_>>,
+    workspace: Option<Object<'_, '_>>,
     next: Option<PyNext<'_>>,
 ) -> PyResult<()> {
     const OP: &str = "gemv_4bit_fused";
@@ -430,13 +431,15 @@ pub fn gemv_4bit_fused(
     }
     let hidden = hidden.map(|hidden| Tensor::read(OP, "hidden", hidden)).transpose()?;
     let arrived = arrived.map(|arrived| Tensor::read(OP, "arrived", arrived)).transpose()?;
+    let workspace = workspace.map(|workspace| Tensor::read(OP, "workspace", workspace)).transpose()?;
     // SAFETY: the outputs are checked for overlap before anything runs.
-    let [scratch, word] = [&hidden, &arrived].map(|own| own.as_ref().map(|own| unsafe { own.as_mut() }));
-    written.extend(hidden.into_iter().chain(arrived));
+    let own = [&hidden, &arrived, &workspace].map(|own| own.as_ref().map(|own| unsafe { own.as_mut() }));
+    let [scratch, word, room] = own;
+    written.extend(hidden.into_iter().chain(arrived).chain(workspace));
     read.push(Tensor::read(OP, "x", x)?);
     check_overlap(OP, &read.iter().collect::<Vec<_>>(), &written.iter().collect::<Vec<_>>())?;
     let next = next.map_or(Ok(Next::default()), |next| next.build(OP, &mut read))?;
-    let fused = Gemv4bitFused::new(fused, gated, scratch, word, next).map_err(to_py_err)?;
+    let fused = Gemv4bitFused::new(fused, gated, scratch, word, room, next).map_err(to_py_err)?;
     call(py, rows.x.device, |backend| backend.gemv_4bit_fused(fused))
 }
 

@@ -6,14 +6,15 @@
 //
 // In a tile of few rows of x, scales enter the fp32 sums of a block, so that the only rounding of a weight is that of
 // sixteen constants; a small kernel before this one writes x in the order in which the bytes of W feed the contraction.
-// The sums of many rows fill the registers: there scales enter the weights, which are rounded once to the type of x,
-// and x is read as it is.
+// The halves of such a tile may be rows of a gate and an up projection; then out is their SwiGLU. The sums of many rows
+// fill the registers: there scales enter the weights, which are rounded once to the type of x, and x is read as it is.
 #include "absmax.cuh"
 #include "codes.cuh"
 #include "memory.cuh"
 #include "overlap.cuh"
 #include "pair_table.cuh"
 #include "pipeline.cuh"
+#include "sigmoid.cuh"
 
 constexpr int MAX_PARTS = 4;
 
@@ -26,14 +27,15 @@ struct Codebook {
     float values[16];
 };
 
-// One weight [N, K] and where its product goes, laid out as the launcher's `Part`.
+// The weights [N, K] of both halves of a tile, which are one weight or a gate and an up projection, and where the
+// product goes; laid out as the launcher's `Part`.
 struct Part {
-    Map map;
-    Absmax absmax;
+    Map maps[2];
+    Absmax absmax[2];
     void* out;
     int N, first_tile;
 };
-static_assert(sizeof(Part) == 256, "as the launcher's");
+static_assert(sizeof(Part) == 384, "as the launcher's");
 
 struct Parts {
     Part at[MAX_PARTS];
@@ -63,8 +65,7 @@ struct Wgmma;
 #define D8(i)                                                                                                          \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
         "+f"(d[i + 7])
-#define S0 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define S1 S0 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define S1 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define S2 S1 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define S3                                                                                                             \
     S2 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"                                              \
@@ -87,7 +88,6 @@ struct Wgmma;
     };
 
 #define WGMMAS(T, dtype)                                                                                               \
-    WGMMA(T, dtype, 16, S0, "%8,%9,%10,%11", "%12", "%13", D8(0))                                                      \
     WGMMA(T, dtype, 32, S1, "%16,%17,%18,%19", "%20", "%21", D8(0), D8(8))                                             \
     WGMMA(T, dtype, 64, S2, "%32,%33,%34,%35", "%36", "%37", D8(0), D8(8), D8(16), D8(24))                             \
     WGMMA(T, dtype, 128, S3, "%64,%65,%66,%67", "%68", "%69", D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48),    \
@@ -145,33 +145,51 @@ __device__ void publish(float (&sums)[TOKENS][ROWS + 4], const float (&total)[TO
     }
 }
 
+// Sums of four rows of W, those of all splits in order, times `factor`.
+template <int TOKENS, int ROWS>
+__device__ float4 sum_of_cluster(const float (&sums)[TOKENS][ROWS + 4], int m, int r, int splits, float factor) {
+    float4 v[MAX_SPLITS];
+#pragma unroll
+    for (int split = 0; split < MAX_SPLITS; ++split)
+        v[split] = split < splits ? load_of_cluster(&sums[m][r], split) : make_float4(0, 0, 0, 0);
+    float4 sum = v[0];
+#pragma unroll
+    for (int split = 1; split < MAX_SPLITS; ++split)
+        sum.x += v[split].x, sum.y += v[split].y, sum.z += v[split].z, sum.w += v[split].w;
+    return make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
+}
+
+// SwiGLU, rounded as the operation of that name rounds it.
+template <typename T>
+__device__ float gated_by(float up, float gate) {
+    gate = rounded<T>(gate);
+    return rounded<T>(gate * sigmoid<T>(gate)) * rounded<T>(up);
+}
+
 // By those who multiply: each CTA of the cluster finishes an equal share of the rows of x, from `token` on.
 template <typename T, int TOKENS, int ROWS>
 __device__ void finish(const float (&sums)[TOKENS][ROWS + 4], const Part& part, int row, int token, int M, int splits,
-                       float factor) {
+                       bool gated, float factor) {
     const int share = TOKENS / splits, rank = blockIdx.x % splits;
     T* const out = static_cast<T*>(part.out) + int64_t(token) * part.N + row;
-    const int rows = min(part.N - row, ROWS), tokens = min(M - token, (rank + 1) * share);
+    const int rows = min(part.N - row, gated ? ROWS / 2 : ROWS), tokens = min(M - token, (rank + 1) * share);
     const bool vector = part.N % 4 == 0 && reinterpret_cast<uintptr_t>(part.out) % 8 == 0;
     for (int e = threadIdx.x; e < share * (ROWS / 4); e += 2 * ROWS) {
         const int m = rank * share + e / (ROWS / 4), r = e % (ROWS / 4) * 4;
         if (m >= tokens || r >= rows)
             continue;
-        float4 v[MAX_SPLITS];
-#pragma unroll
-        for (int split = 0; split < MAX_SPLITS; ++split)
-            v[split] = split < splits ? load_of_cluster(&sums[m][r], split) : make_float4(0, 0, 0, 0);
-        float4 sum = v[0];
-#pragma unroll
-        for (int split = 1; split < MAX_SPLITS; ++split)
-            sum.x += v[split].x, sum.y += v[split].y, sum.z += v[split].z, sum.w += v[split].w;
+        float4 v = sum_of_cluster<TOKENS, ROWS>(sums, m, r, splits, factor);
+        if (gated) {
+            const float4 up = sum_of_cluster<TOKENS, ROWS>(sums, m, r + ROWS / 2, splits, factor);
+            v = make_float4(gated_by<T>(up.x, v.x), gated_by<T>(up.y, v.y), gated_by<T>(up.z, v.z),
+                            gated_by<T>(up.w, v.w));
+        }
         T* to = out + int64_t(m) * part.N + r;
-        const float values[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
         if (vector) {
-            *reinterpret_cast<uint2*>(to) =
-                make_uint2(narrow2<T>(values[0], values[1]), narrow2<T>(values[2], values[3]));
+            *reinterpret_cast<uint2*>(to) = make_uint2(narrow2<T>(v.x, v.y), narrow2<T>(v.z, v.w));
             continue;
         }
+        const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (r + i < rows)
@@ -183,7 +201,7 @@ template <typename Entry>
 __device__ void fill_tables(uint4* table, int threads, const Parts& parts, const Codebook& codebook, float gain) {
     const float entry = codebook.values[lane_id() % 16] * gain;
     fill_table(table, 0, threads, [&](int b) { return narrow2<Entry>(lookup16(entry, b >> 4), lookup16(entry, b)); });
-    fill_table(table, 1, threads, [&](int b) { return __float_as_uint(__ldg(parts.at[0].absmax.map + b)); });
+    fill_table(table, 1, threads, [&](int b) { return __float_as_uint(__ldg(parts.at[0].absmax[0].map + b)); });
 }
 
 // TOKENS rows of x, few, by 64 * GROUPS rows of W.
@@ -217,11 +235,13 @@ struct Few {
     Shared& shared;
     const Part& part;
     const Table table;
-    int row, token, first, last; // of out; lines [first, last) of K
+    int row, second;        // of out and the first half's weight; of the second half's
+    int token, first, last; // lines [first, last) of K
 
-    __device__ Few(Shared& shared, const Parts& parts, int splits, int lines)
+    __device__ Few(Shared& shared, const Parts& parts, int splits, int lines, bool gated)
         : shared(shared), part(part_of(parts, blockIdx.x / splits)), table(shared.table),
-          row((int(blockIdx.x / splits) - part.first_tile) * ROWS), token(blockIdx.y * TOKENS),
+          row((int(blockIdx.x / splits) - part.first_tile) * (gated ? ROWS / 2 : ROWS)),
+          second(gated ? row : row + ROWS / 2), token(blockIdx.y * TOKENS),
           first(lines * int(blockIdx.x % splits) / splits), last(lines * int(blockIdx.x % splits + 1) / splits) {}
 
     __device__ static void init(Shared& shared) {
@@ -242,7 +262,8 @@ struct Few {
     __device__ void copy_codes(int line) const {
         const int stage = (line - first) % STAGES;
         shared.full[stage].arrive_expecting(sizeof shared.codes[stage]);
-        copy_box(shared.codes[stage], &part.map, line * (LINE / 2), row, shared.full[stage]);
+        copy_box(shared.codes[stage][0], &part.maps[0], line * (LINE / 2), row, shared.full[stage]);
+        copy_box(shared.codes[stage][ROWS / 2], &part.maps[1], line * (LINE / 2), second, shared.full[stage]);
     }
 
     // By one thread: x, which may be read when the previous kernel has ended, and the codes that did not fit at first.
@@ -265,17 +286,16 @@ struct Few {
 
     // By a warp, for every SCALERS-th line from `turn` on.
     __device__ void decode_scales(int row_blocks, int turn) const {
-        const Absmax& absmax = part.absmax;
         for (int line = first + turn; line < last; line += SCALERS) {
             const int i = line - first, stage = i % STAGES;
-#pragma unroll 1
+#pragma unroll
             for (int strip = 0; strip < ROWS; strip += STRIP) {
                 uint32_t codes[STRIP / 32];
                 float nested[STRIP / 32];
 #pragma unroll
                 for (int r = 0; r < STRIP / 32; ++r) {
-                    const uint32_t n = min(row + strip + r * 32 + lane_id(), part.N - 1),
-                                   at = n * row_blocks + line * 4;
+                    const Absmax& absmax = part.absmax[is_second(strip + r * 32)];
+                    const uint32_t at = weight_row(strip + r * 32) * row_blocks + line * 4;
                     codes[r] = __ldg(reinterpret_cast<const uint32_t*>(absmax.codes + at));
                     nested[r] = __ldg(absmax.absmax + at / 256);
                 }
@@ -283,10 +303,11 @@ struct Few {
                     shared.empty[stage].wait(i / STAGES % 2 ^ 1);
 #pragma unroll
                 for (int r = 0; r < STRIP / 32; ++r) {
+                    const float offset = part.absmax[is_second(strip + r * 32)].offset;
                     float v[4];
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
-                        v[j] = __fadd_rn(__fmul_rn(table.scale(codes[r], j), nested[r]), absmax.offset);
+                        v[j] = __fadd_rn(__fmul_rn(table.scale(codes[r], j), nested[r]), offset);
                     store16(shared.scales[stage][strip + r * 32 + lane_id()], v);
                 }
             }
@@ -294,6 +315,13 @@ struct Few {
             if (lane_id() == 0)
                 shared.full[stage].arrive();
         }
+    }
+
+    __device__ static bool is_second(int r) { return r >= ROWS / 2; }
+
+    // The row of its weight that row r + lane of the tile is; the last one's instead of those past it.
+    __device__ uint32_t weight_row(int r) const {
+        return min((is_second(r) ? second - ROWS / 2 : row) + r + lane_id(), part.N - 1);
     }
 
     // The row of the tile whose codes this lane looks up for row lane / 4 of its warp's sixteen: eight rows are taken
@@ -416,7 +444,7 @@ struct Many {
             const int i = line - first, stage = i % STAGES;
             shared.empty[stage].wait(i / STAGES % 2 ^ 1);
             shared.full[stage].arrive_expecting(sizeof shared.codes[stage]);
-            copy_box(shared.codes[stage], &part.map, line * (LINE / 2), row, shared.full[stage]);
+            copy_box(shared.codes[stage], &part.maps[0], line * (LINE / 2), row, shared.full[stage]);
         }
     }
 
@@ -440,8 +468,8 @@ struct Many {
 #pragma unroll
             for (int r = 0; r < ROWS / 32; ++r) {
                 const uint32_t n = min(row + r * 32 + lane_id(), part.N - 1), at = n * row_blocks + line * BLOCKS;
-                codes[r] = __ldg(reinterpret_cast<const uint32_t*>(part.absmax.codes + at));
-                nested[r] = __ldg(part.absmax.absmax + at / 256);
+                codes[r] = __ldg(reinterpret_cast<const uint32_t*>(part.absmax[0].codes + at));
+                nested[r] = __ldg(part.absmax[0].absmax + at / 256);
             }
             shared.empty[stage].wait(i / STAGES % 2 ^ 1);
 #pragma unroll
@@ -449,7 +477,7 @@ struct Many {
                 float v[BLOCKS];
 #pragma unroll
                 for (int j = 0; j < BLOCKS; ++j)
-                    v[j] = __fadd_rn(__fmul_rn(table.scale(codes[r], j), nested[r]), part.absmax.offset) * factor;
+                    v[j] = __fadd_rn(__fmul_rn(table.scale(codes[r], j), nested[r]), part.absmax[0].offset) * factor;
                 store16(shared.scales[stage][r * 32 + lane_id()], v);
             }
             release(shared.full[stage]);
@@ -531,15 +559,15 @@ struct Many {
 };
 
 template <typename T, int TOKENS, int GROUPS>
-__device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K, int splits, const Codebook& codebook,
-                             float gain) {
+__device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K, int splits, bool gated,
+                             const Codebook& codebook, float gain) {
     using Tile = Few<T, TOKENS, GROUPS>;
     using Shared = typename Tile::Shared;
     extern __shared__ char dynamic[];
     // Swizzling goes by addresses.
     Shared& shared = *reinterpret_cast<Shared*>(dynamic + (-shared_address(dynamic) & 1023));
     let_next_kernel_start();
-    const Tile tile(shared, parts, splits, K / LINE);
+    const Tile tile(shared, parts, splits, K / LINE, gated);
     const int job = int(threadIdx.x / 32) - 4 * GROUPS; // below 0: multiplies
     if (job == 0 && lane_id() == 0)
         tile.begin();
@@ -553,7 +581,7 @@ __device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K,
         publish<TOKENS, Tile::ROWS>(shared.sums, total, Tile::lane_row());
         cluster_sync();
         wait_for_previous_kernel();
-        finish<T, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, 1.0f / gain);
+        finish<T, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, gated, 1.0f / gain);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
         if (job == 0 && lane_id() == 0)
@@ -567,8 +595,8 @@ __device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K,
 }
 
 template <typename T, int TOKENS>
-__device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K, int splits, const Codebook& codebook,
-                              float gain) {
+__device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K, int splits, bool,
+                              const Codebook& codebook, float gain) {
     using Tile = Many<T, TOKENS>;
     using Shared = typename Tile::Shared;
     extern __shared__ char dynamic[];
@@ -588,7 +616,7 @@ __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K
         publish<TOKENS, Tile::ROWS>(shared.sums, sum, Tile::lane_row());
         cluster_sync();
         wait_for_previous_kernel();
-        finish<T, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, 1.0f);
+        finish<T, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, false, 1.0f);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
         if (job == 0 && lane_id() == 0)
@@ -611,22 +639,22 @@ __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K
 #define HAS_SIZE(shared_bytes, ...)
 
 template <typename T, int TOKENS, int GROUPS>
-__device__ void multiply_few(const Parts&, const Map&, int, int, int, const Codebook&, float) {}
+__device__ void multiply_few(const Parts&, const Map&, int, int, int, bool, const Codebook&, float) {}
 
 template <typename T, int TOKENS>
-__device__ void multiply_many(const Parts&, const Map&, int, int, int, const Codebook&, float) {}
+__device__ void multiply_many(const Parts&, const Map&, int, int, int, bool, const Codebook&, float) {}
 
 #endif
 
-// Maps: boxes of 128 bytes by the tile's rows of packed [N, K / 2], and by `tokens` rows of x [M, K], permuted where
-// they are few, swizzled; nested absmax with one map for all and codes 4-byte aligned, blocks of 64, K % 256 == 0,
-// N * K < 2^38; parts: unused ones begin past the last tile, many rows of x have one part; grid (tiles of W * splits,
-// tiles of x), clusters of `splits`, at most K / 256 and MAX_SPLITS.
+// Maps: boxes of 128 bytes by the tile's rows of packed [N, K / 2], half of them where those of x are few, and by
+// `tokens` rows of x [M, K], permuted where they are few, swizzled; nested absmax with one map for all and codes 4-byte
+// aligned, blocks of 64, K % 256 == 0, N * K < 2^38; parts: unused ones begin past the last tile, many rows of x have
+// one part and no gate; grid (tiles of W * splits, tiles of x), clusters of `splits`, at most K / 256 and MAX_SPLITS.
 #define GEMM_4BIT(name, threads, multiply)                                                                             \
     extern "C" __global__ void __launch_bounds__(threads, 1)                                                           \
         gemm_4bit_##name(const __grid_constant__ Parts parts, const __grid_constant__ Map x_map, int M, int K,         \
-                         int splits, const __grid_constant__ Codebook codebook, float gain) {                          \
-        multiply(parts, x_map, M, K, splits, codebook, gain);                                                          \
+                         int splits, bool gated, const __grid_constant__ Codebook codebook, float gain) {              \
+        multiply(parts, x_map, M, K, splits, gated, codebook, gain);                                                   \
     }
 #define GEMM_4BIT_FEW(T, dtype, tokens, groups, shared_bytes)                                                          \
     HAS_SIZE(shared_bytes, Few<T, tokens, groups>)                                                                     \
@@ -636,9 +664,6 @@ __device__ void multiply_many(const Parts&, const Map&, int, int, int, const Cod
     GEMM_4BIT(many_##tokens##_##dtype, 384, (multiply_many<T, tokens>))
 
 #define GEMM_4BIT_TILES(T, dtype)                                                                                      \
-    GEMM_4BIT_FEW(T, dtype, 16, 2, 146432)                                                                             \
-    GEMM_4BIT_FEW(T, dtype, 16, 3, 165888)                                                                             \
-    GEMM_4BIT_FEW(T, dtype, 16, 4, 156672)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 32, 2, 171008)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 32, 3, 182272)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 32, 4, 173056)                                                                             \

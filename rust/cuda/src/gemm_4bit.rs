@@ -3,18 +3,16 @@ use std::ffi::c_void;
 use cudarc::driver::sys::{CUtensorMap, CUtensorMapDataType};
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
+use halfbyte_core::ops::gemv_4bit_fused::Gemv4bitFused;
 use halfbyte_core::{DType, Result, TensorMut};
 
 use crate::args::{DeviceAbsmax, KernelArg, aligned_mut, args};
 use crate::gemv_4bit;
 use crate::gemv_4bit_bulk::{self, Codebook, codebook};
-use crate::launch::{Family, Geometry, Launcher, Matrix, extent, family};
+use crate::launch::{Family, Geometry, Launcher, Limits, Matrix, extent, family};
 
 /// Tiles, first in fp16, then in bf16.
-const KERNELS: [&str; 25] = [
-    "gemm_4bit_16x2_f16",
-    "gemm_4bit_16x3_f16",
-    "gemm_4bit_16x4_f16",
+const KERNELS: [&str; 19] = [
     "gemm_4bit_32x2_f16",
     "gemm_4bit_32x3_f16",
     "gemm_4bit_32x4_f16",
@@ -24,9 +22,6 @@ const KERNELS: [&str; 25] = [
     "gemm_4bit_128x2_f16",
     "gemm_4bit_many_128_f16",
     "gemm_4bit_many_256_f16",
-    "gemm_4bit_16x2_bf16",
-    "gemm_4bit_16x3_bf16",
-    "gemm_4bit_16x4_bf16",
     "gemm_4bit_32x2_bf16",
     "gemm_4bit_32x3_bf16",
     "gemm_4bit_32x4_bf16",
@@ -63,10 +58,7 @@ const fn many(tokens: usize, shared: usize, line: f64) -> Tile {
 }
 
 /// Four groups do twice the work of two in 1.7 times their time, three one and a half times the work in 1.4 times.
-pub(crate) const TILES: [Tile; 12] = [
-    few(16, 2, 146432, 1.15 * 0.68),
-    few(16, 3, 165888, 1.65 * 0.68),
-    few(16, 4, 156672, 1.95 * 0.68),
+pub(crate) const TILES: [Tile; 9] = [
     few(32, 2, 171008, 1.15 * 0.78),
     few(32, 3, 182272, 1.65 * 0.78),
     few(32, 4, 173056, 1.95 * 0.78),
@@ -90,14 +82,14 @@ const PERMUTE_THREADS: usize = 256;
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Part {
-    map: CUtensorMap,
-    absmax: DeviceAbsmax,
+    maps: [CUtensorMap; 2],
+    absmax: [DeviceAbsmax; 2],
     out: *mut c_void,
     n: i32,
     first_tile: i32,
 }
 
-const _: () = assert!(size_of::<Part>() == 256);
+const _: () = assert!(size_of::<Part>() == 384);
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -111,6 +103,13 @@ impl KernelArg for Parts {}
 struct Plan {
     tile: usize,
     splits: usize,
+}
+
+impl Plan {
+    fn of(launcher: &Launcher, products: &[&Gemv4bit<'_>]) -> Self {
+        let ns: Vec<_> = products.iter().map(|product| product.shape.n).collect();
+        plan(products[0].shape.m, &ns, products[0].shape.k, launcher.limits().multiprocessors)
+    }
 }
 
 /// The plan of least time, by waves of CTAs over the device; `ns`: of all weights that go together.
@@ -131,7 +130,7 @@ fn plan(m: usize, ns: &[usize], k: usize, multiprocessors: usize) -> Plan {
     };
     // Of x no more than a tile that fits, or some of half its size and less; W would be read again for more of them.
     let suits = |tile: &Tile| {
-        if m > 64 { tile.tokens >= 64 && tile.groups != 3 } else { tile.tokens == m.next_power_of_two().max(16) }
+        if m > 64 { tile.tokens >= 64 && tile.groups != 3 } else { tile.tokens == m.next_power_of_two().max(32) }
     };
     let mut best = (f64::INFINITY, Plan { tile: 0, splits: 1 });
     for splits in [1, 2, MAX_SPLITS].into_iter().filter(|&splits| splits <= k / LINE) {
@@ -153,28 +152,43 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemm4bit<'_>) -> Result<()> {
     let limits = launcher.limits();
     let Gemm4bit { group, workspace, .. } = args;
     let products: Vec<_> = group.into_products().filter(|product| product.shape.m * product.shape.n > 0).collect();
-    let fits = |products: &[Gemv4bit<'_>]| {
-        // The kernels exist for compute capability 9.0 alone.
-        limits.capability == (9, 0) && gemv_4bit_bulk::fits(limits, products) && aligned_mut(&workspace, 16)
-    };
-    let together = fits(&products) && products[0].shape.m <= TOGETHER;
+    let takes = |products: &[Gemv4bit<'_>]| gemv_4bit_bulk::fits(limits, products) && fits(limits, &workspace);
+    let together = takes(&products) && products[0].shape.m <= TOGETHER;
     let launches = if together { vec![products] } else { products.into_iter().map(|product| vec![product]).collect() };
     let mut is_permuted = false;
     for products in launches {
-        if !fits(&products) {
+        if !takes(&products) {
             products.into_iter().try_for_each(|product| gemv_4bit::launch(launcher, product))?;
             continue;
         }
-        let shape = products[0].shape;
-        let ns: Vec<_> = products.iter().map(|product| product.shape.n).collect();
-        let plan = plan(shape.m, &ns, shape.k, limits.multiprocessors);
+        let products: Vec<_> = products.iter().collect();
+        let plan = Plan::of(launcher, &products);
         if TILES[plan.tile].permutes && !is_permuted {
-            permute(launcher, &products[0], &workspace)?;
+            permute(launcher, products[0], &workspace)?;
             is_permuted = true;
         }
-        multiply(launcher, &products, &workspace, plan)?;
+        multiply(launcher, &products, false, &workspace, plan)?;
     }
     Ok(())
+}
+
+/// Whether there are kernels, which is on compute capability 9.0 alone, and they take this scratch.
+fn fits(limits: Limits, workspace: &TensorMut<'_>) -> bool {
+    limits.capability == (9, 0) && aligned_mut(workspace, 16)
+}
+
+/// Plain products, with SwiGLU behind them where gated, of few enough rows to go together; whether there is a kernel.
+pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Result<bool> {
+    let products: Vec<_> = fused.products().map(|product| &product.product).collect();
+    let Some(workspace) = fused.workspace.as_ref().filter(|workspace| fits(launcher.limits(), workspace)) else {
+        return Ok(false);
+    };
+    if products[0].shape.m > TOGETHER {
+        return Ok(false);
+    }
+    permute(launcher, products[0], workspace)?;
+    multiply(launcher, &products, fused.gated, workspace, Plan::of(launcher, &products))?;
+    Ok(true)
 }
 
 fn permute(launcher: &Launcher, product: &Gemv4bit<'_>, workspace: &TensorMut<'_>) -> Result<()> {
@@ -188,29 +202,35 @@ fn permute(launcher: &Launcher, product: &Gemv4bit<'_>, workspace: &TensorMut<'_
     launcher.launch(&FAMILY, "gemm_4bit_permute", geometry, args![product.x.ptr(), workspace.ptr(), chunks as i64])
 }
 
-/// `products` as `fits` has seen them, of x or of the permuted x in `workspace`.
+/// Of x, or of the permuted x in `workspace`; gated: SwiGLU of pairs of a gate and an up projection, of few rows of x.
 fn multiply(
     launcher: &Launcher,
-    products: &[Gemv4bit<'_>],
+    products: &[&Gemv4bit<'_>],
+    gated: bool,
     workspace: &TensorMut<'_>,
     Plan { tile: index, splits }: Plan,
 ) -> Result<()> {
-    let head = &products[0];
+    let head = products[0];
     let (m, k, bf16) = (head.shape.m, head.shape.k, head.x.dtype() == DType::BF16);
     let tile = TILES[index];
+    let rows = 64 * tile.groups;
+    let map = |product: &Gemv4bit<'_>| {
+        let packed = Matrix { at: product.packed.ptr(), dtype: U8, size: 1, rows: product.shape.n, columns: k / 2 };
+        launcher.map_boxes(packed, if tile.permutes { rows / 2 } else { rows })
+    };
     let mut parts = Vec::with_capacity(MAX_PARTS);
     let mut first_tile = 0;
-    for product in products {
-        let n = product.shape.n;
-        let weight = Matrix { at: product.packed.ptr(), dtype: U8, size: 1, rows: n, columns: k / 2 };
+    for halves in products.chunks(if gated { 2 } else { 1 }) {
+        let (first, second) = (halves[0], halves[halves.len() - 1]);
+        let map_of_first = map(first)?;
         parts.push(Part {
-            map: launcher.map_boxes(weight, 64 * tile.groups)?,
-            absmax: DeviceAbsmax::from(product.absmax),
-            out: product.out.ptr(),
-            n: n as i32,
+            maps: [map_of_first, if gated { map(second)? } else { map_of_first }],
+            absmax: [DeviceAbsmax::from(first.absmax), DeviceAbsmax::from(second.absmax)],
+            out: first.out.ptr(),
+            n: first.shape.n as i32,
             first_tile: first_tile as i32,
         });
-        first_tile += tiles(&[n], &tile);
+        first_tile += (first.shape.n * halves.len()).div_ceil(rows);
     }
     let unused = Part { first_tile: i32::MAX, ..parts[0] };
     let parts = Parts(std::array::from_fn(|i| parts.get(i).copied().unwrap_or(unused)));
@@ -229,7 +249,7 @@ fn multiply(
         KERNELS[index + if bf16 { TILES.len() } else { 0 }],
         geometry,
         splits,
-        args![parts, x_map, m as i32, k as i32, splits as i32, codebook, gain],
+        args![parts, x_map, m as i32, k as i32, splits as i32, gated, codebook, gain],
     )
 }
 
@@ -267,7 +287,7 @@ mod tests {
         assert_eq!(chosen(64, 8192, 8192), ("64x2", 2));
         assert_eq!(chosen(64, 28672, 8192), ("64x4", 1));
         assert_eq!(chosen(64, 14336, 4096), ("64x4", 2));
-        for (m, three) in [(16, "16x3"), (32, "32x3"), (64, "64x3")] {
+        for (m, three) in [(32, "32x3"), (64, "64x3")] {
             for k in [4096, 11008, 14336] {
                 assert_eq!(chosen(m, 4096, k), (three, 4));
             }
@@ -275,7 +295,7 @@ mod tests {
             assert_eq!(of_group(m, &[11008; 2], 4096), (three, 1));
             assert_eq!(of_group(m, &[40, 1000, 1, 3585], 1024), (three, 4));
         }
-        assert_eq!(chosen(16, 28672, 8192), ("16x4", 1));
+        assert_eq!(chosen(32, 28672, 8192), ("32x4", 1));
         assert_eq!(chosen(128, 28672, 8192), ("128x2", 1));
         assert_eq!(chosen(128, 4096, 4096), ("64x2", 2));
         assert_eq!(chosen(128, 8192, 8192), ("many_128", 2));

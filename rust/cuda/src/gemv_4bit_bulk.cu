@@ -3,7 +3,8 @@
 // As in gemv_4bit_mma, W is operand A of mma.m16n8k16, bytes become pairs of values in a table, and scales enter the
 // fp32 sums. But here every warp has one job, and barriers in shared memory are all that connects them: one warp
 // copies codes, one decodes scales, sixteen multiply, one multiplies by the adapters' B, one adds up what they made. So
-// memory is read without a pause while the table, which is what bounds the kernel, is never without work.
+// memory is read without a pause while the table, which is what bounds the kernel, is never without work. For nine to
+// sixteen rows of x every pair of values feeds two mmas; eight warps have registers for twice the x, and two add up.
 //
 // A warp that multiplies keeps its part of x in registers: four blocks of 64 of a slice of K. The CTA takes its panels
 // of 16 rows of W one after the other, and for a long K some panels together, slice by slice. The order of every sum
@@ -24,9 +25,7 @@
 #include "products.cuh"
 #include "sigmoid.cuh"
 
-constexpr int WARPS = 16; // that multiply
-constexpr int ALL_WARPS = WARPS + 4;
-constexpr int TILE = 8; // rows of x of one mma
+constexpr int MMA_ROWS = 8; // of x, of one mma; no more may stand beside adapters
 
 struct Codebook {
     float values[16];
@@ -34,31 +33,39 @@ struct Codebook {
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int SHARED_BYTES = 179136;
 constexpr int QUAD = 4; // blocks of a slice that one warp multiplies
-constexpr int SLICE = WARPS * QUAD;
-// Eight rows of 32 bytes lie in different banks.
-constexpr int ROW_BYTES = SLICE * 32 + 32;
-constexpr int SCALE_ROW = SLICE + 4;
 constexpr int SUM_ROW = PANEL + 4;
 constexpr int HIDDEN_ROW = 2 * MAX_RANK + 8;
 
+// For TILE rows of x; the order of a row's sums is the same for all.
+template <int TILE>
 struct Shared {
+    static constexpr int WARPS = 128 / TILE; // that multiply
+    static constexpr int ALL_WARPS = WARPS + 4;
+    static constexpr int STAGES = 32 / WARPS;
+    static constexpr int SLICE = WARPS * QUAD;
+    static constexpr int ROW_BYTES = SLICE * 32 + 32; // eight rows of 32 bytes lie in different banks
+    static constexpr int SCALE_ROW = SLICE + 4;
+    static constexpr int FINISHERS = TILE / MMA_ROWS;
+
     uint4 table[TABLE / 16];
     uint8_t codes[STAGES][PANEL][ROW_BYTES];
     float scales[STAGES][PANEL][SCALE_ROW];
     float sums[SUM_BUFFERS][WARPS][TILE][SUM_ROW];
-    float kept[GROUP][TILE][PANEL];          // of the slices so far
-    float share[SUM_BUFFERS][TILE][SUM_ROW]; // of the adapter in the sums
-    uint16_t hidden[TILE][HIDDEN_ROW];       // of the part's adapters
+    float kept[GROUP][TILE][PANEL];              // of the slices so far
+    float share[SUM_BUFFERS][MMA_ROWS][SUM_ROW]; // of the adapter in the sums
+    uint16_t hidden[MMA_ROWS][HIDDEN_ROW];       // of the part's adapters
     Barrier full[STAGES], empty[STAGES], summed[SUM_BUFFERS], taken[SUM_BUFFERS];
-};
 
-// The barriers are there, for the warp that copies; then the table, too, for all others. Warps that multiply meet
-// alone.
-__device__ inline void all_ready() { asm volatile("bar.sync 1, %0;" ::"n"(32 * (ALL_WARPS - 1)) : "memory"); }
-__device__ inline void multipliers_meet() { asm volatile("bar.sync 3, %0;" ::"n"(32 * WARPS) : "memory"); }
-__device__ inline void barriers_ready() { asm volatile("bar.sync 2, 64;" ::: "memory"); }
+    // The barriers are there, for the warp that copies; then the table, too, for all others. Warps that multiply meet
+    // alone.
+    __device__ static void all_ready() { asm volatile("bar.sync 1, %0;" ::"n"(32 * (ALL_WARPS - 1)) : "memory"); }
+    __device__ static void multipliers_meet() { asm volatile("bar.sync 3, %0;" ::"n"(32 * WARPS) : "memory"); }
+    __device__ static void barriers_ready() { asm volatile("bar.sync 2, 64;" ::: "memory"); }
+
+    using Stage = Turn<STAGES>;
+    using Buffer = Turn<SUM_BUFFERS>;
+};
 
 // Moves what the next launch reads first to L2.
 struct Prefetch {
@@ -83,6 +90,7 @@ struct Prefetch {
     }
 };
 
+template <typename Shared>
 struct Copy {
     Shared& shared;
     const Weights &weights, &ahead;
@@ -102,9 +110,10 @@ struct Copy {
             for (int half = 0; half < 2; ++half)
                 packed[half] = of_part(weights.packed, place.part, half);
         if (item.index == 0)
-            barriers_ready();
-        Barrier& full = shared.full[item.stage()];
-        shared.empty[item.stage()].wait(item.stage_parity() ^ 1);
+            Shared::barriers_ready();
+        const typename Shared::Stage stage(item.index);
+        Barrier& full = shared.full[stage.place];
+        shared.empty[stage.place].wait(stage.parity ^ 1);
         const int bytes = item.blocks * 32;
         int rows[2];
         for (int half = 0; half < 2; ++half)
@@ -114,9 +123,9 @@ struct Copy {
             for (int half = 0; half < 2; ++half) {
                 const int64_t row_bytes = place.row_blocks * 32;
                 const uint8_t* from = packed[half] + place.row(item.panel, half * HALF) * row_bytes + item.block * 32;
-                uint8_t* to = shared.codes[item.stage()][half * HALF];
+                uint8_t* to = shared.codes[stage.place][half * HALF];
 #pragma unroll 8
-                for (int r = 0; r < rows[half]; ++r, to += ROW_BYTES, from += row_bytes)
+                for (int r = 0; r < rows[half]; ++r, to += Shared::ROW_BYTES, from += row_bytes)
                     copy_bulk(to, from, bytes, full);
             }
         }
@@ -125,6 +134,7 @@ struct Copy {
 };
 
 // The scales of an item are on their way while those of the one before are decoded.
+template <typename Shared>
 struct DecodeScales {
     Shared& shared;
     const Products& products;
@@ -134,7 +144,7 @@ struct DecodeScales {
     const float* nested[2];
     float offset[2];
 
-    static constexpr int QUADS = SLICE / QUAD, ROWS = 32 / QUADS, LOADS = PANEL / ROWS;
+    static constexpr int QUADS = Shared::WARPS, ROWS = 32 / QUADS, LOADS = PANEL / ROWS;
 
     struct Raw {
         int index = -1;
@@ -172,25 +182,25 @@ struct DecodeScales {
         if (raw.index < 0)
             return;
         if (raw.index == 0)
-            all_ready();
-        const int stage = raw.index % STAGES;
-        shared.empty[stage].wait(raw.index / STAGES % 2 ^ 1);
+            Shared::all_ready();
+        const typename Shared::Stage stage(raw.index);
+        shared.empty[stage.place].wait(stage.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
             float v[QUAD];
 #pragma unroll
             for (int j = 0; j < QUAD; ++j)
                 v[j] = __fadd_rn(__fmul_rn(table.scale(raw.codes[i], j), raw.nested[i]), raw.offset[i * ROWS / HALF]);
-            store16(&shared.scales[stage][i * ROWS + lane_id() / QUADS][lane_id() % QUADS * QUAD], v);
+            store16(&shared.scales[stage.place][i * ROWS + lane_id() / QUADS][lane_id() % QUADS * QUAD], v);
         }
         __syncwarp();
         if (lane_id() == 0)
-            shared.full[stage].arrive();
+            shared.full[stage.place].arrive();
     }
 };
 
 // The result of an mma, for rows of x that are there.
-__device__ inline void store_sums(float (&sums)[TILE][SUM_ROW], const float (&total)[4], int rows_x) {
+__device__ inline void store_sums(float (*sums)[SUM_ROW], const float (&total)[4], int rows_x) {
     const int g = lane_id() / 4, m = lane_id() % 4 * 2;
     if (m < rows_x)
         sums[m][g] = total[0], sums[m][g + 8] = total[2];
@@ -198,13 +208,16 @@ __device__ inline void store_sums(float (&sums)[TILE][SUM_ROW], const float (&to
         sums[m + 1][g] = total[1], sums[m + 1][g + 8] = total[3];
 }
 
-template <typename T>
+template <typename T, int TILE>
 struct Multiply {
-    Shared& shared;
+    static constexpr int TILES = TILE / MMA_ROWS;
+    using S = Shared<TILE>;
+
+    S& shared;
     const Products& products;
     const Table& table;
     int warp, rows_x;
-    uint4 (&fragments)[QUAD][2];
+    uint4 (&fragments)[QUAD][TILES][2];
 
     __device__ void begin(const Walk&) const { wait_for_x(); }
     __device__ void begin_slice(const Walk&, int block, int blocks) const { load_slice(block, blocks); }
@@ -218,20 +231,24 @@ struct Multiply {
         }
         if (threadIdx.x == 0)
             wait_for_announced_end(products.arrived, gridDim.x);
-        multipliers_meet();
+        S::multipliers_meet();
     }
 
     // Elements in the order in which the bytes of W feed the contraction; zeros where x has no row.
     __device__ void load_slice(int block, int blocks) const {
         const int g = lane_id() / 4;
         const T* x = static_cast<const T*>(products.x) + int64_t(blockIdx.y * TILE + g) * products.weights.K;
-        const uint4* from = reinterpret_cast<const uint4*>(x + (block + warp * QUAD) * 64 + lane_id() % 4 * 16);
-        const bool loads = g < rows_x && warp * QUAD < blocks;
+        x += (block + warp * QUAD) * 64 + lane_id() % 4 * 16;
 #pragma unroll
-        for (int j = 0; j < QUAD; ++j)
+        for (int n = 0; n < TILES; ++n, x += int64_t(MMA_ROWS) * products.weights.K) {
+            const uint4* from = reinterpret_cast<const uint4*>(x);
+            const bool loads = n * MMA_ROWS + g < rows_x && warp * QUAD < blocks;
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                fragments[j][i] = loads ? from[j * 8 + i] : make_uint4(0, 0, 0, 0);
+            for (int j = 0; j < QUAD; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    fragments[j][n][i] = loads ? from[j * 8 + i] : make_uint4(0, 0, 0, 0);
+        }
     }
 
     __device__ void run(const Item& item) const {
@@ -239,21 +256,22 @@ struct Multiply {
         const bool works = warp * QUAD < item.blocks;
         uint2 upper[QUAD], lower[QUAD]; // codes of rows g and g + 8
         float4 upper_scales, lower_scales;
-        shared.full[item.stage()].wait(item.stage_parity());
+        const typename S::Stage stage(item.index);
+        shared.full[stage.place].wait(stage.parity);
         if (works) {
-            const uint8_t* from = &shared.codes[item.stage()][g][warp * QUAD * 32 + t * 8];
+            const uint8_t* from = &shared.codes[stage.place][g][warp * QUAD * 32 + t * 8];
 #pragma unroll
             for (int j = 0; j < QUAD; ++j) {
                 upper[j] = *reinterpret_cast<const uint2*>(from + j * 32);
-                lower[j] = *reinterpret_cast<const uint2*>(from + 8 * ROW_BYTES + j * 32);
+                lower[j] = *reinterpret_cast<const uint2*>(from + 8 * S::ROW_BYTES + j * 32);
             }
-            upper_scales = *reinterpret_cast<const float4*>(&shared.scales[item.stage()][g][warp * QUAD]);
-            lower_scales = *reinterpret_cast<const float4*>(&shared.scales[item.stage()][g + 8][warp * QUAD]);
+            upper_scales = *reinterpret_cast<const float4*>(&shared.scales[stage.place][g][warp * QUAD]);
+            lower_scales = *reinterpret_cast<const float4*>(&shared.scales[stage.place][g + 8][warp * QUAD]);
         }
         __syncwarp();
         if (lane_id() == 0)
-            shared.empty[item.stage()].arrive();
-        float total[4] = {};
+            shared.empty[stage.place].arrive();
+        float total[TILES][4] = {};
         if (works) {
             const float up[QUAD] = {upper_scales.x, upper_scales.y, upper_scales.z, upper_scales.w};
             const float low[QUAD] = {lower_scales.x, lower_scales.y, lower_scales.z, lower_scales.w};
@@ -261,28 +279,38 @@ struct Multiply {
             for (int j = 0; j < QUAD; ++j)
                 multiply_block(upper[j], lower[j], up[j], low[j], fragments[j], total);
         }
-        shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
-        store_sums(shared.sums[item.buffer()][warp], total, rows_x);
+        const typename S::Buffer buffer(item.index);
+        shared.taken[buffer.place].wait(buffer.parity ^ 1);
+#pragma unroll
+        for (int n = 0; n < TILES; ++n)
+            store_sums(shared.sums[buffer.place][warp] + n * MMA_ROWS, total[n], rows_x - n * MMA_ROWS);
         __syncwarp();
         if (lane_id() == 0)
-            shared.summed[item.buffer()].arrive();
+            shared.summed[buffer.place].arrive();
     }
 
-    __device__ void multiply_block(uint2 upper, uint2 lower, float up, float low, const uint4 (&b)[2],
-                                   float (&total)[4]) const {
-        float sum[4] = {};
+    __device__ void multiply_block(uint2 upper, uint2 lower, float up, float low, const uint4 (&b)[TILES][2],
+                                   float (&total)[TILES][4]) const {
+        float sum[TILES][4] = {};
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
             const uint32_t u = word ? upper.y : upper.x, l = word ? lower.y : lower.x;
             const uint32_t a0[4] = {table.pair(u, 0), table.pair(l, 0), table.pair(u, 1), table.pair(l, 1)};
             const uint32_t a1[4] = {table.pair(u, 2), table.pair(l, 2), table.pair(u, 3), table.pair(l, 3)};
-            multiply_add(T{}, sum, a0, b[word].x, b[word].y);
-            multiply_add(T{}, sum, a1, b[word].z, b[word].w);
+#pragma unroll
+            for (int n = 0; n < TILES; ++n)
+                multiply_add(T{}, sum[n], a0, b[n][word].x, b[n][word].y);
+#pragma unroll
+            for (int n = 0; n < TILES; ++n)
+                multiply_add(T{}, sum[n], a1, b[n][word].z, b[n][word].w);
         }
-        total[0] = __fmaf_rn(up, sum[0], total[0]);
-        total[1] = __fmaf_rn(up, sum[1], total[1]);
-        total[2] = __fmaf_rn(low, sum[2], total[2]);
-        total[3] = __fmaf_rn(low, sum[3], total[3]);
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            total[n][0] = __fmaf_rn(up, sum[n][0], total[n][0]);
+            total[n][1] = __fmaf_rn(up, sum[n][1], total[n][1]);
+            total[n][2] = __fmaf_rn(low, sum[n][2], total[n][2]);
+            total[n][3] = __fmaf_rn(low, sum[n][3], total[n][3]);
+        }
     }
 };
 
@@ -290,7 +318,9 @@ struct Multiply {
 // codes; it arrives for every item as they do. B of what comes next is on its way meanwhile.
 template <typename T, typename A>
 struct Adapt {
-    Shared& shared;
+    using S = Shared<MMA_ROWS>;
+
+    S& shared;
     const Products& products;
     int rows_x;
     int last;    // of the CTA's panels, past it
@@ -324,12 +354,13 @@ struct Adapt {
             for (int k = 0; k < width; k += RANKS)
                 multiply(item.panel, k, total);
         }
-        shared.taken[item.buffer()].wait(item.buffer_parity() ^ 1);
+        const S::Buffer buffer(item.index);
+        shared.taken[buffer.place].wait(buffer.parity ^ 1);
         if (item.is_last)
-            store_sums(shared.share[item.buffer()], total, rows_x);
+            store_sums(shared.share[buffer.place], total, rows_x);
         __syncwarp();
         if (lane_id() == 0)
-            shared.summed[item.buffer()].arrive();
+            shared.summed[buffer.place].arrive();
     }
 
     __device__ void begin_part() {
@@ -431,12 +462,16 @@ struct Adapt {
     __device__ static uint32_t word(const uint16_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
 };
 
-// Adds the warps' sums in ascending order of K, and those of the slices. A lane has four rows of W and one of x.
-template <typename T>
+// Adds the warps' sums in ascending order of K, and those of the slices; each of the FINISHERS of eight rows of x. A
+// lane has four rows of W and one of x; rows of x four apart, which two lanes beside each other have, lie in different
+// banks.
+template <typename T, int TILE>
 struct Finish {
-    Shared& shared;
+    using S = Shared<TILE>;
+
+    S& shared;
     const Products& products;
-    int rows_x;
+    int which, rows_x;
     float factor;
     Place place;
     T* out;
@@ -448,21 +483,22 @@ struct Finish {
     __device__ void end() const {}
 
     __device__ void run(const Item& item) {
-        const int m = lane_id() / 4, r = lane_id() % 4 * 4;
+        const int m = which * MMA_ROWS + lane_id() / 4 % 2 * 4 + lane_id() / 8, r = lane_id() % 4 * 4;
         if (place.moves(products.weights, item.panel))
             read_part(m, r);
-        shared.summed[item.buffer()].wait(item.buffer_parity());
-        const float4 sum = add(item, m, r);
+        const typename S::Buffer buffer(item.index);
+        shared.summed[buffer.place].wait(buffer.parity);
+        const float4 sum = add(item, buffer.place, m, r);
         if (item.is_last) {
             float v[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
             const int n = place.row(item.panel, r);
-            finish(shared.share[item.buffer()][m] + r, m, n, v);
+            finish(shared.share[buffer.place][m % MMA_ROWS] + r, m, n, v);
             if (!(place.gated && r >= HALF))
                 store4(m, n, v);
         }
         __syncwarp();
         if (lane_id() == 0)
-            shared.taken[item.buffer()].arrive();
+            shared.taken[buffer.place].arrive();
     }
 
     __device__ void read_part(int m, int r) {
@@ -472,13 +508,13 @@ struct Finish {
     }
 
     // Sums of rows of x that are not there are never used.
-    __device__ float4 add(const Item& item, int m, int r) const {
+    __device__ float4 add(const Item& item, int buffer, int m, int r) const {
         float4& kept = *reinterpret_cast<float4*>(&shared.kept[item.place][m][r]);
         float4 sum = item.is_first ? make_float4(0, 0, 0, 0) : kept;
 #pragma unroll
-        for (int warp = 0; warp < WARPS; ++warp)
+        for (int warp = 0; warp < S::WARPS; ++warp)
             if (warp * QUAD < item.blocks && m < rows_x) {
-                const float4 v = *reinterpret_cast<const float4*>(&shared.sums[item.buffer()][warp][m][r]);
+                const float4 v = *reinterpret_cast<const float4*>(&shared.sums[buffer][warp][m][r]);
                 sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
             }
         if (!item.is_last)
@@ -528,18 +564,19 @@ struct Finish {
     }
 };
 
-__device__ inline void init_barriers(Shared& shared, bool adapts) {
-    for (int i = 0; i < STAGES; ++i)
-        shared.full[i].init(2), shared.empty[i].init(WARPS);
+template <typename Shared>
+__device__ void init_barriers(Shared& shared, bool adapts) {
+    for (int i = 0; i < Shared::STAGES; ++i)
+        shared.full[i].init(2), shared.empty[i].init(Shared::WARPS);
     for (int i = 0; i < SUM_BUFFERS; ++i)
-        shared.summed[i].init(WARPS + adapts), shared.taken[i].init(1);
+        shared.summed[i].init(Shared::WARPS + adapts), shared.taken[i].init(Shared::FINISHERS);
     Barrier::publish();
 }
 
 // What the table is made of is on its way while the rest is computed.
-template <typename T>
+template <typename T, typename Shared>
 __device__ void fill_tables(Shared& shared, const Codebook& codebook, const float* map, float gain) {
-    constexpr int THREADS = 32 * WARPS, EIGHTHS = 256 * 8 / THREADS;
+    constexpr int THREADS = 32 * Shared::WARPS, EIGHTHS = 256 * 8 / THREADS;
     float scales[EIGHTHS];
 #pragma unroll
     for (int i = 0; i < EIGHTHS; ++i)
@@ -552,62 +589,74 @@ __device__ void fill_tables(Shared& shared, const Codebook& codebook, const floa
         fill_eighth(shared.table, 1, threadIdx.x + i * THREADS, __float_as_uint(scales[i]));
 }
 
-template <typename T>
+template <typename T, int TILE>
 __device__ void gemv_bulk(const Products& products, const Weights& ahead, const Codebook& codebook, float gain) {
+    using S = Shared<TILE>;
     extern __shared__ uint4 dynamic[];
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    S& shared = *reinterpret_cast<S*>(dynamic);
     let_next_kernel_start();
     const int warp = threadIdx.x / 32;
     const Table table = Table::first(dynamic);
     const int rows_x = min(products.rows_x - int(blockIdx.y) * TILE, TILE);
     const Walk walk(products.weights);
 
-    if (warp < WARPS) {
+    if (warp < S::WARPS) {
         fill_tables<T>(shared, codebook, products.map, gain);
-        all_ready();
-        uint4 fragments[QUAD][2];
-        each_item(walk, Multiply<T>{shared, products, table, warp, rows_x, fragments});
-    } else if (warp == WARPS) {
-        each_item(walk, Copy{shared, products.weights, ahead});
-    } else if (warp == WARPS + 1) {
-        each_item(walk, DecodeScales{shared, products, table});
-    } else if (warp == WARPS + 2) {
-        if (elected())
-            init_barriers(shared, products.ranks > 0);
-        __syncwarp();
-        barriers_ready();
-        all_ready();
-        each_item(walk, Finish<T>{shared, products, rows_x, 1.0f / gain});
+        S::all_ready();
+        uint4 fragments[QUAD][TILE / MMA_ROWS][2];
+        each_item(walk, Multiply<T, TILE>{shared, products, table, warp, rows_x, fragments});
+    } else if (warp == S::WARPS) {
+        each_item(walk, Copy<S>{shared, products.weights, ahead});
+    } else if (warp == S::WARPS + 1) {
+        each_item(walk, DecodeScales<S>{shared, products, table});
+    } else if (warp < S::WARPS + 2 + S::FINISHERS) {
+        const int which = warp - S::WARPS - 2;
+        if (which == 0) {
+            if (elected())
+                init_barriers(shared, products.ranks > 0);
+            __syncwarp();
+            S::barriers_ready();
+        }
+        S::all_ready();
+        each_item(walk, Finish<T, TILE>{shared, products, which, rows_x, 1.0f / gain});
     } else {
-        all_ready();
-        if (products.ranks > 0 && products.adapters_fp32)
-            each_item(walk, Adapt<T, float>{shared, products, rows_x});
-        else if (products.ranks > 0)
-            each_item(walk, Adapt<T, T>{shared, products, rows_x});
+        S::all_ready();
+        if constexpr (TILE == MMA_ROWS) {
+            if (products.ranks > 0 && products.adapters_fp32)
+                each_item(walk, Adapt<T, float>{shared, products, rows_x});
+            else if (products.ranks > 0)
+                each_item(walk, Adapt<T, T>{shared, products, rows_x});
+        }
     }
 }
 
-static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for so much");
+#define HAS_FORM(tile, warps, shared_bytes)                                                                            \
+    static_assert(Shared<tile>::WARPS == warps && sizeof(Shared<tile>) == shared_bytes, "as the launcher's");
 
 #else
 
-template <typename T>
+#define HAS_FORM(tile, warps, shared_bytes)
+
+template <typename T, int TILE>
 __device__ void gemv_bulk(const Products&, const Weights&, const Codebook&, float) {}
 
 #endif
 
 // x, packed and A 16-byte aligned, nested absmax with one map for all and codes 4-byte aligned, blocks of 64,
 // K % 256 == 0, every N * K < 2^38; unused parts begin past the last panel; grid (any, tiles of x); with adapters at
-// most TILE rows of x.
-#define GEMV_4BIT_BULK(T, dtype)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * ALL_WARPS, 1)                                                    \
-        gemv_4bit_bulk_##dtype(const __grid_constant__ Products products, const __grid_constant__ Weights ahead,       \
-                               const __grid_constant__ Codebook codebook, float gain) {                                \
-        gemv_bulk<T>(products, ahead, codebook, gain);                                                                 \
+// most MMA_ROWS rows of x.
+#define GEMV_4BIT_BULK(T, dtype, tile, warps, shared_bytes)                                                            \
+    HAS_FORM(tile, warps, shared_bytes)                                                                                \
+    extern "C" __global__ void __launch_bounds__(32 * (warps + 4), 1) gemv_4bit_bulk_##tile##_##dtype(                 \
+        const __grid_constant__ Products products, const __grid_constant__ Weights ahead,                              \
+        const __grid_constant__ Codebook codebook, float gain) {                                                       \
+        gemv_bulk<T, tile>(products, ahead, codebook, gain);                                                           \
     }
 
-GEMV_4BIT_BULK(f16, f16)
-GEMV_4BIT_BULK(bf16, bf16)
+GEMV_4BIT_BULK(f16, f16, 8, 16, 179136)
+GEMV_4BIT_BULK(f16, f16, 16, 8, 188896)
+GEMV_4BIT_BULK(bf16, bf16, 8, 16, 179136)
+GEMV_4BIT_BULK(bf16, bf16, 16, 8, 188896)
 
 constexpr int HIDDEN_THREADS = CHUNK / 16;
 
@@ -626,7 +675,7 @@ __device__ float dot8(float sum, const Raw8<T>& a, const Raw8<T>& b) {
 // layer uses them; they are here before x is.
 template <typename T, typename A>
 __device__ void make_hidden(const Products& products, const Adapter& adapter) {
-    __shared__ float sums[TILE][HIDDEN_THREADS / 32];
+    __shared__ float sums[MMA_ROWS][HIDDEN_THREADS / 32];
     const int r = blockIdx.x - adapter.column, K = products.weights.K, first = blockIdx.y * CHUNK + threadIdx.x * 16;
     const bool reads = first < K;
     const A* a = static_cast<const A*>(adapter.a) + int64_t(r) * K + first;
@@ -666,7 +715,7 @@ __device__ void make_hidden(const Products& products, const Adapter& adapter) {
     }
 }
 
-// x and A 16-byte aligned, K % 16 == 0, at most TILE rows of x; grid (hidden values, chunks). Registers for one CTA
+// x and A 16-byte aligned, K % 16 == 0, at most MMA_ROWS rows of x; grid (hidden values, chunks). Registers for one CTA
 // beside one of the products.
 #define GEMV_4BIT_HIDDEN(T, dtype)                                                                                     \
     extern "C" __global__ void __launch_bounds__(HIDDEN_THREADS, 16)                                                   \

@@ -7,23 +7,27 @@ use halfbyte_core::ops::gemv_4bit_fused::{Adapter, CHUNK, Gemv4bitFused, Next, N
 use halfbyte_core::{Absmax, DType, Error, QuantType, Result, TensorMut};
 
 use crate::args::{KernelArg, aligned, args, optional};
+use crate::gemm_4bit;
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 
-/// The products, and the adapters' hidden values; by x's dtype.
-const KERNELS: [&str; 4] =
-    ["gemv_4bit_bulk_f16", "gemv_4bit_bulk_bf16", "gemv_4bit_hidden_f16", "gemv_4bit_hidden_bf16"];
+/// The products in each form, and the adapters' hidden values; by x's dtype.
+const KERNELS: [&str; 6] = [
+    "gemv_4bit_bulk_8_f16",
+    "gemv_4bit_bulk_8_bf16",
+    "gemv_4bit_bulk_16_f16",
+    "gemv_4bit_bulk_16_bf16",
+    "gemv_4bit_hidden_f16",
+    "gemv_4bit_hidden_bf16",
+];
 pub(crate) static FAMILY: Family = family!("gemv_4bit_bulk", &KERNELS);
 
 pub(crate) const MAX_PARTS: usize = MAX_GROUP;
 pub(crate) const PANEL: usize = 16;
-pub(crate) const TILE: usize = 8;
-pub(crate) const SHARED_BYTES: usize = 179136;
 const HALF: usize = PANEL / 2;
-/// Blocks of a slice: four for each of the warps that multiply.
-const SLICE: usize = 64;
+/// Blocks of a slice for each of the warps that multiply.
 const QUAD: usize = 4;
-/// Sixteen multiply, one copies, one decodes scales, one adds up, one multiplies by adapters.
-const ALL_WARPS: usize = 20;
+/// One copies, one decodes scales, one adds up, one multiplies by adapters or adds up, too.
+const OTHER_WARPS: usize = 4;
 const HIDDEN_THREADS: usize = CHUNK / 16;
 const BLOCKSIZE: usize = 64;
 /// Scales are read four blocks at a time.
@@ -34,6 +38,31 @@ const EARLY_BYTES: usize = 8 << 20;
 /// Past this a block's index does not fit the kernels' 32 bits.
 const MOST_WEIGHTS: usize = 1 << 38;
 const MOST_ROWS: usize = 1 << 30;
+
+/// How a tile of rows of x is multiplied.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Form {
+    pub tile: usize,
+    /// that multiply
+    pub warps: usize,
+    /// bytes
+    pub shared: usize,
+}
+
+pub(crate) const FORMS: [Form; 2] =
+    [Form { tile: 8, warps: 16, shared: 179136 }, Form { tile: 16, warps: 8, shared: 188896 }];
+
+impl Form {
+    /// The one that takes `m` rows at once, or the widest.
+    fn of(m: usize) -> usize {
+        FORMS.iter().position(|form| m <= form.tile).unwrap_or(FORMS.len() - 1)
+    }
+
+    /// Blocks of a slice.
+    fn slice(&self) -> usize {
+        self.warps * QUAD
+    }
+}
 
 /// Of each part, of both halves of its panels.
 type OfParts<V> = [[V; 2]; MAX_PARTS];
@@ -106,7 +135,7 @@ pub(crate) fn fits(limits: Limits, products: &[Gemv4bit<'_>]) -> bool {
 }
 
 pub(crate) fn runs_on(limits: Limits) -> bool {
-    limits.capability >= (9, 0) && limits.has_machine_code && SHARED_BYTES <= limits.shared
+    limits.capability >= (9, 0) && limits.has_machine_code && FORMS.iter().all(|form| form.shared <= limits.shared)
 }
 
 fn map_of(product: &Gemv4bit<'_>) -> *const c_void {
@@ -121,7 +150,7 @@ pub(crate) fn fits_alone(args: &Gemv4bit<'_>) -> bool {
     let (m, n, k) = (args.shape.m, args.shape.n, args.shape.k);
     let scales = matches!(args.absmax, Absmax::Nested { codes, .. } if aligned(codes, 4));
     let known = args.x.dtype() != DType::F32 && args.blocksize == BLOCKSIZE && k > 0 && k % GRAIN == 0;
-    let small = n * k < MOST_WEIGHTS && n < MOST_ROWS && m.div_ceil(TILE) <= 65535;
+    let small = n * k < MOST_WEIGHTS && n < MOST_ROWS && m.div_ceil(FORMS[0].tile) <= 65535;
     known && small && scales && aligned(args.x, 16) && aligned(args.packed, 16)
 }
 
@@ -167,11 +196,11 @@ impl Weights {
     }
 
     /// One to four weights, or pairs of them where gated; and the CTAs for them.
-    fn new(given: &[Weight], k: usize, gated: bool, multiprocessors: usize) -> (Self, usize) {
+    fn new(given: &[Weight], k: usize, gated: bool, form: &Form, multiprocessors: usize) -> (Self, usize) {
         let (rows, parts) = (if gated { HALF } else { PANEL }, parts(given, gated));
         let (mut weights, blocks, mut panels) = (Self::none(), k / BLOCKSIZE, 0);
         (weights.k, weights.gated) = (k as i32, gated);
-        weights.slice = blocks.div_ceil(blocks.div_ceil(SLICE)).next_multiple_of(QUAD) as i32;
+        weights.slice = blocks.div_ceil(blocks.div_ceil(form.slice())).next_multiple_of(QUAD) as i32;
         for i in 0..MAX_PARTS {
             let halves = parts[i.min(parts.len() - 1)];
             weights.n[i] = halves[0].n as i32;
@@ -188,10 +217,14 @@ impl Weights {
         (weights, ctas)
     }
 
-    fn next(next: &Next<'_>, multiprocessors: usize) -> Self {
+    fn next(next: &Next<'_>, form: &Form, multiprocessors: usize) -> Self {
+        // The wide form computes till its end: what is moved meanwhile costs as much as it saves.
+        if form.tile > FORMS[0].tile {
+            return Self::none();
+        }
         let given: Vec<_> = next.weights().map(Weight::from).collect();
         let Some(first) = next.weights().next() else { return Self::none() };
-        let (mut weights, ctas) = Self::new(&given, first.k, next.gated, multiprocessors);
+        let (mut weights, ctas) = Self::new(&given, first.k, next.gated, form, multiprocessors);
         let item = PANEL * weights.slice as usize * BLOCKSIZE / 2;
         weights.early = (EARLY_BYTES / (ctas * item)) as i32;
         weights
@@ -223,10 +256,10 @@ impl LowRank {
 
 impl Products {
     /// Of one x, without what may stand beside them; and the CTAs for them.
-    fn new(given: &[&Gemv4bit<'_>], gated: bool, multiprocessors: usize) -> (Self, usize) {
+    fn new(given: &[&Gemv4bit<'_>], gated: bool, form: &Form, multiprocessors: usize) -> (Self, usize) {
         let head = given[0];
         let each: Vec<_> = given.iter().map(|product| Weight::new(product)).collect();
-        let (weights, ctas) = Weights::new(&each, head.shape.k, gated, multiprocessors);
+        let (weights, ctas) = Weights::new(&each, head.shape.k, gated, form, multiprocessors);
         let offsets: Vec<_> = given.iter().map(|product| offset_of(product)).collect();
         let outs: Vec<_> = given.iter().map(|product| product.out.ptr()).collect();
         let products = Self {
@@ -286,9 +319,11 @@ fn offset_of(product: &Gemv4bit<'_>) -> f32 {
 
 /// `products` as `fits` has seen them.
 pub(crate) fn launch(launcher: &Launcher, products: &[Gemv4bit<'_>]) -> Result<()> {
-    let multiprocessors = launcher.limits().multiprocessors;
-    let (launched, ctas) = Products::new(&products.iter().collect::<Vec<_>>(), false, multiprocessors);
-    launch_products(launcher, &products[0], launched, ctas, Weights::none())
+    let (limits, head) = (launcher.limits(), &products[0]);
+    let form = Form::of(head.shape.m);
+    let given: Vec<_> = products.iter().collect();
+    let (products, ctas) = Products::new(&given, false, &FORMS[form], limits.multiprocessors);
+    launch_products(launcher, head, form, products, ctas, Weights::none())
 }
 
 pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Result<()> {
@@ -304,39 +339,62 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     if head.shape.m * head.shape.n == 0 {
         return Ok(());
     }
-    let multiprocessors = launcher.limits().multiprocessors;
-    let (products, ctas) = Products::new(&given, fused.gated, multiprocessors);
-    let products = products.fused(fused);
-    if products.ranks > 0 {
-        let grid = (extent(products.ranks as usize), extent(head.shape.k.div_ceil(CHUNK)), 1);
-        let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared: 0, overlaps: true };
-        launcher.launch(&FAMILY, KERNELS[2 + dtype(head)], geometry, args![products])?;
+    if gemm_4bit::launch_fused(launcher, fused)? {
+        return Ok(());
     }
-    launch_products(launcher, head, products, ctas, Weights::next(&fused.next, multiprocessors))
+    let (limits, ranks) = (launcher.limits(), fused.ranks());
+    let form = Form::of(head.shape.m);
+    let (products, ctas) = Products::new(&given, fused.gated, &FORMS[form], limits.multiprocessors);
+    let products = products.fused(fused);
+    if ranks > 0 {
+        let grid = (extent(ranks), extent(head.shape.k.div_ceil(CHUNK)), 1);
+        let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared: 0, overlaps: true };
+        launcher.launch(&FAMILY, KERNELS[2 * FORMS.len() + dtype(head)], geometry, args![products])?;
+    }
+    let next = Weights::next(&fused.next, &FORMS[form], limits.multiprocessors);
+    launch_products(launcher, head, form, products, ctas, next)
 }
 
 fn launch_products(
     launcher: &Launcher,
     head: &Gemv4bit<'_>,
+    form: usize,
     products: Products,
     ctas: usize,
     ahead: Weights,
 ) -> Result<()> {
     let (codebook, gain) = codebook(head.quant_type);
-    let geometry = geometry(ctas, head.shape.m);
-    launcher.launch(&FAMILY, KERNELS[dtype(head)], geometry, args![products, ahead, codebook, gain])
+    let geometry = geometry(ctas, head.shape.m, &FORMS[form]);
+    launcher.launch(&FAMILY, KERNELS[2 * form + dtype(head)], geometry, args![products, ahead, codebook, gain])
 }
 
-/// Of x, among the kernels.
+/// Of x, among the kernels of a form.
 fn dtype(product: &Gemv4bit<'_>) -> usize {
     usize::from(product.x.dtype() == DType::BF16)
 }
 
-fn geometry(ctas: usize, m: usize) -> Geometry {
+fn geometry(ctas: usize, m: usize, form: &Form) -> Geometry {
     Geometry {
-        grid: (extent(ctas), extent(m.div_ceil(TILE)), 1),
-        block: (extent(32 * ALL_WARPS), 1, 1),
-        shared: SHARED_BYTES,
+        grid: (extent(ctas), extent(m.div_ceil(form.tile)), 1),
+        block: (extent(32 * (form.warps + OTHER_WARPS)), 1, 1),
+        shared: form.shared,
         overlaps: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_form_is_compiled_with_what_the_launcher_asks_for() {
+        let source = include_str!("gemv_4bit_bulk.cu");
+        for (i, Form { tile, warps, shared }) in FORMS.iter().enumerate() {
+            for (dtype, name) in ["f16", "bf16"].into_iter().enumerate() {
+                let compiled = format!("GEMV_4BIT_BULK({name}, {name}, {tile}, {warps}, {shared})");
+                assert!(source.contains(&compiled), "{compiled}");
+                assert_eq!(KERNELS[2 * i + dtype], format!("gemv_4bit_bulk_{tile}_{name}"));
+            }
+        }
     }
 }

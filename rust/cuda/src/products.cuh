@@ -9,7 +9,6 @@ constexpr int HALF = PANEL / 2;
 constexpr int GROUP = 16; // panels that go through the slices of K together
 constexpr int MAX_RANK = 256;
 constexpr int CHUNK = 2048; // elements of K that make a share of a hidden value
-constexpr int STAGES = 2;
 constexpr int SUM_BUFFERS = 2;
 
 // Rows 0..7 of a panel come from a part's first weight, 8..15 from its second: where both are one weight a panel is 16
@@ -77,11 +76,14 @@ struct Item {
     int index, panel, block, blocks; // blocks [block, block + blocks) of each row
     int place;                       // of the panel in its group
     bool is_first, is_last;          // slice
+};
 
-    __device__ int stage() const { return index % STAGES; }
-    __device__ int stage_parity() const { return index / STAGES % 2; }
-    __device__ int buffer() const { return index % SUM_BUFFERS; }
-    __device__ int buffer_parity() const { return index / SUM_BUFFERS % 2; }
+// Where an item's turn comes in a ring of COUNT places.
+template <int COUNT>
+struct Turn {
+    int place, parity;
+
+    __device__ explicit Turn(int index) : place(index % COUNT), parity(index / COUNT % 2) {}
 };
 
 // The CTA's share: panels [first, last); blocks of a row, of a slice.

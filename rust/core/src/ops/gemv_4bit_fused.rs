@@ -145,6 +145,8 @@ pub struct Gemv4bitFused<'a> {
     pub hidden: Option<TensorMut<'a>>,
     /// i32, a zero before and after, by which launches meet; beside `hidden`
     pub arrived: Option<TensorMut<'a>>,
+    /// x's dtype `[M, K]`, scratch of a kernel for more rows, which takes products without bias and adapter
+    pub workspace: Option<TensorMut<'a>>,
     pub next: Next<'a>,
 }
 
@@ -155,6 +157,7 @@ impl<'a> Gemv4bitFused<'a> {
         gated: bool,
         hidden: Option<TensorMut<'a>>,
         arrived: Option<TensorMut<'a>>,
+        workspace: Option<TensorMut<'a>>,
         next: Next<'a>,
     ) -> Result<Self> {
         let count = products.len();
@@ -162,7 +165,8 @@ impl<'a> Gemv4bitFused<'a> {
             return wrong("products", "1 to 4, in pairs where gated", count.to_string());
         }
         let mut products = products.into_iter();
-        let fused = Self { products: std::array::from_fn(|_| products.next()), gated, hidden, arrived, next };
+        let fused =
+            Self { products: std::array::from_fn(|_| products.next()), gated, hidden, arrived, workspace, next };
         fused.check()?;
         Ok(fused)
     }
@@ -185,6 +189,9 @@ impl<'a> Gemv4bitFused<'a> {
         if self.gated && shapes.chunks(2).any(|pair| pair[0] != pair[1]) {
             return wrong("products", "gate and up of one shape", "two shapes".to_string());
         }
+        if let Some(workspace) = &self.workspace {
+            self.check_workspace(workspace)?;
+        }
         let Some(first) = self.adapters().next() else { return Ok(()) };
         if self.adapters().any(|adapter| adapter.a.dtype() != first.a.dtype()) {
             return wrong("lora_a", "one dtype for all adapters", "two".to_string());
@@ -202,6 +209,16 @@ impl<'a> Gemv4bitFused<'a> {
         arg(OP, "arrived", arrived.as_ref()).dtype(DType::I32)?.on(first.a.device(), "packed")?;
         let hidden = arg(OP, "hidden", hidden.as_ref()).dtype(DType::F32)?.on(first.a.device(), "packed")?;
         hidden.numel(shape.k.div_ceil(CHUNK) * shape.m * self.ranks(), "chunks of K x M x all ranks")?;
+        Ok(())
+    }
+
+    fn check_workspace(&self, workspace: &TensorMut<'_>) -> Result<()> {
+        if self.products().any(|product| product.bias.is_some() || product.adapter.is_some()) {
+            return wrong("workspace", "without biases and adapters", "one beside them".to_string());
+        }
+        let Some(FusedProduct { product, .. }) = self.products().next() else { return Ok(()) };
+        let scratch = arg(OP, "workspace", workspace.as_ref()).dtype(product.x.dtype())?;
+        scratch.numel(product.shape.m * product.shape.k, "M x K")?.on(product.packed.device(), "packed")?;
         Ok(())
     }
 }
