@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -62,6 +63,25 @@ def test_gradient_against_fp64(device, m, n, k, dtype):
     grad = torch.randn(m, n, device=device).to(dtype)
     gemm_4bit(x, packed, state).backward(grad)
     assert relative_error(x.grad, grad.double() @ exact) < BOUND[dtype]
+
+
+@pytest.mark.parametrize(
+    "rows, n, fills",
+    [
+        (512, 4096, True),  # 1.21 times the product in bf16, by a dequantized W 1.51
+        (512, 8192, True),  # 1.12 and 1.47
+        (1024, 8192, True),  # 1.14 and 1.23
+        (1024, 14336, False),  # 1.44 and 1.24: the last wave of tiles is a third full
+        (2048, 8192, False),  # 1.15 and 1.12
+        (300, 4096, False),
+    ],
+)
+def test_tiles_are_taken_where_they_were_faster_on_an_h200(monkeypatch, rows, n, fills):
+    module = sys.modules["halfbyte.ops.gemm_4bit"]
+    monkeypatch.setattr(module, "_multiprocessors", lambda index: 132)
+    x = torch.empty(rows, 64, dtype=torch.bfloat16)
+    assert module._fills_tiles(x, n) == fills
+    assert not module._fills_tiles(x.half(), n)
 
 
 @pytest.mark.gpu
