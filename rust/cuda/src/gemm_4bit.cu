@@ -9,6 +9,7 @@
 // The halves of such a tile may be rows of a gate and an up projection; then out is their SwiGLU. The sums of many rows
 // fill the registers: there scales enter the weights, which are rounded once to the type of x, and x is read as it is.
 #include "absmax.cuh"
+#include "cluster.cuh"
 #include "codes.cuh"
 #include "memory.cuh"
 #include "overlap.cuh"
@@ -17,15 +18,6 @@
 #include "sigmoid.cuh"
 
 constexpr int MAX_PARTS = 4;
-
-// A tensor map of the driver.
-struct alignas(128) Map {
-    uint8_t bytes[128];
-};
-
-struct Codebook {
-    float values[16];
-};
 
 // The weights [N, K] of both halves of a tile, which are one weight or a gate and an up projection, and where the
 // product goes; laid out as the launcher's `Part`.
@@ -112,20 +104,6 @@ __device__ void hold(float (&d)[N]) {
         asm volatile("" : "+f"(d[i])::"memory");
 }
 
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ inline float4 load_of_cluster(const float* p, int rank) {
-    uint32_t address;
-    float4 v;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address));
-    return v;
-}
-
 __device__ inline const Part& part_of(const Parts& parts, int tile) {
     int i = 0;
     while (i + 1 < MAX_PARTS && tile >= parts.at[i + 1].first_tile)
@@ -151,7 +129,7 @@ __device__ float4 sum_of_cluster(const float (&sums)[TOKENS][ROWS + 4], int m, i
     float4 v[MAX_SPLITS];
 #pragma unroll
     for (int split = 0; split < MAX_SPLITS; ++split)
-        v[split] = split < splits ? load_of_cluster(&sums[m][r], split) : make_float4(0, 0, 0, 0);
+        v[split] = split < splits ? load_in_cluster(address_in(&sums[m][r], split)) : make_float4(0, 0, 0, 0);
     float4 sum = v[0];
 #pragma unroll
     for (int split = 1; split < MAX_SPLITS; ++split)

@@ -27,10 +27,6 @@
 
 constexpr int MMA_ROWS = 8; // of x, of one mma; no more may stand beside adapters
 
-struct Codebook {
-    float values[16];
-};
-
 #if __CUDA_ARCH__ >= 900
 
 constexpr int QUAD = 4; // blocks of a slice that one warp multiplies

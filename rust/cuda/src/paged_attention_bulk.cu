@@ -6,20 +6,15 @@
 // scores them: scores = K q, with keys for operand A of mma.m16n8k16. Then each warp takes all 64 tokens for a quarter
 // of the elements: sums = V^T p. Operand B has eight equal columns, so that lanes 4 g + t have the same results for
 // every t. The CTAs of a cluster take a row's parts in turns, and each adds up all parts for its slice of the elements.
+#include "cluster.cuh"
 #include "mma.cuh"
 #include "paged_attention.cuh"
 #include "pipeline.cuh"
 
-constexpr int CHUNK = 64;
-constexpr int PARTS = 16; // most of a row, and CTAs of a cluster
-
-// Tensor map of keys or values as a matrix [tokens, kv_heads * D], in boxes of 16 tokens by 128 bytes.
-struct alignas(64) Map {
-    uint64_t words[16];
-};
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+constexpr int CHUNK = 64;
+constexpr int PARTS = 16; // most of a row, and CTAs of a cluster
 constexpr int CTA_WARPS = CHUNK / BLOCK, CTA = 32 * CTA_WARPS;
 
 // Four 8 x 8 matrices of 16 bits.
@@ -35,37 +30,6 @@ __device__ inline void load_transposed(uint32_t (&m)[4], const void* from) {
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                  : "r"(shared_address(from))
                  : "memory");
-}
-
-__device__ inline uint32_t cluster_size() {
-    uint32_t size;
-    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-    return size;
-}
-
-__device__ inline uint32_t cluster_rank() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// All threads of the cluster arrive, and wait, in turns.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// Where p lies in another CTA of the cluster.
-__device__ inline uint32_t address_in(const void* p, uint32_t rank) {
-    uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
-    return there;
-}
-
-__device__ inline void store_in_cluster(uint32_t to, float x) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
-}
-
-__device__ inline void store_in_cluster(uint32_t to, float x, float y) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
 
 // Bulk copies that are started after this overwrite what was stored before it.
@@ -165,7 +129,7 @@ struct Attention {
                 now() = next(), find_block(after(now(), cut()), cut().length);
             __syncwarp();
         }
-        cluster_arrive(), cluster_wait();
+        cluster_sync();
         add_parts();
     }
 

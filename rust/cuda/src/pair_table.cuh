@@ -6,6 +6,10 @@
 
 constexpr int TABLE = 65536;
 
+struct Codebook {
+    float values[16];
+};
+
 // The table's values are the codebook times this, so that rounding them to 16 bits costs least: fp4's and int4's are
 // then whole numbers, nf4's rms error falls from 1.4e-3 to 0.9e-3. The sums are divided by it.
 __device__ inline float table_gain(int quant_type) {

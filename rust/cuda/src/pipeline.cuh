@@ -58,8 +58,13 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Bar
                  : "memory");
 }
 
+// A tensor map of the driver.
+struct alignas(64) Map {
+    uint8_t bytes[128];
+};
+
 // A box of a matrix, whose map lies among the kernel's parameters.
-__device__ inline void copy_box(void* to, const void* map, int column, int row, Barrier& done) {
+__device__ inline void copy_box(void* to, const Map* map, int column, int row, Barrier& done) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
                  "[%4];" ::"r"(shared_address(to)),
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(&done))
