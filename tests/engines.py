@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from test_generate import tiny
@@ -35,6 +38,23 @@ def requests_of(rng: random.Random, count: int) -> list[tuple[list[int], Samplin
         )
         made.append((prompt, sampling))
     return made
+
+
+@contextmanager
+def slowed(engine: Engine, seconds: float) -> Iterator[None]:
+    """Every step takes so long at least, that there is time to look, to click and to leave."""
+    scheduler = engine._scheduler
+    step = scheduler.step
+
+    def slow() -> None:
+        time.sleep(seconds)
+        step()
+
+    scheduler.step = slow
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def fully_free(engine: Engine) -> bool:

@@ -19,6 +19,7 @@ from engines import (
     fully_free,
     gpu_work,
     requests_of,
+    slowed,
 )
 from test_generate import byte_tokenizer, tiny  # noqa: F401
 from tiny import tiny_folder
@@ -197,11 +198,12 @@ def test_a_cancelled_task_cancels_its_request(model):
     engine = Engine(model, max_batch=1)
 
     async def main() -> None:
-        task = asyncio.create_task(engine.agenerate([1], max_new_tokens=200))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        with slowed(engine, 0.01):
+            task = asyncio.create_task(engine.agenerate([1], max_new_tokens=200))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
         async for _ in engine.stream([2], max_new_tokens=200):
             break
         done = await engine.agenerate([3], max_new_tokens=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ api = pytest.importorskip("playwright.sync_api", reason="needs the extra `dev` (
 api.expect.set_options(timeout=20_000)
 pytest.importorskip("openai", reason="needs the extra `test`")
 
+from engines import slowed  # noqa: E402
 from test_serve import folders, idle, serving  # noqa: E402, F401
 
 SOME = re.compile(".{4}", re.DOTALL)
@@ -42,18 +42,6 @@ def page(browser):
     assert failures == []
 
 
-def slow_down(service, seconds: float) -> None:
-    """Let every step take so long, that there is time to look and to click."""
-    scheduler = service.engine._scheduler
-    step = scheduler.step
-
-    def slow() -> None:
-        time.sleep(seconds)
-        step()
-
-    scheduler.step = slow
-
-
 def ask(page, text: str) -> None:
     page.get_by_label("Message").fill(text)
     page.get_by_label("Message").press("Enter")
@@ -64,8 +52,7 @@ def answer(page) -> str:
 
 
 def test_a_conversation(folders, page):  # noqa: F811
-    with serving(folders) as (service, url):
-        slow_down(service, 0.005)
+    with serving(folders) as (service, url), slowed(service.engine, 0.005):
         page.goto(url)
         api.expect(page.get_by_label("Model").locator("option")).to_have_text(["tiny", "red"])
         ask(page, "hé <b>there</b>")
@@ -85,8 +72,7 @@ def test_a_conversation(folders, page):  # noqa: F811
 
 
 def test_a_reply_is_stopped(folders, page):  # noqa: F811
-    with serving(folders) as (service, url):
-        slow_down(service, 0.02)
+    with serving(folders) as (service, url), slowed(service.engine, 0.02):
         page.goto(url)
         ask(page, "a")
         api.expect(page.locator(".assistant")).to_have_text(SOME)
@@ -105,8 +91,7 @@ def test_a_reply_is_stopped(folders, page):  # noqa: F811
 
 
 def test_errors_are_shown(folders, page):  # noqa: F811
-    with serving(folders, request_timeout=0.5) as (service, url):
-        slow_down(service, 0.02)
+    with serving(folders, request_timeout=0.5) as (service, url), slowed(service.engine, 0.02):
         page.goto(url)
         api.expect(page.get_by_label("Model").locator("option")).to_have_count(2)
         ask(page, "a")

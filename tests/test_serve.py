@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from engines import slowed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_folder, tiny_model, write_tokenizer
@@ -412,7 +413,7 @@ def test_a_full_queue_is_429(folders):
 
 
 def test_a_reply_that_takes_too_long(folders):
-    with serving(folders, request_timeout=0.05) as (service, url):
+    with serving(folders, request_timeout=0.05) as (service, url), slowed(service.engine, 0.01):
         body = {"model": "tiny", "prompt": "ab", "max_tokens": 400, "temperature": 0}
         response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
         assert response.status_code == 504 and idle(service)
@@ -448,12 +449,13 @@ def test_a_client_that_leaves_frees_its_blocks(server, stream):
     long = {"model": "red", "prompt": "ab", "max_tokens": 400, "temperature": 0, "stream": stream}
     address = url.removeprefix("http://").split(":")
     raw = json.dumps(long).encode()
-    with socket.create_connection((address[0], int(address[1]))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
-        connection.sendall(head.encode() + raw)
-        time.sleep(0.2)
-        assert service.engine.stats.running_requests == 1
-    assert idle(service)
+    with slowed(service.engine, 0.01):
+        with socket.create_connection((address[0], int(address[1]))) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+            connection.sendall(head.encode() + raw)
+            time.sleep(0.2)
+            assert service.engine.stats.running_requests == 1
+        assert idle(service)
     assert service.engine.adapters["red"].users == 0
 
 
