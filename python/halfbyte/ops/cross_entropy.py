@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _core
-from halfbyte.ops.library import define
+from halfbyte.ops.library import define, product_fp32
 
 IGNORE = -100
 # A chunk's logits take this much, or more where that is still a tenth of all logits in fp32.
@@ -113,7 +113,7 @@ def _grad_weight(
         torch.mm(hidden, w.t(), out=logits)
         _differentiate(buffer, labels, logsumexps, early, first, len(w))
         if late:
-            torch.div(_product_fp32(logits.t(), hidden), divisor, out=out)
+            torch.div(product_fp32(logits.t(), hidden), divisor, out=out)
         else:
             torch.mm(logits.t(), hidden, out=out)
     return grad_weight
@@ -123,10 +123,6 @@ def _grad_weight_fake(
     hidden: Tensor, weight: Tensor, labels: Tensor, logsumexps: Tensor, divisor: Tensor, width: int
 ) -> Tensor:
     return torch.empty_like(weight)
-
-
-def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
-    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda else x.float() @ y.float()
 
 
 def _stride(columns: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halfbyte import _core
 from halfbyte.ops.dequantize_4bit import values
-from halfbyte.ops.library import define
+from halfbyte.ops.library import capability, define
 from halfbyte.ops.quant_state import NESTED_BLOCKSIZE, Nested, QuantState
 from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
 
@@ -73,11 +73,6 @@ def _pieces(packed: Tensor, state: QuantState) -> Iterator[tuple[slice, Tensor]]
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-@functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -110,10 +105,10 @@ def _code_rows(x: Tensor, n: int, nested: bool, blocksize: int) -> tuple[int, in
         return 32, 0
     if not nested or blocksize != 64 or x.shape[1] % 256 or x.dtype == torch.float32:
         return 8, 0
-    capability = _capability(x.get_device())
-    if capability == (9, 0):
+    found = capability(x.get_device())
+    if found == (9, 0):
         return 16, len(x) if len(x) > MANY_ROWS and _fills_tiles(x, n) else MANY_ROWS
-    return (32, 0) if capability >= (8, 0) else (8, 0)
+    return (32, 0) if found >= (8, 0) else (8, 0)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _core
+from halfbyte.ops.library import capability
 from halfbyte.ops.quant_state import QuantState
 
 MAX_ROWS = 16
@@ -77,11 +78,6 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _core.has_gemv_4bit_fused(device.index or 0)
 
 
-@functools.cache
-def _has_kernels_of_more_rows(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def fuses(x: Tensor, products: Sequence[Product]) -> bool:
     """Whether there is a kernel for these products of x [M, K]."""
     head = products[0].state
@@ -100,7 +96,7 @@ def _most_rows(device: torch.device, products: Sequence[Product]) -> int:
     if any(product.adapter is not None for product in products):
         return MAX_ADAPTED_ROWS
     plain = all(product.bias is None for product in products)
-    return MAX_PLAIN_ROWS if plain and _has_kernels_of_more_rows(device) else MAX_ROWS
+    return MAX_PLAIN_ROWS if plain and capability(device.index or 0) == (9, 0) else MAX_ROWS
 
 
 def _takes(packed: Tensor, state: QuantState, head: QuantState) -> bool:

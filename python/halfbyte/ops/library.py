@@ -1,7 +1,8 @@
-"""What operations share: the one torch.library namespace, and what is left to torch."""
+"""What operations share: the one torch.library namespace, and how they use torch and a GPU."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,19 @@ def is_left_to_torch(x: Tensor) -> bool:
     if not x.is_cpu or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return x.is_cpu
     return not torch.is_inference_mode_enabled()
+
+
+@functools.cache
+def capability(index: int) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(index)
+
+
+def product_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """x y as it is accumulated: a parameter's gradient is not rounded to 16 bits first."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return torch.mm(x.float(), y.float())
 
 
 def define(schema: str, kernel: Callable, fake: Callable) -> Callable:

@@ -10,6 +10,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from halfbyte.ops.dequantize_4bit import values
 from halfbyte.ops.gemm_4bit import accepted, grad_x, is_dequantized, product
+from halfbyte.ops.library import product_fp32
 from halfbyte.ops.quant_state import QuantState
 
 Weight = tuple[Tensor, QuantState]
@@ -41,14 +42,14 @@ class _Lora4bit(torch.autograd.Function):
         for part, grad, own in zip(parts, grads, b, strict=True):
             part.addmm_(grad, own, beta=0, alpha=ctx.scaling)
         pairs = zip(grads, _parts(hidden, ranks, 1), strict=True)
-        grads_b = [_product_fp32(grad.t(), part) for grad, part in pairs]
+        grads_b = [product_fp32(grad.t(), part) for grad, part in pairs]
         grads_dropped = []
         if ctx.dropped:
             triples = list(zip(parts, inputs, _parts(a, ranks, 0), strict=True))
-            grads_a = [_product_fp32(part.t(), dropped) for part, dropped, _ in triples]
+            grads_a = [product_fp32(part.t(), dropped) for part, dropped, _ in triples]
             grads_dropped = [torch.mm(part, own).view(ctx.shape) for part, _, own in triples]
         else:
-            grads_a = _parts(_product_fp32(grad_hidden.t(), inputs[0]), ranks, 0)
+            grads_a = _parts(product_fp32(grad_hidden.t(), inputs[0]), ranks, 0)
             if total is not None:
                 total.addmm_(grad_hidden, a)
         of_x = None if total is None else total.view(ctx.shape)
@@ -123,13 +124,6 @@ def _grad_input(grads: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
         else:
             total.add_(grad_x(grad, *weight))
     return total
-
-
-def _product_fp32(x: Tensor, y: Tensor) -> Tensor:
-    """x y as it is accumulated: a parameter's gradient is not rounded to 16 bits first."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return torch.mm(x.float(), y.float())
 
 
 def lora_4bit(

@@ -141,7 +141,7 @@ __device__ float4 sum_of_cluster(const float (&sums)[TOKENS][ROWS + 4], int m, i
 template <typename T>
 __device__ float gated_by(float up, float gate) {
     gate = rounded<T>(gate);
-    return rounded<T>(gate * sigmoid<T>(gate)) * rounded<T>(up);
+    return silu<T>(gate) * rounded<T>(up);
 }
 
 // By those who multiply: each CTA of the cluster finishes an equal share of the rows of x, from `token` on.

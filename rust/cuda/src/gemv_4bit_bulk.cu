@@ -535,7 +535,7 @@ struct Finish {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float gate = rounded<T>(v[i]), up = __shfl_xor_sync(~0u, gate, 2);
-                v[i] = rounded<T>(gate * sigmoid<T>(gate)) * up;
+                v[i] = silu<T>(gate) * up;
             }
         }
     }

@@ -32,7 +32,7 @@ __device__ void swiglu(const T* gate, // [rows, columns], rows gate_stride apart
     load8_or_zero(up + at.row * up_stride, at.first, columns, vector, u);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i)
-        g[i] = rounded<T>(g[i] * sigmoid<T>(g[i])) * u[i];
+        g[i] = silu<T>(g[i]) * u[i];
     store8_inside(out + at.row * columns, at.first, columns, vector, g);
 }
 
