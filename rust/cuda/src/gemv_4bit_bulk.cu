@@ -180,15 +180,22 @@ struct DecodeScales {
         if (raw.index == 0)
             Shared::all_ready();
         const typename Shared::Stage stage(raw.index);
-        shared.empty[stage.place].wait(stage.parity ^ 1);
+        // All are on their way before the first is stored.
+        float v[LOADS][QUAD];
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i) {
-            float v[QUAD];
+        for (int i = 0; i < LOADS; ++i)
 #pragma unroll
             for (int j = 0; j < QUAD; ++j)
-                v[j] = __fadd_rn(__fmul_rn(table.scale(raw.codes[i], j), raw.nested[i]), raw.offset[i * ROWS / HALF]);
-            store16(&shared.scales[stage.place][i * ROWS + lane_id() / QUADS][lane_id() % QUADS * QUAD], v);
-        }
+                v[i][j] = table.scale(raw.codes[i], j);
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i)
+#pragma unroll
+            for (int j = 0; j < QUAD; ++j)
+                v[i][j] = __fadd_rn(__fmul_rn(v[i][j], raw.nested[i]), raw.offset[i * ROWS / HALF]);
+        shared.empty[stage.place].wait(stage.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i)
+            store16(&shared.scales[stage.place][i * ROWS + lane_id() / QUADS][lane_id() % QUADS * QUAD], v[i]);
         __syncwarp();
         if (lane_id() == 0)
             shared.full[stage.place].arrive();
@@ -507,12 +514,15 @@ struct Finish {
     __device__ float4 add(const Item& item, int buffer, int m, int r) const {
         float4& kept = *reinterpret_cast<float4*>(&shared.kept[item.place][m][r]);
         float4 sum = item.is_first ? make_float4(0, 0, 0, 0) : kept;
+        float4 v[S::WARPS];
 #pragma unroll
         for (int warp = 0; warp < S::WARPS; ++warp)
-            if (warp * QUAD < item.blocks && m < rows_x) {
-                const float4 v = *reinterpret_cast<const float4*>(&shared.sums[buffer][warp][m][r]);
-                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-            }
+            v[warp] = warp * QUAD < item.blocks && m < rows_x
+                          ? *reinterpret_cast<const float4*>(&shared.sums[buffer][warp][m][r])
+                          : make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int warp = 0; warp < S::WARPS; ++warp)
+            sum.x += v[warp].x, sum.y += v[warp].y, sum.z += v[warp].z, sum.w += v[warp].w;
         if (!item.is_last)
             kept = sum;
         return sum;

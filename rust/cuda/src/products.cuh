@@ -83,7 +83,7 @@ template <int COUNT>
 struct Turn {
     int place, parity;
 
-    __device__ explicit Turn(int index) : place(index % COUNT), parity(index / COUNT % 2) {}
+    __device__ explicit Turn(uint32_t index) : place(index % COUNT), parity(index / COUNT % 2) {}
 };
 
 // The CTA's share: panels [first, last); blocks of a row, of a slice.
