@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from halfbyte import Linear4bit, LoraConfig, QuantState, lora, optim
 from halfbyte.models import Decoder
+from halfbyte.train import MicroSteps
 
 LEARNING_RATE = 2e-4
 
@@ -104,6 +105,19 @@ def halfbyte_step(
     """Forward, backward and AdamW on an adapter over all linear layers."""
     lora.inject(model, LoraConfig(r=r, lora_alpha=16))
     model.gradient_checkpointing = checkpointing
+    optimizer = optim.AdamW(lora.adapter_parameters(model.train()), lr=LEARNING_RATE)
+    micro_steps = MicroSteps(model, optimizer)
+
+    def step() -> None:
+        micro_steps(ids, ids, ids[:, 1:].numel())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def launched_step(model: Decoder, ids: Tensor) -> Callable[[], object]:
+    """As halfbyte_step on the adapter that is there, with every launch queued by Python."""
     optimizer = optim.AdamW(lora.adapter_parameters(model.train()), lr=LEARNING_RATE)
     return lambda: _step(model(ids, labels=ids).loss, optimizer)
 

@@ -12,6 +12,7 @@ from bench import append_row, interleave, rate_row
 from contenders import (
     halfbyte_decode,
     halfbyte_step,
+    launched_step,
     peft_step,
     transformers_decode,
     transformers_model,
@@ -99,6 +100,7 @@ class Journey:
         device = self.model.lm_head.weight.device
         ids = torch.randint(0, self.model.config.vocab_size, shape, device=device)
         works = {"halfbyte": halfbyte_step(self.model, ids, r, checkpointing=True)}
+        works["halfbyte without graphs"] = launched_step(self.model, ids)
         if self.peer is not None:
             works[PEER] = peft_step(self.peer, ids, r, checkpointing=True)
         self.measure("train_step", ids.numel(), works, r=r, batch=shape[0], seq=shape[1])
@@ -106,7 +108,7 @@ class Journey:
     def measure(self, bench: str, tokens: int, works: dict, **sizes) -> None:
         """halfbyte alone first, so that the peak is its own."""
         reset_peak()
-        times = interleave({"halfbyte": works.pop("halfbyte")}, self.args.rounds, warmup=1)
+        times = interleave({"halfbyte": works.pop("halfbyte")}, self.args.rounds, warmup=2)
         peak = peak_gb()
         times |= interleave(works, self.args.rounds, warmup=1)
         fields = {"dtype": "bf16", "model": f"llama-{self.args.shape}", **sizes}

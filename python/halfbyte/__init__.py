@@ -11,7 +11,7 @@ from halfbyte.lora import LoraConfig, LoRALinear, load_adapter, merge, save_adap
 from halfbyte.models import Decoder
 from halfbyte.ops import QuantState, dequantize_4bit, quantize_4bit
 from halfbyte.sampling import Sampling
-from halfbyte.train import TrainConfig, TrainResult, finetune
+from halfbyte.train import MicroSteps, TrainConfig, TrainResult, finetune
 
 # Attached here, so that the model need not know how it is sampled from.
 Decoder.generate = generate
@@ -23,6 +23,7 @@ __all__ = [
     "LoRALinear",
     "Linear4bit",
     "LoraConfig",
+    "MicroSteps",
     "QuantState",
     "Sampling",
     "TrainConfig",

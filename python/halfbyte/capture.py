@@ -40,19 +40,21 @@ class Captured(Generic[T]):
             # Recording it has done the work.
             self.captured = record(self.work)
             return self.captured[1]
-        self.captured = self.captured or self._capture()
+        self.captured = self.captured or capture(self.work, self.pool)
         graph, results = self.captured
         graph.replay()
         return results
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, T]:
-        graph = torch.cuda.CUDAGraph()
-        # Thread-local: torch may allocate on other threads meanwhile.
-        with (
-            _no_garbage_collection(),
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
-        ):
-            return graph, self.work()
+
+def capture(work: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """`work` as a CUDA graph, which has not run yet, and where each replay leaves the results."""
+    graph = torch.cuda.CUDAGraph()
+    # Thread-local: torch may allocate on other threads meanwhile.
+    with (
+        _no_garbage_collection(),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        return graph, work()
 
 
 @contextmanager

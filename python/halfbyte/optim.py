@@ -300,6 +300,11 @@ class AdamW(torch.optim.Optimizer):
         return values
 
 
+def waits_for_update(hook: Callable[..., object]) -> bool:
+    """Whether a module's hook is one that `AdamW.overlap` has registered."""
+    return isinstance(hook, partial) and hook.func is _call_if_alive
+
+
 def _call_if_alive(method: WeakMethod, argument: object, *_: object) -> None:
     bound = method()
     if bound is not None:

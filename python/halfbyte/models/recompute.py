@@ -74,6 +74,8 @@ def _generator(device: torch.device) -> torch.Generator:
 
 def _random_state(device: torch.device) -> int | Tensor:
     """Where the generator of a device stands: on a GPU how far it is from its seed."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return 0  # nobody may ask; what draws is not captured
     generator = _generator(device)
     return generator.get_offset() if device.type == "cuda" else generator.get_state()
 

@@ -2,5 +2,6 @@
 
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.loop import TrainResult, finetune
+from halfbyte.train.micro_steps import MicroSteps
 
-__all__ = ["TrainConfig", "TrainResult", "finetune"]
+__all__ = ["MicroSteps", "TrainConfig", "TrainResult", "finetune"]

@@ -303,17 +303,11 @@ def _accumulate(run: Run) -> list[Tensor]:
     reaches the first gradient; it is taken out again in the parameters' own precision.
     """
     num_items = sum(run.rows[index].targets for index in run.batches.rows(run.step))
-    pager, losses = run.optimizer.pager, []
-
-    def work(ids: Tensor, labels: Tensor) -> Tensor:
-        loss = run.model(ids, labels=labels, num_items=num_items / run.loss_scale).loss
-        loss.backward()
-        return loss.detach()
-
+    losses = []
     for indices in run.batches.micro_batches(run.step, run.world.rank):
         batch = _batch(run, [run.rows[index] for index in indices])
         try:
-            loss = pager.micro_step(work, *batch, model=run.model)
+            loss = run.micro_steps(*batch, num_items / run.loss_scale)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(run, error) from error
         losses.append(loss / run.loss_scale)

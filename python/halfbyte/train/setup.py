@@ -35,6 +35,7 @@ from halfbyte.models import Decoder
 from halfbyte.optim import AdamW
 from halfbyte.plan import Setup, footprint
 from halfbyte.train.config import TrainConfig
+from halfbyte.train.micro_steps import MicroSteps
 from halfbyte.train.monitor import Monitor
 from halfbyte.train.world import World
 
@@ -58,6 +59,7 @@ class Run:
     base: dict[str, Any]
     parameters: list[nn.Parameter]
     optimizer: AdamW
+    micro_steps: MicroSteps
     rows: list[EncodedRow]
     eval_rows: list[EncodedRow]
     report: DataReport
@@ -119,6 +121,7 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
     _add_adapter(model, config)
     parameters = adapter_parameters(model)
     world.copy_from_main_([parameter.data for parameter in parameters])
+    optimizer = _optimizer(config, world, model, parameters)
     run = Run(
         config=config,
         world=world,
@@ -127,7 +130,8 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
         model=model,
         base=base,
         parameters=parameters,
-        optimizer=_optimizer(config, world, model, parameters),
+        optimizer=optimizer,
+        micro_steps=MicroSteps(model, optimizer),
         rows=rows,
         eval_rows=eval_rows,
         report=report,

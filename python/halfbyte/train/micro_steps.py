@@ -1,0 +1,162 @@
+"""Forward and backward of micro-batches, as CUDA graphs where their shapes come again."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.capture import capture
+from halfbyte.models import Decoder
+from halfbyte.optim import AdamW, waits_for_update
+from halfbyte.pager import SLACK
+from halfbyte.pressure import free_memory
+
+# Graphs that are kept, of the shapes that came last: each holds some megabytes of the device.
+MOST_GRAPHS = 32
+
+
+class _Graph(NamedTuple):
+    """A captured micro-batch: what it reads, and the loss that it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    labels: Tensor
+    num_items: Tensor
+    loss: Tensor
+
+
+class MicroSteps:
+    """Adds the gradients of micro-batches to the parameters' own.
+
+    A small micro-batch is over before Python has queued its thousands of launches. So on a GPU a
+    shape that comes again is captured, forward and backward, and replayed from then on: the same
+    kernels in one launch. What would not be the same each time runs as ever, by `Pager.micro_step`:
+    dropout, autocast, trained embeddings, and what hooks watch. So do all micro-batches while state
+    of the optimizer lies in host memory, whose update runs beside the forward, and while the device
+    has no room for two of the largest.
+
+    optimizer: of the model's trained parameters, whose `grad` it may set to None between steps.
+    Whoever gives the model other modules or parameters makes other MicroSteps for it.
+    """
+
+    def __init__(self, model: Decoder, optimizer: AdamW) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
+        self._modules = list(model.modules())
+        self._longest = 0
+        # Shapes that ran, and shapes whose capture ran out of memory.
+        self._known: set[tuple[int, ...]] = set()
+        self._refused: set[tuple[int, ...]] = set()
+        # Where graphs leave the gradients of parameters that get any.
+        self._gradients: dict[Tensor, Tensor] = {}
+        self._pool: Any = None
+
+    def __call__(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
+        """The loss over `num_items`, detached, after its backward.
+
+        ids, labels: int64 [B, T], as `Decoder` takes them. num_items: the labels of the whole step.
+        Raises torch.OutOfMemoryError for what does not fit in any way.
+        """
+        shape = tuple(ids.shape)
+        self._longest = max(self._longest, math.prod(shape))
+        if self._repeats(shape):
+            try:
+                return self._replay(ids, labels, num_items)
+            except torch.OutOfMemoryError:
+                # Nothing has run yet.
+                self._refused.add(shape)
+                self.drop()
+        return self._run(ids, labels, num_items)
+
+    def drop(self) -> None:
+        """Let go of all graphs and of their memory."""
+        self.graphs.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
+
+    def _repeats(self, shape: tuple[int, ...]) -> bool:
+        """Whether a replay does what a run would do."""
+        pager = self.optimizer.pager
+        if shape not in self._known - self._refused or pager.device.type != "cuda":
+            return False
+        near = all(slab.bytes_on_device == slab.nbytes for slab in pager.slabs)
+        fixed = not torch.is_autocast_enabled("cuda") and not any(map(_varies, self._modules))
+        return near and fixed and (shape in self.graphs or self._has_room())
+
+    def _has_room(self) -> bool:
+        pager = self.optimizer.pager
+        peak = pager.predictor.predict(self._longest)
+        return peak is not None and free_memory(pager.device) > 2 * SLACK * peak
+
+    def _run(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
+        pager = self.optimizer.pager
+        peak = pager.predictor.predict(ids.numel())
+        # What graphs hold goes before the pager has to move state.
+        if self.graphs and peak is not None and free_memory(pager.device) < SLACK * peak:
+            self.drop()
+        work = partial(self._work, num_items=num_items)
+        loss = pager.micro_step(work, ids, labels, model=self.model)
+        self._known.add(tuple(ids.shape))
+        if not self._gradients:
+            self._gradients = {p: torch.empty(0) for p in pager.params if p.grad is not None}
+        return loss
+
+    def _work(self, ids: Tensor, labels: Tensor, num_items: Tensor | float) -> Tensor:
+        loss = self.model(ids, labels=labels, num_items=num_items).loss
+        assert loss is not None
+        loss.backward()
+        return loss.detach()
+
+    def _replay(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
+        self._place_gradients()
+        shape = tuple(ids.shape)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(ids, labels)
+        self.graphs.move_to_end(shape)
+        graph = self.graphs[shape]
+        graph.ids.copy_(ids)
+        graph.labels.copy_(labels)
+        graph.num_items.fill_(num_items)
+        graph.graph.replay()
+        return graph.loss.clone()
+
+    def _place_gradients(self) -> None:
+        """What was added up so far goes where graphs add to it."""
+        self.optimizer.pager.settle()
+        fresh = []
+        for param, place in self._gradients.items():
+            if place.shape != param.shape:
+                place = self._gradients[param] = torch.empty_like(param)
+            if param.grad is None:
+                fresh.append(place)
+            elif param.grad is not place:
+                place.copy_(param.grad)
+            param.grad = place
+        if fresh:
+            torch._foreach_zero_(fresh)
+
+    def _capture(self, ids: Tensor, labels: Tensor) -> _Graph:
+        while len(self.graphs) >= MOST_GRAPHS:
+            self.graphs.popitem(last=False)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        inputs = ids.clone(), labels.clone(), ids.new_ones((), dtype=torch.float32)
+        graph, loss = capture(partial(self._work, *inputs), self._pool)
+        return _Graph(graph, *inputs, loss)
+
+
+def _varies(module: nn.Module) -> bool:
+    """Whether calling a module may launch something else each time."""
+    own = module._parameters.values()
+    return (
+        bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+        or not all(map(waits_for_update, module._forward_pre_hooks.values()))
+        or (isinstance(module, nn.Dropout) and module.training and module.p > 0)
+        or (isinstance(module, nn.Embedding) and module.weight.requires_grad)
+        or any(p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in own)
+    )
