@@ -103,12 +103,50 @@ def test_gradients_of_runs_and_replays_add_up():
 
 
 @pytest.mark.gpu
-def test_the_shapes_that_came_last_keep_their_graphs(monkeypatch):
-    monkeypatch.setattr(micro_steps, "MOST_GRAPHS", 2)
-    shapes = [[(1, length)] for length in (16, 24, 32, 16, 24, 32, 16)]
-    losses, _, repeated = trained("cuda", True, batches("cuda", shapes))
-    assert set(repeated.graphs) == {(1, 32), (1, 16)}
-    assert torch.equal(losses, trained("cuda", False, batches("cuda", shapes))[0])
+def test_shapes_that_come_far_more_often_take_over(monkeypatch):
+    monkeypatch.setattr(micro_steps, "MOST_GRAPHS", 1)
+    lengths = [16, 16, 24, 24, 24, 16, 24]
+    losses, _, repeated = trained("cuda", True, batches("cuda", [[(1, n)] for n in lengths]))
+    assert set(repeated.graphs) == {(1, 16)}
+    plain_losses, _, _ = trained("cuda", False, batches("cuda", [[(1, n)] for n in lengths]))
+    assert torch.equal(losses, plain_losses)
+    repeated = trained("cuda", True, batches("cuda", [[(1, n)] for n in [16, 16, *[24] * 4]]))[2]
+    assert set(repeated.graphs) == {(1, 24)}
+
+
+@pytest.mark.gpu
+def test_lengths_beside_each_other_share_a_graph():
+    model = adapted("cuda")
+    optimizer = AdamW(adapter_parameters(model), 1e-2)
+    repeated = MicroSteps(model, optimizer)
+    for length in (64, 61, 63, 57):
+        ((ids,),) = batches("cuda", [[(2, length)]])
+        loss = repeated(ids, ids, 100)
+        replayed = [p.grad.clone() for p in adapter_parameters(model)]
+        optimizer.zero_grad()
+        torch.testing.assert_close(loss, plain(model, ids, 100), rtol=1e-3, atol=0)
+        for param, gradient in zip(adapter_parameters(model), replayed, strict=True):
+            close = torch.linalg.vector_norm(param.grad - gradient)
+            assert close <= 0.02 * torch.linalg.vector_norm(param.grad)
+        optimizer.zero_grad()
+    assert set(repeated.graphs) == {(2, 64)}
+
+
+@pytest.mark.gpu
+def test_what_keeps_a_gpu_busy_is_neither_padded_nor_captured(monkeypatch):
+    monkeypatch.setattr(micro_steps, "MOST_WORK", 1)
+    losses, _, repeated = trained("cuda", True, batches("cuda", [[(2, 21)]] * 3))
+    assert not repeated.graphs
+    assert torch.equal(losses, trained("cuda", False, batches("cuda", [[(2, 21)]] * 3))[0])
+
+
+@pytest.mark.parametrize(
+    "length, padded", [(1, 8), (8, 8), (9, 16), (130, 144), (256, 256), (257, 288), (1025, 1152)]
+)
+def test_padded_lengths(length, padded):
+    ids = torch.ones(2, length, dtype=torch.int64)
+    assert micro_steps._padded(ids, -100).shape == (2, padded)
+    assert micro_steps._padded(ids, -100)[:, length:].eq(-100).all()
 
 
 @pytest.mark.gpu

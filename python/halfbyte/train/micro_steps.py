@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from halfbyte.capture import capture
+from halfbyte.linear import Linear4bit
 from halfbyte.models import Decoder
+from halfbyte.models.decoder import IGNORE
 from halfbyte.optim import AdamW, waits_for_update
 from halfbyte.pager import SLACK
 from halfbyte.pressure import free_memory
 
-# Graphs that are kept, of the shapes that came last: each holds some megabytes of the device.
-MOST_GRAPHS = 32
+# Graphs that are kept, of the shapes that come most: each holds some megabytes of the device.
+MOST_GRAPHS = 48
+# Tokens times weights of a layer: past this an H200 computes longer than Python takes to queue it.
+MOST_WORK = 1 << 40
 
 
 class _Graph(NamedTuple):
@@ -33,12 +38,12 @@ class _Graph(NamedTuple):
 class MicroSteps:
     """Adds the gradients of micro-batches to the parameters' own.
 
-    A small micro-batch is over before Python has queued its thousands of launches. So on a GPU a
-    shape that comes again is captured, forward and backward, and replayed from then on: the same
-    kernels in one launch. What would not be the same each time runs as ever, by `Pager.micro_step`:
-    dropout, autocast, trained embeddings, and what hooks watch. So do all micro-batches while state
-    of the optimizer lies in host memory, whose update runs beside the forward, and while the device
-    has no room for two of the largest.
+    A small micro-batch is over before Python has queued its thousands of launches. So on a GPU it
+    is padded to one of few lengths, and a shape that comes again is captured, forward and backward,
+    and replayed from then on: the same kernels in one launch. What may differ each time runs as
+    ever, by `Pager.micro_step`: dropout, autocast, trained embeddings, and what hooks watch. So do
+    all micro-batches while state of the optimizer lies in host memory, whose update runs beside the
+    forward, and while the device has no room for two of the largest.
 
     optimizer: of the model's trained parameters, whose `grad` it may set to None between steps.
     Whoever gives the model other modules or parameters makes other MicroSteps for it.
@@ -46,11 +51,16 @@ class MicroSteps:
 
     def __init__(self, model: Decoder, optimizer: AdamW) -> None:
         self.model, self.optimizer = model, optimizer
-        self.graphs: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
+        self.graphs: dict[tuple[int, ...], _Graph] = {}
         self._modules = list(model.modules())
+        linear = [
+            m for m in model.model.layers[0].modules() if isinstance(m, Linear4bit | nn.Linear)
+        ]
+        weights = sum(m.in_features * m.out_features for m in linear)
+        self._most_tokens = MOST_WORK // weights
         self._longest = 0
-        # Shapes that ran, and shapes whose capture ran out of memory.
-        self._known: set[tuple[int, ...]] = set()
+        # How often shapes came, and those whose capture ran out of memory.
+        self._uses: Counter[tuple[int, ...]] = Counter()
         self._refused: set[tuple[int, ...]] = set()
         # Where graphs leave the gradients of parameters that get any.
         self._gradients: dict[Tensor, Tensor] = {}
@@ -62,8 +72,11 @@ class MicroSteps:
         ids, labels: int64 [B, T], as `Decoder` takes them. num_items: the labels of the whole step.
         Raises torch.OutOfMemoryError for what does not fit in any way.
         """
+        if ids.is_cuda and ids.numel() <= self._most_tokens:
+            ids, labels = _padded(ids, 0), _padded(labels, IGNORE)
         shape = tuple(ids.shape)
-        self._longest = max(self._longest, math.prod(shape))
+        self._longest = max(self._longest, ids.numel())
+        self._uses[shape] += 1
         if self._repeats(shape):
             try:
                 return self._replay(ids, labels, num_items)
@@ -80,18 +93,27 @@ class MicroSteps:
         torch.cuda.empty_cache()
 
     def _repeats(self, shape: tuple[int, ...]) -> bool:
-        """Whether a replay does what a run would do."""
+        """Whether a replay does what a run would do, and sooner."""
         pager = self.optimizer.pager
-        if shape not in self._known - self._refused or pager.device.type != "cuda":
+        small = math.prod(shape) <= self._most_tokens and pager.device.type == "cuda"
+        if not small or self._uses[shape] == 1 or shape in self._refused:
             return False
         near = all(slab.bytes_on_device == slab.nbytes for slab in pager.slabs)
         fixed = not torch.is_autocast_enabled("cuda") and not any(map(_varies, self._modules))
-        return near and fixed and (shape in self.graphs or self._has_room())
+        return near and fixed and (shape in self.graphs or self._has_room(shape))
 
-    def _has_room(self) -> bool:
+    def _has_room(self, shape: tuple[int, ...]) -> bool:
+        """Whether to capture a shape: in place of one that comes far less often, if need be."""
         pager = self.optimizer.pager
         peak = pager.predictor.predict(self._longest)
-        return peak is not None and free_memory(pager.device) > 2 * SLACK * peak
+        if peak is None or free_memory(pager.device) <= 2 * SLACK * peak:
+            return False
+        if len(self.graphs) >= MOST_GRAPHS:
+            rarest = min(self.graphs, key=self._uses.__getitem__)
+            if self._uses[shape] < 2 * self._uses[rarest]:
+                return False
+            del self.graphs[rarest]
+        return True
 
     def _run(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
         pager = self.optimizer.pager
@@ -101,7 +123,6 @@ class MicroSteps:
             self.drop()
         work = partial(self._work, num_items=num_items)
         loss = pager.micro_step(work, ids, labels, model=self.model)
-        self._known.add(tuple(ids.shape))
         if not self._gradients:
             self._gradients = {p: torch.empty(0) for p in pager.params if p.grad is not None}
         return loss
@@ -117,7 +138,6 @@ class MicroSteps:
         shape = tuple(ids.shape)
         if shape not in self.graphs:
             self.graphs[shape] = self._capture(ids, labels)
-        self.graphs.move_to_end(shape)
         graph = self.graphs[shape]
         graph.ids.copy_(ids)
         graph.labels.copy_(labels)
@@ -141,13 +161,18 @@ class MicroSteps:
             torch._foreach_zero_(fresh)
 
     def _capture(self, ids: Tensor, labels: Tensor) -> _Graph:
-        while len(self.graphs) >= MOST_GRAPHS:
-            self.graphs.popitem(last=False)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         inputs = ids.clone(), labels.clone(), ids.new_ones((), dtype=torch.float32)
         graph, loss = capture(partial(self._work, *inputs), self._pool)
         return _Graph(graph, *inputs, loss)
+
+
+def _padded(x: Tensor, value: int) -> Tensor:
+    """[B, T] with T to a sixteenth of the next power of two, eight at least; no token sees it."""
+    length = x.shape[1]
+    step = max(8, (1 << (length - 1).bit_length()) // 16)
+    return F.pad(x, (0, -length % step), value=value)
 
 
 def _varies(module: nn.Module) -> bool:
