@@ -52,7 +52,7 @@ class MicroSteps:
     def __init__(self, model: Decoder, optimizer: AdamW) -> None:
         self.model, self.optimizer = model, optimizer
         self.graphs: dict[tuple[int, ...], _Graph] = {}
-        self._modules = list(model.modules())
+        self._watch = _Watch(model)
         linear = [
             m for m in model.model.layers[0].modules() if isinstance(m, Linear4bit | nn.Linear)
         ]
@@ -99,8 +99,8 @@ class MicroSteps:
         if not small or self._uses[shape] == 1 or shape in self._refused:
             return False
         near = all(slab.bytes_on_device == slab.nbytes for slab in pager.slabs)
-        fixed = not torch.is_autocast_enabled("cuda") and not any(map(_varies, self._modules))
-        return near and fixed and (shape in self.graphs or self._has_room(shape))
+        fixed = near and not torch.is_autocast_enabled("cuda") and not self._watch.sees_change()
+        return fixed and (shape in self.graphs or self._has_room(shape))
 
     def _has_room(self, shape: tuple[int, ...]) -> bool:
         """Whether to capture a shape: in place of one that comes far less often, if need be."""
@@ -175,13 +175,27 @@ def _padded(x: Tensor, value: int) -> Tensor:
     return F.pad(x, (0, -length % step), value=value)
 
 
-def _varies(module: nn.Module) -> bool:
-    """Whether calling a module may launch something else each time."""
-    own = module._parameters.values()
-    return (
-        bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
-        or not all(map(waits_for_update, module._forward_pre_hooks.values()))
-        or (isinstance(module, nn.Dropout) and module.training and module.p > 0)
-        or (isinstance(module, nn.Embedding) and module.weight.requires_grad)
-        or any(p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in own)
-    )
+class _Watch:
+    """What could make a model launch something else each time; gathered, as a look is due often."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self.hooks = [
+            hooks
+            for m in modules
+            for hooks in (m._forward_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self.pre_hooks = [m._forward_pre_hooks for m in modules]
+        self.dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
+        self.embeddings = [m for m in modules if isinstance(m, nn.Embedding)]
+        self.params = [p for p in model.parameters() if p.requires_grad]
+
+    def sees_change(self) -> bool:
+        before = (hook for hooks in self.pre_hooks if hooks for hook in hooks.values())
+        return (
+            any(self.hooks)
+            or not all(map(waits_for_update, before))
+            or any(m.p > 0 and m.training for m in self.dropouts)
+            or any(m.weight.requires_grad for m in self.embeddings)
+            or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params)
+        )
