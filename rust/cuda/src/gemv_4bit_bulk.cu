@@ -129,8 +129,66 @@ struct Copy {
     }
 };
 
+// Four neighbouring scales of a weight, the first of them at `at`, the weight's last at `last`; ALIGNED: at multiples
+// of four.
+template <bool ALIGNED>
+struct NestedScales {
+    static constexpr bool IS_ALIGNED = ALIGNED;
+    uint32_t codes, more, at;
+    float nested, next;
+
+    __device__ void read(const uint8_t* from, const float* scales, uint32_t at_, uint32_t last) {
+        at = at_;
+        codes = __ldg(reinterpret_cast<const uint32_t*>(from) + at / 4);
+        nested = __ldg(scales + at / 256);
+        if (ALIGNED)
+            return;
+        more = __ldg(reinterpret_cast<const uint32_t*>(from) + min(at / 4 + 1, last / 4));
+        next = __ldg(scales + min(at + QUAD - 1, last) / 256);
+    }
+
+    __device__ void look_up(const Table& table, float (&v)[QUAD]) const {
+        const uint32_t word = ALIGNED ? codes : __funnelshift_r(codes, more, at % 4 * 8);
+#pragma unroll
+        for (int j = 0; j < QUAD; ++j)
+            v[j] = table.scale(word, j);
+    }
+
+    __device__ void scale(float offset, float (&v)[QUAD]) const {
+#pragma unroll
+        for (int j = 0; j < QUAD; ++j)
+            v[j] = __fadd_rn(__fmul_rn(v[j], ALIGNED || at % 256 + j < 256 ? nested : next), offset);
+    }
+};
+
+template <bool ALIGNED>
+struct PlainScales {
+    static constexpr bool IS_ALIGNED = ALIGNED;
+    float values[QUAD];
+
+    __device__ void read(const uint8_t* from, const float*, uint32_t at, uint32_t last) {
+        const float* scales = reinterpret_cast<const float*>(from);
+        if (ALIGNED) {
+            const float4 v = __ldg(reinterpret_cast<const float4*>(scales + at));
+            values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+            return;
+        }
+#pragma unroll
+        for (int j = 0; j < QUAD; ++j)
+            values[j] = __ldg(scales + min(at + j, last));
+    }
+
+    __device__ void look_up(const Table&, float (&v)[QUAD]) const {
+#pragma unroll
+        for (int j = 0; j < QUAD; ++j)
+            v[j] = values[j];
+    }
+
+    __device__ void scale(float, float (&)[QUAD]) const {}
+};
+
 // The scales of an item are on their way while those of the one before are decoded.
-template <typename Shared>
+template <typename Shared, typename Scales>
 struct DecodeScales {
     Shared& shared;
     const Products& products;
@@ -141,11 +199,13 @@ struct DecodeScales {
     float offset[2];
 
     static constexpr int QUADS = Shared::WARPS, ROWS = 32 / QUADS, LOADS = PANEL / ROWS;
+    // That are looked up before the first is used: all, if there are registers for them.
+    static constexpr int TOGETHER = Scales::IS_ALIGNED ? LOADS : 2;
 
     struct Raw {
-        int index = -1;
-        uint32_t codes[LOADS];
-        float nested[LOADS], offset[2];
+        int index = -1, blocks; // of the lane's quad that are there
+        Scales scales[LOADS];
+        float offset[2];
     } waiting;
 
     __device__ void begin(const Walk&) const {}
@@ -159,18 +219,29 @@ struct DecodeScales {
                 nested[half] = of_part(products.weights.nested, place.part, half);
                 offset[half] = of_part(products.offset, place.part, half);
             }
-        const int block = item.block + min(lane_id() % QUADS * QUAD, item.blocks - QUAD);
+        if (Scales::IS_ALIGNED) {
+            const Raw next = read(item);
+            decode(waiting);
+            waiting = next;
+        } else { // registers for one item's alone
+            decode(waiting);
+            waiting = read(item);
+        }
+    }
+
+    __device__ Raw read(const Item& item) const {
+        const int quad = min(lane_id() % QUADS * QUAD, (item.blocks - 1) / QUAD * QUAD), block = item.block + quad;
+        const uint32_t last = uint32_t(place.N) * place.row_blocks - 1;
         Raw raw;
-        raw.index = item.index, raw.offset[0] = offset[0], raw.offset[1] = offset[1];
+        raw.index = item.index, raw.blocks = item.blocks - quad;
+        raw.offset[0] = offset[0], raw.offset[1] = offset[1];
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
             const int half = i * ROWS / HALF, row = place.row(item.panel, i * ROWS) + lane_id() / QUADS;
             const uint32_t at = uint32_t(min(row, place.N - 1)) * place.row_blocks + block;
-            raw.codes[i] = __ldg(reinterpret_cast<const uint32_t*>(codes[half] + at));
-            raw.nested[i] = __ldg(nested[half] + at / 256);
+            raw.scales[i].read(codes[half], nested[half], at, last);
         }
-        decode(waiting);
-        waiting = raw;
+        return raw;
     }
 
     // The first are on their way before the table is there.
@@ -180,25 +251,33 @@ struct DecodeScales {
         if (raw.index == 0)
             Shared::all_ready();
         const typename Shared::Stage stage(raw.index);
-        // All are on their way before the first is stored.
-        float v[LOADS][QUAD];
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i)
+        for (int first = 0; first < LOADS; first += TOGETHER) {
+            float v[TOGETHER][QUAD];
 #pragma unroll
-            for (int j = 0; j < QUAD; ++j)
-                v[i][j] = table.scale(raw.codes[i], j);
+            for (int i = 0; i < TOGETHER; ++i)
+                raw.scales[first + i].look_up(table, v[i]);
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i)
+            for (int i = 0; i < TOGETHER; ++i)
+                finish(raw, first + i, v[i]);
+            if (first == 0)
+                shared.empty[stage.place].wait(stage.parity ^ 1);
 #pragma unroll
-            for (int j = 0; j < QUAD; ++j)
-                v[i][j] = __fadd_rn(__fmul_rn(v[i][j], raw.nested[i]), raw.offset[i * ROWS / HALF]);
-        shared.empty[stage.place].wait(stage.parity ^ 1);
-#pragma unroll
-        for (int i = 0; i < LOADS; ++i)
-            store16(&shared.scales[stage.place][i * ROWS + lane_id() / QUADS][lane_id() % QUADS * QUAD], v[i]);
+            for (int i = 0; i < TOGETHER; ++i)
+                store16(&shared.scales[stage.place][(first + i) * ROWS + lane_id() / QUADS][lane_id() % QUADS * QUAD],
+                        v[i]);
+        }
         __syncwarp();
         if (lane_id() == 0)
             shared.full[stage.place].arrive();
+    }
+
+    // Zeros where there is no block.
+    __device__ static void finish(const Raw& raw, int i, float (&v)[QUAD]) {
+        raw.scales[i].scale(raw.offset[i * ROWS / HALF], v);
+#pragma unroll
+        for (int j = 0; j < QUAD; ++j)
+            v[j] = Scales::IS_ALIGNED || j < raw.blocks ? v[j] : 0.0f;
     }
 };
 
@@ -237,7 +316,7 @@ struct Multiply {
         S::multipliers_meet();
     }
 
-    // Elements in the order in which the bytes of W feed the contraction; zeros where x has no row.
+    // Elements in the order in which the bytes of W feed the contraction; zeros where x has no row or block.
     __device__ void load_slice(int block, int blocks) const {
         const int g = lane_id() / 4;
         const T* x = static_cast<const T*>(products.x) + int64_t(blockIdx.y * TILE + g) * products.weights.K;
@@ -245,12 +324,12 @@ struct Multiply {
 #pragma unroll
         for (int n = 0; n < TILES; ++n, x += int64_t(MMA_ROWS) * products.weights.K) {
             const uint4* from = reinterpret_cast<const uint4*>(x);
-            const bool loads = n * MMA_ROWS + g < rows_x && warp * QUAD < blocks;
+            const int there = n * MMA_ROWS + g < rows_x ? blocks - warp * QUAD : 0;
 #pragma unroll
             for (int j = 0; j < QUAD; ++j)
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    fragments[j][n][i] = loads ? from[j * 8 + i] : make_uint4(0, 0, 0, 0);
+                    fragments[j][n][i] = j < there ? from[j * 8 + i] : make_uint4(0, 0, 0, 0);
         }
     }
 
@@ -586,13 +665,26 @@ __device__ void fill_tables(Shared& shared, const Codebook& codebook, const floa
     float scales[EIGHTHS];
 #pragma unroll
     for (int i = 0; i < EIGHTHS; ++i)
-        scales[i] = __ldg(map + (threadIdx.x + i * THREADS) / 8);
+        scales[i] = map == nullptr ? 0.0f : __ldg(map + (threadIdx.x + i * THREADS) / 8);
     const float entry = codebook.values[lane_id() % 16] * gain;
     fill_table(shared.table, 0, THREADS,
                [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
 #pragma unroll
     for (int i = 0; i < EIGHTHS; ++i)
         fill_eighth(shared.table, 1, threadIdx.x + i * THREADS, __float_as_uint(scales[i]));
+}
+
+template <typename Shared>
+__device__ void decode_scales(Shared& shared, const Products& products, const Table& table, const Walk& walk) {
+    const bool plain = products.weights.plain, aligned = walk.blocks % QUAD == 0;
+    if (plain && aligned)
+        each_item(walk, DecodeScales<Shared, PlainScales<true>>{shared, products, table});
+    else if (plain)
+        each_item(walk, DecodeScales<Shared, PlainScales<false>>{shared, products, table});
+    else if (aligned)
+        each_item(walk, DecodeScales<Shared, NestedScales<true>>{shared, products, table});
+    else
+        each_item(walk, DecodeScales<Shared, NestedScales<false>>{shared, products, table});
 }
 
 template <typename T, int TILE>
@@ -614,7 +706,7 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
     } else if (warp == S::WARPS) {
         each_item(walk, Copy<S>{shared, products.weights, ahead});
     } else if (warp == S::WARPS + 1) {
-        each_item(walk, DecodeScales<S>{shared, products, table});
+        decode_scales(shared, products, table, walk);
     } else if (warp < S::WARPS + 2 + S::FINISHERS) {
         const int which = warp - S::WARPS - 2;
         if (which == 0) {
@@ -648,9 +740,9 @@ __device__ void gemv_bulk(const Products&, const Weights&, const Codebook&, floa
 
 #endif
 
-// x, packed and A 16-byte aligned, nested absmax with one map for all and codes 4-byte aligned, blocks of 64,
-// K % 256 == 0, every N * K < 2^38; unused parts begin past the last panel; grid (any, tiles of x); with adapters at
-// most MMA_ROWS rows of x.
+// x, packed, A and plain scales 16-byte aligned, or nested ones with one map for all and codes 4-byte aligned, blocks
+// of 64, K % 64 == 0, every N * K a multiple of 256 and below 2^38; unused parts begin past the last panel; grid (any,
+// tiles of x); with adapters at most MMA_ROWS rows of x.
 #define GEMV_4BIT_BULK(T, dtype, tile, warps, shared_bytes)                                                            \
     HAS_FORM(tile, warps, shared_bytes)                                                                                \
     extern "C" __global__ void __launch_bounds__(32 * (warps + 4), 1) gemv_4bit_bulk_##tile##_##dtype(                 \

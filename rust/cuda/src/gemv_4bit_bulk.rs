@@ -30,8 +30,8 @@ const QUAD: usize = 4;
 const OTHER_WARPS: usize = 4;
 const HIDDEN_THREADS: usize = CHUNK / 16;
 const BLOCKSIZE: usize = 64;
-/// Scales are read four blocks at a time.
-const GRAIN: usize = 256;
+/// Scales are read four at a time.
+const GRAIN: usize = BLOCKSIZE * QUAD;
 /// What is moved to L2 for the next launch: memory's work while that one begins. Twice as much costs more than it saves
 /// on an H200, as it competes with what this launch still reads.
 const EARLY_BYTES: usize = 8 << 20;
@@ -77,6 +77,7 @@ struct Weights {
     rest: i32,
     early: i32,
     gated: bool,
+    plain: bool,
     n: [i32; MAX_PARTS],
     first_panel: [i32; MAX_PARTS],
     packed: OfParts<*const c_void>,
@@ -148,9 +149,12 @@ fn map_of(product: &Gemv4bit<'_>) -> *const c_void {
 /// What the kernels of sm_90 and later take of one product.
 pub(crate) fn fits_alone(args: &Gemv4bit<'_>) -> bool {
     let (m, n, k) = (args.shape.m, args.shape.n, args.shape.k);
-    let scales = matches!(args.absmax, Absmax::Nested { codes, .. } if aligned(codes, 4));
-    let known = args.x.dtype() != DType::F32 && args.blocksize == BLOCKSIZE && k > 0 && k % GRAIN == 0;
-    let small = n * k < MOST_WEIGHTS && n < MOST_ROWS && m.div_ceil(FORMS[0].tile) <= 65535;
+    let scales = match args.absmax {
+        Absmax::Nested { codes, .. } => aligned(codes, 4),
+        Absmax::Plain { absmax } => aligned(absmax, 16),
+    };
+    let known = args.x.dtype() != DType::F32 && args.blocksize == BLOCKSIZE && k > 0 && k % BLOCKSIZE == 0;
+    let small = n * k % GRAIN == 0 && n * k < MOST_WEIGHTS && n < MOST_ROWS && m.div_ceil(FORMS[0].tile) <= 65535;
     known && small && scales && aligned(args.x, 16) && aligned(args.packed, 16)
 }
 
@@ -177,7 +181,7 @@ impl Weight {
     fn new(product: &Gemv4bit<'_>) -> Self {
         let (codes, nested) = match product.absmax {
             Absmax::Nested { codes, absmax, .. } => (codes.ptr(), absmax.ptr()),
-            Absmax::Plain { .. } => (ptr::null(), ptr::null()),
+            Absmax::Plain { absmax } => (absmax.ptr(), ptr::null()),
         };
         Self { packed: product.packed.ptr(), codes, nested, n: product.shape.n }
     }
@@ -199,7 +203,7 @@ impl Weights {
     fn new(given: &[Weight], k: usize, gated: bool, form: &Form, multiprocessors: usize) -> (Self, usize) {
         let (rows, parts) = (if gated { HALF } else { PANEL }, parts(given, gated));
         let (mut weights, blocks, mut panels) = (Self::none(), k / BLOCKSIZE, 0);
-        (weights.k, weights.gated) = (k as i32, gated);
+        (weights.k, weights.gated, weights.plain) = (k as i32, gated, given[0].nested.is_null());
         weights.slice = blocks.div_ceil(blocks.div_ceil(form.slice())).next_multiple_of(QUAD) as i32;
         for i in 0..MAX_PARTS {
             let halves = parts[i.min(parts.len() - 1)];
@@ -331,8 +335,8 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     let head = given[0];
     let misfits = |other: &Gemv4bit<'_>| !fits_alone(other) || map_of(other) != map_of(head);
     if let Some(other) = given.iter().find(|other| misfits(other) || !runs_on(launcher.limits())) {
-        let expected = "double quantization with one map, blocks of 64, K a multiple of 256, aligned to 16 bytes, and \
-                        a GPU of compute capability 9.0 or later";
+        let expected = "blocks of 64, K a multiple of 64, N * K one of 256, scales of one map or none, aligned to 16 \
+                        bytes, and a GPU of compute capability 9.0 or later";
         let got = format!("{:?}", other.shape);
         return Err(Error::Argument { op: "gemv_4bit_fused", name: "packed", expected, got });
     }

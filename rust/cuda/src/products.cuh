@@ -23,8 +23,9 @@ struct alignas(64) Weights {
     int share, rest;                          // panels of each CTA, and one more for the first so many
     int early;                                // items of each CTA that may be moved to L2 before the launch
     bool gated;                               // parts are pairs of gate and up
+    bool plain;                               // scales are fp32, in place of codes
     int N[MAX_PARTS], first_panel[MAX_PARTS]; // parts that are not there begin past the last panel
-    OfParts<const uint8_t*> packed, codes;    // codes of the scales
+    OfParts<const uint8_t*> packed, codes;    // codes of the scales, or the scales
     OfParts<const float*> nested;             // scales of the scales
 };
 
