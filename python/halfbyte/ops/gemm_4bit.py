@@ -81,8 +81,7 @@ def _fills_tiles(x: Tensor, n: int) -> bool:
     """Whether tiles of x W^T, each on a multiprocessor, waste less time than dequantizing W takes.
 
     A whole wave of tiles takes 1.12 times a bf16 product of as many elements, and W, dequantized,
-    230 / M times that product, as measured on an H200. In fp16 the kernel, which rounds a weight
-    twice, would be less exact.
+    230 / M times that product, as measured on an H200. The tiles that exist for fp16 take longer.
     """
     if x.dtype != torch.bfloat16:
         return False
