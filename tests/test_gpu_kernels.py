@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import QuantState, _core
-from halfbyte.ops import gemm_4bit
+from halfbyte.ops import dequantize_4bit, gemm_4bit
 from halfbyte.ops.gemm_4bit import is_dequantized
 from halfbyte.ops.gemv_4bit_fused import LowRank, Product, fuses, gemv_4bit_fused
 from halfbyte.ops.quant_state import Nested
@@ -404,26 +404,13 @@ def test_gemv_4bit_reads_every_weight_in_every_place(dtype):
 @pytest.mark.parametrize("M", [1, 5, 8, 16, 17, 33, 64, 65, 128, 256, 512])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_are_no_less_accurate_than_bitsandbytes(dtype, M):
-    """Than its dequantized weight, multiplied as exactly as fp32 can."""
-    functional = pytest.importorskip("bitsandbytes.functional")
+    """Than its dequantized weight, whose bits are ours, multiplied as exactly as fp32 can."""
     linear, x = Linear(4096, 2048), rows(M, 2048, dtype)
+    state = linear.state(dtype)
     exact = (x.double() @ linear.weight().to(CUDA).T).cpu()
-    absmax, nested_absmax, nested_map, offset = linear.scale
-    state = functional.QuantState(
-        absmax=absmax,
-        shape=torch.Size([linear.N, linear.K]),
-        code=torch.tensor(_core.codebook("nf4"), device=CUDA),
-        blocksize=64,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=torch.tensor(offset, device=CUDA),
-        state2=functional.QuantState(
-            absmax=nested_absmax, code=nested_map, blocksize=256, dtype=torch.float32
-        ),
-    )
-    peer = functional.dequantize_4bit(linear.packed.view(-1, 1), state)
-    y = gemm_4bit(x, linear.packed, linear.state(dtype))
-    if is_dequantized(x, linear.state(dtype)):
+    peer = dequantize_4bit(linear.packed, state)
+    y = gemm_4bit(x, linear.packed, state)
+    if is_dequantized(x, state):
         return same(y, x @ peer.T)
     theirs = (x.float() @ peer.float().T).to(dtype)
     # Of many rows in bf16 a table of fp16 is rounded before its scaled values are: 0.1 % more.
