@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +23,7 @@ import torch
 from bench import Timing, append_row, summary, time_row
 from contenders import bnb_state
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from halfbyte import Linear4bit, QuantState, _core, dequantize_4bit, quantize_4bit
 from halfbyte.lora import LoRALinear
@@ -42,10 +43,11 @@ Call = Callable[[], object]
 
 @dataclass
 class Contender:
-    """Calls on buffer after buffer; `replay` queues all of them."""
+    """Calls on buffer after buffer; `replay` queues all, `kernels` names what their graph runs."""
 
     calls: int
     replay: Callable[[], None]
+    kernels: Callable[[], list[str]] = list
 
 
 def rotated(items: Iterable, work: Callable[..., object], calls: int) -> list[Call]:
@@ -64,11 +66,20 @@ def graphed(items: list, work: Callable[..., object]) -> Contender:
     with torch.cuda.stream(side):
         calls[0]()
     side.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return Contender(len(calls), graph.replay)
+    return Contender(len(calls), graph.replay, partial(kernels_of, graph))
+
+
+def kernels_of(graph: torch.cuda.CUDAGraph) -> list[str]:
+    """Names, from the graph itself: a profiler makes all later launches half a us longer."""
+    with tempfile.NamedTemporaryFile("r", suffix=".dot") as file, warnings.catch_warnings():
+        # torch warns that this is for debugging.
+        warnings.simplefilter("ignore")
+        graph.debug_dump(file.name)
+        return sorted(set(re.findall(r"\| (\S+?)\\<\\<\\<", file.read())))
 
 
 def eager(items: list, work: Callable[..., object]) -> Contender:
@@ -220,15 +231,6 @@ def floor_us(nbytes: float) -> float | None:
     return nbytes / rates[0] * 1e6 if rates else None
 
 
-def kernels_of(contender: Contender) -> list[str]:
-    """Names of all that one replay runs on the device."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        contender.replay()
-        torch.cuda.synchronize()
-    events = profiler.events() or []
-    return sorted({event.name for event in events if event.device_type == DeviceType.CUDA})
-
-
 def report(
     bench: str,
     contenders: dict[str, Contender],
@@ -240,7 +242,7 @@ def report(
     """One row, and a line for the reader; nbytes: that must move, None where they are no bound."""
     times = measure(contenders, rounds)
     row = time_row(bench, times, floor_us(nbytes) if nbytes else None, dtype=dtype, **sizes)
-    row["kernels"] = kernels_of(contenders["halfbyte"])
+    row["kernels"] = contenders["halfbyte"].kernels()
     append_row("kernels", row)
     label = bench + "".join(f" {letter}={size}" for letter, size in sizes.items())
     line = f"{label:44} {row['us']:9.2f} us"
