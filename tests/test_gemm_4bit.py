@@ -113,6 +113,7 @@ def test_rows_of_kernels_follow_the_capability(monkeypatch, found, rows, few, ma
         assert taken(dtype=torch.float16) == (few, min(many, 256))
         for other in [{"k": 320}, {"dtype": torch.float32}, {"nested": False}, {"blocksize": 128}]:
             assert taken(**other) == (8, 0)
+        assert taken(k=500) == (0, 0)
 
 
 @pytest.mark.gpu
