@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
-from kernels import Contender, copies, graphed, report
+from kernels import Contender, copies, eager, graphed, report
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte import _core
+from halfbyte import _core, optim
+from halfbyte.pager import BLOCKSIZE
 
 Making = Callable[[int, int], tuple[dict[str, Contender], float]]
 SIZES = [(1, 4096), (16, 4096), (8192, 4096), (8192, 8192)]  # rows (tokens), columns
 EPS = 1e-5
 HEAD_DIM = 128
+# Parameters below which AdamW's time is that of calling it.
+FEW_PARAMETERS = 1 << 24
 
 
 def random(*shape: int) -> Tensor:
@@ -141,6 +145,21 @@ def swiglu_backward(rows: int, columns: int) -> tuple[dict[str, Contender], floa
     return contenders, 10 * rows * columns
 
 
+def adamw(state: str, rows: int, columns: int) -> tuple[dict[str, Contender], float]:
+    """Of parameters in fp32, called as in training; the peer's state is in fp32."""
+    param = torch.nn.Parameter(torch.randn(rows, columns, device="cuda"))
+    param.grad = 1e-3 * torch.randn_like(param)
+    ours = optim.AdamW([param], state=state, placement="device")
+    theirs = torch.optim.AdamW([param], fused=True)
+    contenders = {
+        "halfbyte": eager([ours], lambda optimizer: optimizer.step()),
+        "torch fused": eager([theirs], lambda optimizer: optimizer.step()),
+    }
+    # The parameter, its gradient, both moments and their scales.
+    moments = 4 * 4 if state == "fp32" else 4 * (1 + 4 / BLOCKSIZE)
+    return contenders, (8 + 4 + moments) * rows * columns
+
+
 OPS: dict[str, Making] = {
     "copy": copy,
     "rms_norm": rms_norm,
@@ -150,6 +169,8 @@ OPS: dict[str, Making] = {
     "rope": rope,
     "swiglu": swiglu,
     "swiglu_backward": swiglu_backward,
+    "adamw fp32": partial(adamw, "fp32"),
+    "adamw 8bit": partial(adamw, "8bit"),
 }
 
 
@@ -162,8 +183,12 @@ def main() -> None:
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes or []]
     for rows, columns in sizes or SIZES:
         for name in args.ops:
+            is_adamw = name.startswith("adamw")
+            if is_adamw and rows * columns < FEW_PARAMETERS:
+                continue
             contenders, nbytes = OPS[name](rows, columns)
-            report(name, contenders, nbytes, args.rounds, M=rows, N=columns)
+            dtype = "fp32" if is_adamw else "bf16"
+            report(name, contenders, nbytes, args.rounds, dtype, M=rows, N=columns)
             del contenders
             torch.cuda.empty_cache()
 

@@ -1,5 +1,8 @@
 """The CUDA kernels, one launch each, beside torch in bf16 and bitsandbytes on the same bytes.
 
+Also beside torch's product of a weight that halfbyte dequantized. Each row names the kernels that
+ran, so that a slower path does not stay unseen.
+
 NF4 with double quantization and blocks of 64. Weights come from a rotation larger than any L2, and
 are random: zeros run faster than data. Every contender's calls are captured in one CUDA graph, so
 launch overhead between them is the device's own, and graphs are replayed in turn, round by round.
@@ -9,6 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +25,7 @@ from contenders import bnb_state
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte import Linear4bit, QuantState, _core, quantize_4bit
+from halfbyte import Linear4bit, QuantState, _core, dequantize_4bit, quantize_4bit
 from halfbyte.lora import LoRALinear
 from halfbyte.ops import gemm_4bit
 
@@ -37,10 +43,11 @@ Call = Callable[[], object]
 
 @dataclass
 class Contender:
-    """Calls on buffer after buffer; `replay` queues all of them."""
+    """Calls on buffer after buffer; `replay` queues all, `kernels` names what their graph runs."""
 
     calls: int
     replay: Callable[[], None]
+    kernels: Callable[[], list[str]] = list
 
 
 def rotated(items: Iterable, work: Callable[..., object], calls: int) -> list[Call]:
@@ -59,11 +66,20 @@ def graphed(items: list, work: Callable[..., object]) -> Contender:
     with torch.cuda.stream(side):
         calls[0]()
     side.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return Contender(len(calls), graph.replay)
+    return Contender(len(calls), graph.replay, partial(kernels_of, graph))
+
+
+def kernels_of(graph: torch.cuda.CUDAGraph) -> list[str]:
+    """Names, from the graph itself: a profiler makes all later launches half a us longer."""
+    with tempfile.NamedTemporaryFile("r", suffix=".dot") as file, warnings.catch_warnings():
+        # torch warns that this is for debugging.
+        warnings.simplefilter("ignore")
+        graph.debug_dump(file.name)
+        return sorted(set(re.findall(r"\| (\S+?)\\<\\<\\<", file.read())))
 
 
 def eager(items: list, work: Callable[..., object]) -> Contender:
@@ -112,6 +128,9 @@ def product_contenders(packed: list[Packed], dense: list[Tensor], m: int) -> dic
     x = torch.randn(m, packed[0].state.shape[1], device="cuda", dtype=torch.bfloat16)
     contenders = {"halfbyte": graphed(packed, lambda w: gemm_4bit(x, w.codes, w.state))}
     contenders["torch bf16"] = graphed(dense, lambda w: F.linear(x, w))
+    contenders["dequantize, torch bf16"] = graphed(
+        packed, lambda w: F.linear(x, dequantize_4bit(w.codes, w.state))
+    )
     if bitsandbytes := bnb_items(packed):
         from bitsandbytes import matmul_4bit
 
@@ -212,16 +231,26 @@ def floor_us(nbytes: float) -> float | None:
     return nbytes / rates[0] * 1e6 if rates else None
 
 
-def report(bench: str, contenders: dict[str, Contender], nbytes: float, rounds: int, **sizes: int):
+def report(
+    bench: str,
+    contenders: dict[str, Contender],
+    nbytes: float | None,
+    rounds: int,
+    dtype: str = "bf16",
+    **sizes: int,
+) -> None:
+    """One row, and a line for the reader; nbytes: that must move, None where they are no bound."""
     times = measure(contenders, rounds)
-    row = time_row(bench, times, floor_us(nbytes), dtype="bf16", **sizes)
+    row = time_row(bench, times, floor_us(nbytes) if nbytes else None, dtype=dtype, **sizes)
+    row["kernels"] = contenders["halfbyte"].kernels()
     append_row("kernels", row)
     label = bench + "".join(f" {letter}={size}" for letter, size in sizes.items())
-    rate = nbytes / times["halfbyte"].median / 1e9
-    line = f"{label:44} {row['us']:9.2f} us {rate:7.0f} GB/s"
+    line = f"{label:44} {row['us']:9.2f} us"
+    if nbytes:
+        line += f" {nbytes / times['halfbyte'].median / 1e9:7.0f} GB/s"
     if "floor_us" in row:
         line += f" {100 * row['floor_us'] / row['us']:4.0f} % of floor"
-    print(line, row["peers"], flush=True)
+    print(line, row["peers"], *(name[:60] for name in row["kernels"]), flush=True)
 
 
 def bench_shape(n: int, k: int, ops: list[str], rounds: int) -> None:
@@ -240,7 +269,7 @@ def bench_shape(n: int, k: int, ops: list[str], rounds: int) -> None:
     if "training" in ops:
         for m in TRAINING_ROWS:
             contenders = training_contenders(packed, dense, m)
-            report("training step of a layer", contenders, stored, rounds, **sizes, M=m, r=64)
+            report("training step of a layer", contenders, None, rounds, **sizes, M=m, r=64)
     if "dequantize" in ops:
         contenders = dequantize_contenders(packed)
         report("dequantize_4bit", contenders, stored + 2 * weights, rounds, **sizes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from bench import RESULTS
+from kernels import SHAPES
 
 COPY_RATE = 4.3e12
 MULTIPLY_RATE = 790e12
@@ -26,7 +27,7 @@ def main() -> None:
     lines = (RESULTS / "kernels.jsonl").read_text().splitlines()
     rows = newest([json.loads(line) for line in lines])
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for i, (n, k) in enumerate(sorted({key[:2] for key in rows})):
+    for i, (n, k) in enumerate(sorted(SHAPES)):
         own, peer = [], []
         for m in sorted(key[2] for key in rows if key[:2] == (n, k)):
             row, flops = rows[n, k, m], 2 * m * n * k

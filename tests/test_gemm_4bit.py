@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import halfbyte
@@ -84,6 +85,39 @@ def test_tiles_are_taken_where_they_were_faster_on_an_h200(monkeypatch, rows, n,
     assert not module._fills_tiles(x.half(), n)
 
 
+@pytest.mark.parametrize(
+    "found, rows, few, many",
+    [
+        ((7, 5), 100, 8, 0),
+        ((8, 0), 100, 32, 0),
+        ((8, 6), 100, 32, 0),
+        ((9, 0), 100, 16, 256),
+        ((9, 0), 512, 16, 512),
+        ((9, 0), 4096, 16, 256),
+        ((10, 0), 100, 32, 0),
+        ((12, 0), 100, 32, 0),
+    ],
+)
+def test_rows_of_kernels_follow_the_capability(monkeypatch, found, rows, few, many):
+    module = sys.modules["halfbyte.ops.gemm_4bit"]
+    monkeypatch.setattr(module, "capability", lambda index: found)
+    monkeypatch.setattr(module, "_multiprocessors", lambda index: 132)
+
+    def taken(k=512, dtype=torch.bfloat16, nested=True, blocksize=64):
+        x = torch.empty(rows, k, dtype=dtype, device="cuda")
+        return module._code_rows(x, 4096, nested, blocksize)
+
+    with FakeTensorMode():
+        assert taken() == (few, many)
+        # Of fp16 no tile is worth its time beyond that.
+        assert taken(dtype=torch.float16) == (few, min(many, 256))
+        for other in [{"k": 96}, {"dtype": torch.float32}, {"blocksize": 128}]:
+            assert taken(**other) == (8, 0)
+        for other in [{"k": 320}, {"nested": False}]:
+            assert taken(**other) == ((few, 0) if found >= (9, 0) else (8, 0))
+        assert taken(k=500) == (0, 0)
+
+
 @pytest.mark.gpu
 def test_hundreds_of_rows_are_multiplied_from_codes_where_tiles_are_full():
     if torch.cuda.get_device_capability() != (9, 0):
@@ -114,11 +148,13 @@ def test_leading_shapes_and_empty(device, lead):
     assert x.grad.shape == x.shape
 
 
-def test_non_contiguous_input(device):
-    _, packed, state, _ = case(1, 24, 64, torch.float32, device)
-    wide = torch.randn(6, 128, device=device)
-    for x in (wide[:, ::2], wide[:, 64:], torch.randn(64, 6, device=device).t(),
-              wide[:1, :64].expand(6, 64)):  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, k", [(6, 64), (6, 256), (40, 256)])
+def test_non_contiguous_input(device, dtype, rows, k):
+    _, packed, state, _ = case(1, 24, k, dtype, device, double_quant=k == 256)
+    wide = torch.randn(rows, 2 * k, device=device, dtype=dtype)
+    for x in (wide[:, ::2], wide[:, k:], wide[:, :k], wide[:1, :k].expand(rows, k),
+              torch.randn(k, rows, device=device, dtype=dtype).t()):  # fmt: skip
         # Another stride may take another library kernel, so equal to rounding, not to the bit.
         torch.testing.assert_close(
             gemm_4bit(x, packed, state), gemm_4bit(x.contiguous(), packed, state)
@@ -315,8 +351,9 @@ def test_autocast_computes_in_its_dtype(device):
 
 
 @pytest.mark.gpu
-def test_capture_in_a_cuda_graph_and_a_side_stream():
-    x, packed, state, _ = case(1, 512, 1024, torch.bfloat16, "cuda", double_quant=True)
+@pytest.mark.parametrize("rows", [1, 33, 200])
+def test_capture_in_a_cuda_graph_and_a_side_stream(rows):
+    x, packed, state, _ = case(rows, 512, 1024, torch.bfloat16, "cuda", double_quant=True)
     expected = gemm_4bit(x, packed, state)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -296,6 +296,20 @@ def test_arguments_are_checked():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads, kv_heads", [(8, 2), (8, 8)])
+@pytest.mark.parametrize("codes", [False, True], ids=["plain", "codes"])
+def test_runs_give_equal_bits_beside_other_work(heads, kv_heads, codes):
+    case = Case([1000, 5, 300], heads, kv_heads, 128, torch.bfloat16, "cuda", codes=codes)
+    first = case.run()
+    other, side = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(100):
+        with torch.cuda.stream(side):
+            other = (other @ other).clamp(-1, 1)
+        assert torch.equal(case.run(), first)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [2, 8])
 def test_one_capture_serves_every_length(kv_heads):
     case = Case([1, 1], 8, kv_heads, 128, torch.bfloat16, "cuda", width=30)

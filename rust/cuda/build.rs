@@ -2,7 +2,7 @@
 //!
 //! | variable | meaning |
 //! |---|---|
-//! | `HALFBYTE_CUDA` | `1`: nvcc is required; `0`: CPU only; `auto` (default): CPU only, with a warning, if none is found |
+//! | `HALFBYTE_CUDA` | `1`: nvcc is required, and that no kernel spills registers; `0`: CPU only; `auto` (default): CPU only, with a warning, if none is found |
 //! | `HALFBYTE_CUDA_ARCHS` | comma-separated targets: `90a` for machine code, `compute_80` for PTX |
 //! | `HALFBYTE_NVCC`, `NVCC` | the nvcc to use, before the one of the Python packages, `CUDA_HOME`, `CUDA_PATH` and PATH |
 
@@ -40,6 +40,8 @@ const FAMILIES: &[&str] = &[
 /// One image a generation, and PTX for what comes after them.
 const DEFAULT_ARCHS: &str = "75,80,86,89,90a,100,120,compute_80";
 
+const NO_SPILLS: &str = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+
 fn main() {
     println!("cargo::rerun-if-changed=build");
     for name in ["HALFBYTE_CUDA", "HALFBYTE_CUDA_ARCHS"].iter().chain(&nvcc::VARIABLES) {
@@ -60,7 +62,7 @@ fn build() -> Result<(), String> {
     let mode = env::var("HALFBYTE_CUDA").unwrap_or_else(|_| "auto".to_string());
     match mode.as_str() {
         "0" => without_kernels(&out),
-        "1" => with_kernels(&out, &nvcc::find()?),
+        "1" => with_kernels(&out, &nvcc::find()?).and_then(|()| refuse_spills(&out)),
         "auto" | "" => match nvcc::find() {
             Ok(nvcc) => with_kernels(&out, &nvcc),
             Err(reason) if nvcc::is_named() => Err(reason),
@@ -78,6 +80,22 @@ fn with_kernels(out: &Path, nvcc: &Nvcc) -> Result<(), String> {
     nvcc.compile_all(FAMILIES, &archs, out)?;
     println!("cargo::rustc-env=HALFBYTE_BUILT_BY={}", nvcc.version);
     println!("cargo::rustc-env=HALFBYTE_BUILT_FOR={}", archs.join(","));
+    Ok(())
+}
+
+/// By ptxas' reports of all families and targets.
+fn refuse_spills(out: &Path) -> Result<(), String> {
+    for family in FAMILIES {
+        let report = read(&out.join(format!("{family}.ptxas")))?;
+        let mut kernel = "";
+        for line in report.lines() {
+            if line.contains("Compiling entry function") {
+                kernel = line;
+            } else if line.contains("bytes stack frame") && line.trim() != NO_SPILLS {
+                return Err(format!("{family}: {}\n{kernel}", line.trim()));
+            }
+        }
+    }
     Ok(())
 }
 

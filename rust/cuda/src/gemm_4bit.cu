@@ -7,7 +7,8 @@
 // In a tile of few rows of x, scales enter the fp32 sums of a block, so that the only rounding of a weight is that of
 // sixteen constants; a small kernel before this one writes x in the order in which the bytes of W feed the contraction.
 // The halves of such a tile may be rows of a gate and an up projection; then out is their SwiGLU. The sums of many rows
-// fill the registers: there scales enter the weights, which are rounded once to the type of x, and x is read as it is.
+// fill the registers: there scales enter the weights, whose values in fp16 are rounded once more to the bf16 of x, and
+// x is read as it is. x of fp16 would show the first rounding, so for it there are no such tiles.
 #include "absmax.cuh"
 #include "cluster.cuh"
 #include "codes.cuh"
@@ -370,8 +371,8 @@ struct Few {
     }
 };
 
-// TOKENS rows of x, many, by 128 rows of W.
-template <typename T, int TOKENS>
+// TOKENS rows of x in bf16, many, by 128 rows of W.
+template <int TOKENS>
 struct Many {
     static constexpr int ROWS = 128, MULTIPLIERS = 256;
     static constexpr int STAGES = TOKENS == 256 ? 2 : 3;
@@ -491,7 +492,7 @@ struct Many {
                 const uint64_t b = swizzled_rows(shared.x[block % X_STAGES]);
 #pragma unroll
                 for (int step = 0; step < 4; ++step)
-                    Wgmma<T, TOKENS>::run(sum, a[j % 2][step], b + step * 2, block > 0 || step > 0);
+                    Wgmma<bf16, TOKENS>::run(sum, a[j % 2][step], b + step * 2, block > 0 || step > 0);
                 asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
                 if (block > 0)
                     release(shared.x_empty[(block - 1) % X_STAGES]);
@@ -532,7 +533,7 @@ struct Many {
     // The table holds fp16, which has more bits than a rounded weight of bf16.
     __device__ uint32_t weights(uint32_t word, float scale) const {
         const uint32_t pair = table.pair(word, lane_id() % 4);
-        return narrow2<T>(widen(f16{uint16_t(pair)}) * scale, widen(f16{uint16_t(pair >> 16)}) * scale);
+        return narrow2<bf16>(widen(f16{uint16_t(pair)}) * scale, widen(f16{uint16_t(pair >> 16)}) * scale);
     }
 };
 
@@ -572,10 +573,10 @@ __device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K,
     cluster_sync(); // the others may still be reading here
 }
 
-template <typename T, int TOKENS>
+template <int TOKENS>
 __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K, int splits, bool,
                               const Codebook& codebook, float gain) {
-    using Tile = Many<T, TOKENS>;
+    using Tile = Many<TOKENS>;
     using Shared = typename Tile::Shared;
     extern __shared__ char dynamic[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic + (-shared_address(dynamic) & 1023));
@@ -594,7 +595,7 @@ __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K
         publish<TOKENS, Tile::ROWS>(shared.sums, sum, Tile::lane_row());
         cluster_sync();
         wait_for_previous_kernel();
-        finish<T, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, false, 1.0f);
+        finish<bf16, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, false, 1.0f);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
         if (job == 0 && lane_id() == 0)
@@ -619,7 +620,7 @@ __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K
 template <typename T, int TOKENS, int GROUPS>
 __device__ void multiply_few(const Parts&, const Map&, int, int, int, bool, const Codebook&, float) {}
 
-template <typename T, int TOKENS>
+template <int TOKENS>
 __device__ void multiply_many(const Parts&, const Map&, int, int, int, bool, const Codebook&, float) {}
 
 #endif
@@ -637,9 +638,9 @@ __device__ void multiply_many(const Parts&, const Map&, int, int, int, bool, con
 #define GEMM_4BIT_FEW(T, dtype, tokens, groups, shared_bytes)                                                          \
     HAS_SIZE(shared_bytes, Few<T, tokens, groups>)                                                                     \
     GEMM_4BIT(tokens##x##groups##_##dtype, 128 * (groups + 1), (multiply_few<T, tokens, groups>))
-#define GEMM_4BIT_MANY(T, dtype, tokens, shared_bytes)                                                                 \
-    HAS_SIZE(shared_bytes, Many<T, tokens>)                                                                            \
-    GEMM_4BIT(many_##tokens##_##dtype, 384, (multiply_many<T, tokens>))
+#define GEMM_4BIT_MANY(tokens, shared_bytes)                                                                           \
+    HAS_SIZE(shared_bytes, Many<tokens>)                                                                               \
+    GEMM_4BIT(many_##tokens##_bf16, 384, multiply_many<tokens>)
 
 #define GEMM_4BIT_TILES(T, dtype)                                                                                      \
     GEMM_4BIT_FEW(T, dtype, 32, 2, 171008)                                                                             \
@@ -648,9 +649,9 @@ __device__ void multiply_many(const Parts&, const Map&, int, int, int, bool, con
     GEMM_4BIT_FEW(T, dtype, 64, 2, 220160)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 64, 3, 215040)                                                                             \
     GEMM_4BIT_FEW(T, dtype, 64, 4, 205824)                                                                             \
-    GEMM_4BIT_FEW(T, dtype, 128, 2, 220160)                                                                            \
-    GEMM_4BIT_MANY(T, dtype, 128, 220160)                                                                              \
-    GEMM_4BIT_MANY(T, dtype, 256, 201728)
+    GEMM_4BIT_FEW(T, dtype, 128, 2, 220160)
 
 GEMM_4BIT_TILES(f16, f16)
 GEMM_4BIT_TILES(bf16, bf16)
+GEMM_4BIT_MANY(128, 220160)
+GEMM_4BIT_MANY(256, 201728)

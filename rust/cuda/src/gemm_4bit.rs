@@ -11,17 +11,8 @@ use crate::gemv_4bit;
 use crate::gemv_4bit_bulk::{self, Codebook, codebook};
 use crate::launch::{Family, Geometry, Launcher, Limits, Matrix, extent, family};
 
-/// Tiles, first in fp16, then in bf16.
-const KERNELS: [&str; 19] = [
-    "gemm_4bit_32x2_f16",
-    "gemm_4bit_32x3_f16",
-    "gemm_4bit_32x4_f16",
-    "gemm_4bit_64x2_f16",
-    "gemm_4bit_64x3_f16",
-    "gemm_4bit_64x4_f16",
-    "gemm_4bit_128x2_f16",
-    "gemm_4bit_many_128_f16",
-    "gemm_4bit_many_256_f16",
+/// Tiles in bf16, then those in fp16.
+const KERNELS: [&str; 17] = [
     "gemm_4bit_32x2_bf16",
     "gemm_4bit_32x3_bf16",
     "gemm_4bit_32x4_bf16",
@@ -31,6 +22,13 @@ const KERNELS: [&str; 19] = [
     "gemm_4bit_128x2_bf16",
     "gemm_4bit_many_128_bf16",
     "gemm_4bit_many_256_bf16",
+    "gemm_4bit_32x2_f16",
+    "gemm_4bit_32x3_f16",
+    "gemm_4bit_32x4_f16",
+    "gemm_4bit_64x2_f16",
+    "gemm_4bit_64x3_f16",
+    "gemm_4bit_64x4_f16",
+    "gemm_4bit_128x2_f16",
     "gemm_4bit_permute",
 ];
 pub(crate) static FAMILY: Family = family!("gemm_4bit", &KERNELS);
@@ -45,7 +43,8 @@ pub(crate) struct Tile {
     /// us of a line of K, and of start and end; measured on an H200
     line: f64,
     ends: f64,
-    /// Scales enter the sums, and x is permuted before; else they enter the weights.
+    /// Scales enter the sums, and x is permuted before; else they enter the weights, in bf16 alone: there no rounding
+    /// but that of a weight counts.
     permutes: bool,
 }
 
@@ -75,7 +74,7 @@ pub(crate) const MAX_PARTS: usize = MAX_GROUP;
 /// Most rows of x with which several weights go together.
 const TOGETHER: usize = 64;
 /// Swizzled memory begins at a multiple of this.
-const ALIGNMENT: usize = 1024;
+pub(crate) const ALIGNMENT: usize = 1024;
 const PERMUTE_THREADS: usize = 256;
 
 /// `struct Part` of the kernels.
@@ -108,12 +107,13 @@ struct Plan {
 impl Plan {
     fn of(launcher: &Launcher, products: &[&Gemv4bit<'_>]) -> Self {
         let ns: Vec<_> = products.iter().map(|product| product.shape.n).collect();
-        plan(products[0].shape.m, &ns, products[0].shape.k, launcher.limits().multiprocessors)
+        let head = products[0];
+        plan(head.shape.m, &ns, head.shape.k, head.x.dtype(), launcher.limits().multiprocessors)
     }
 }
 
 /// The plan of least time, by waves of CTAs over the device; `ns`: of all weights that go together.
-fn plan(m: usize, ns: &[usize], k: usize, multiprocessors: usize) -> Plan {
+fn plan(m: usize, ns: &[usize], k: usize, dtype: DType, multiprocessors: usize) -> Plan {
     let ctas = |tile: &Tile, splits: usize| tiles(ns, tile) * m.div_ceil(tile.tokens) * splits;
     let time = |tile: &Tile, splits: usize| {
         let lines = (k / LINE) as f64 / splits as f64;
@@ -130,7 +130,9 @@ fn plan(m: usize, ns: &[usize], k: usize, multiprocessors: usize) -> Plan {
     };
     // Of x no more than a tile that fits, or some of half its size and less; W would be read again for more of them.
     let suits = |tile: &Tile| {
-        if m > 64 { tile.tokens >= 64 && tile.groups != 3 } else { tile.tokens == m.next_power_of_two().max(32) }
+        let fits =
+            if m > 64 { tile.tokens >= 64 && tile.groups != 3 } else { tile.tokens == m.next_power_of_two().max(32) };
+        fits && (tile.permutes || dtype == DType::BF16)
     };
     let mut best = (f64::INFINITY, Plan { tile: 0, splits: 1 });
     for splits in [1, 2, MAX_SPLITS].into_iter().filter(|&splits| splits <= k / LINE) {
@@ -152,7 +154,9 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemm4bit<'_>) -> Result<()> {
     let limits = launcher.limits();
     let Gemm4bit { group, workspace, .. } = args;
     let products: Vec<_> = group.into_products().filter(|product| product.shape.m * product.shape.n > 0).collect();
-    let takes = |products: &[Gemv4bit<'_>]| gemv_4bit_bulk::fits(limits, products) && fits(limits, &workspace);
+    let takes = |products: &[Gemv4bit<'_>]| {
+        gemv_4bit_bulk::fits(limits, products) && products.iter().all(fits_alone) && fits(limits, &workspace)
+    };
     let together = takes(&products) && products[0].shape.m <= TOGETHER;
     let launches = if together { vec![products] } else { products.into_iter().map(|product| vec![product]).collect() };
     let mut is_permuted = false;
@@ -175,6 +179,11 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemm4bit<'_>) -> Result<()> {
 /// Whether there are kernels, which is on compute capability 9.0 alone, and they take this scratch.
 fn fits(limits: Limits, workspace: &TensorMut<'_>) -> bool {
     limits.capability == (9, 0) && aligned_mut(workspace, 16)
+}
+
+/// Of what gemv_4bit_bulk takes.
+fn fits_alone(product: &Gemv4bit<'_>) -> bool {
+    matches!(product.absmax, Absmax::Nested { .. }) && product.shape.k % LINE == 0
 }
 
 /// Plain products, with SwiGLU behind them where gated, of few enough rows to go together; whether there is a kernel.
@@ -243,10 +252,11 @@ fn multiply(
         shared: tile.shared + ALIGNMENT,
         overlaps: true,
     };
-    let (codebook, gain): (Codebook, f32) = codebook(head.quant_type);
+    let of_table = if tile.permutes { head.x.dtype() } else { DType::F16 };
+    let (codebook, gain): (Codebook, f32) = codebook(head.quant_type, of_table);
     launcher.launch_clustered(
         &FAMILY,
-        KERNELS[index + if bf16 { TILES.len() } else { 0 }],
+        KERNELS[index + if bf16 { 0 } else { TILES.len() }],
         geometry,
         splits,
         args![parts, x_map, m as i32, k as i32, splits as i32, gated, codebook, gain],
@@ -256,6 +266,15 @@ fn multiply(
 const U8: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8;
 const F16: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 const BF16: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
+/// Of a CTA of that kernel.
+#[cfg(test)]
+pub(crate) fn threads_of(kernel: &str) -> usize {
+    match KERNELS.iter().position(|name| *name == kernel) {
+        Some(i) if i + 1 < KERNELS.len() => 128 * (TILES[i % TILES.len()].groups + 1),
+        _ => PERMUTE_THREADS,
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -268,11 +287,13 @@ mod tests {
             let (compiled, name) = if permutes {
                 (format!("FEW(T, dtype, {tokens}, {groups}, {shared})"), format!("{tokens}x{groups}"))
             } else {
-                (format!("MANY(T, dtype, {tokens}, {shared})"), format!("many_{tokens}"))
+                (format!("MANY({tokens}, {shared})"), format!("many_{tokens}"))
             };
             assert!(source.contains(&format!("GEMM_4BIT_{compiled}")), "{compiled}");
-            assert_eq!(KERNELS[i], format!("gemm_4bit_{name}_f16"));
-            assert_eq!(KERNELS[TILES.len() + i], format!("gemm_4bit_{name}_bf16"));
+            assert_eq!(KERNELS[i], format!("gemm_4bit_{name}_bf16"));
+            if permutes {
+                assert_eq!(KERNELS[TILES.len() + i], format!("gemm_4bit_{name}_f16"));
+            }
         }
     }
 
@@ -280,8 +301,8 @@ mod tests {
     #[test]
     fn plans_are_those_that_were_fastest() {
         let of_group = |m, ns: &[usize], k| {
-            let Plan { tile, splits } = plan(m, ns, k, 132);
-            (KERNELS[tile].trim_start_matches("gemm_4bit_").trim_end_matches("_f16"), splits)
+            let Plan { tile, splits } = plan(m, ns, k, DType::BF16, 132);
+            (KERNELS[tile].trim_start_matches("gemm_4bit_").trim_end_matches("_bf16"), splits)
         };
         let chosen = |m, n, k| of_group(m, &[n], k);
         assert_eq!(chosen(64, 8192, 8192), ("64x2", 2));
@@ -311,10 +332,20 @@ mod tests {
         }
     }
 
+    /// A weight that is rounded twice would be less exact than a dequantized one, which bf16 does not show.
+    #[test]
+    fn scales_enter_the_sums_of_fp16() {
+        for m in [9, 64, 65, 128, 256, 777] {
+            for (n, k) in [(40, 256), (4096, 4096), (28672, 8192)] {
+                assert!(TILES[plan(m, &[n], k, DType::F16, 132).tile].permutes);
+            }
+        }
+    }
+
     #[test]
     fn splits_have_lines() {
         for k in [256, 512, 768, 1024] {
-            assert!((9..300).all(|m| plan(m, &[128, 40], k, 132).splits <= k / LINE));
+            assert!((9..300).all(|m| plan(m, &[128, 40], k, DType::BF16, 132).splits <= k / LINE));
         }
     }
 }

@@ -142,7 +142,7 @@ __device__ void gemv_mma(const T* x, const uint8_t* packed, const Absmax& absmax
 
     for (int panel = first; panel < min(first + 2, last); ++panel)
         weight.prefetch(panel, line_first);
-    const float gain = table_gain(quant_type), entry = CODEBOOK_4BIT[quant_type][lane_id() % 16] * gain;
+    const float gain = table_gain<T>(quant_type), entry = CODEBOOK_4BIT[quant_type][lane_id() % 16] * gain;
     fill_table(shared, 0, blockDim.x, [&](int b) { return narrow2<T>(lookup16(entry, b >> 4), lookup16(entry, b)); });
     wait_for_previous_kernel();
 

@@ -21,7 +21,7 @@ pub(crate) static FAMILY: Family = family!("paged_attention_bulk", &KERNELS);
 pub(crate) const CHUNK: usize = 64;
 /// Most parts of a row, and CTAs of a cluster.
 pub(crate) const PARTS: usize = 16;
-const THREADS: usize = 32 * CHUNK / BLOCK;
+pub(crate) const THREADS: usize = 32 * CHUNK / BLOCK;
 /// What a CTA has in shared memory, without its parts; by elements of a head.
 const SHARED_BYTES: [usize; 2] = [17200, 33968];
 

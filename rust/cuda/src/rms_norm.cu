@@ -339,8 +339,15 @@ ROWS(f16, f16, f16_f16)
 ROWS(bf16, float, bf16_f32)
 ROWS(bf16, bf16, bf16_bf16)
 
+// Of a CTA that sums over rows, on one multiprocessor; with four, what is in flight of 16 bits would spill there.
+#if __CUDA_ARCH__ < 1000
+constexpr int RESIDENT = 4;
+#else
+constexpr int RESIDENT = 3;
+#endif
+
 #define COLUMNS(T, dtype)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(STRIP, 4)                                                             \
+    extern "C" __global__ void __launch_bounds__(STRIP, RESIDENT)                                                      \
         rms_norm_partials_##dtype(const T* grad, const T* x, const float* roots, float* partials, int64_t rows,        \
                                   int64_t columns, int64_t rows_a_slice, bool vector) {                                \
         rms_norm_partials(grad, x, roots, partials, rows, columns, rows_a_slice, vector);                              \

@@ -4,6 +4,9 @@ use halfbyte_core::codebook::{
     DYNAMIC_SIGNED, FP4, FP4_RANKS, INT4, INT4_RANKS, NEAREST_UNSIGNED, NF4, NF4_RANKS, encode_grid,
 };
 
+use halfbyte_core::DType;
+use halfbyte_core::quant_state::QuantType;
+
 use crate::launch::Family;
 
 struct Sources {
@@ -77,6 +80,67 @@ fn no_kernel_spills_or_uses_local_memory() {
     }
 }
 
+/// Most threads of a CTA with which a kernel is launched.
+fn threads(family: &str, kernel: &str) -> usize {
+    let of_warps = |warps| 32 * warps;
+    match family {
+        "adamw" => crate::adamw::THREADS as usize,
+        "cross_entropy" => crate::cross_entropy::THREADS as usize,
+        "dequantize_4bit" => crate::dequantize_4bit::THREADS as usize,
+        "dequantize_blockwise" => crate::dequantize_blockwise::THREADS as usize,
+        "double_quantize" => crate::double_quantize::THREADS as usize,
+        "draw" => crate::draw::THREADS as usize,
+        "gemm_4bit" => crate::gemm_4bit::threads_of(kernel),
+        "gemv_4bit" => of_warps(crate::gemv_4bit::MAX_WARPS),
+        "gemv_4bit_bulk" => crate::gemv_4bit_bulk::threads_of(kernel),
+        "gemv_4bit_mma" => of_warps(crate::gemv_4bit_mma::MAX_WARPS),
+        "paged_attention" | "paged_attention_mma" => of_warps(crate::paged_attention::WARPS),
+        "paged_attention_bulk" => crate::paged_attention_bulk::THREADS,
+        "quantize_4bit" => crate::quantize_4bit::THREADS as usize,
+        "quantize_blockwise" => crate::quantize_blockwise::THREADS as usize,
+        "rms_norm" => crate::rms_norm::MAX_THREADS,
+        "rope" => crate::rope::THREADS as usize,
+        "swiglu" => crate::swiglu::THREADS as usize,
+        other => panic!("{other}: how many threads?"),
+    }
+}
+
+/// Each kernel of a report with its registers a thread and its bytes of static shared memory, once a target.
+fn resources(ptxas: &str) -> Vec<(&str, usize, usize)> {
+    let number = |line: &str, unit: &str| {
+        let before = line.split(unit).next().filter(|before| before.len() < line.len());
+        before.and_then(|before| before.split(' ').next_back()?.parse().ok())
+    };
+    let mut kernel = "";
+    let mut found = Vec::new();
+    for line in ptxas.lines() {
+        if let Some((_, name)) = line.split_once("Compiling entry function '") {
+            kernel = name.split('\'').next().unwrap_or(name);
+        } else if let Some(registers) = number(line, " registers") {
+            found.push((kernel, registers, number(line, " bytes smem").unwrap_or(0)));
+        }
+    }
+    found
+}
+
+/// A multiprocessor has 65536 registers, which warps get eight a thread at a time.
+#[test]
+fn a_cta_of_every_kernel_fits_a_multiprocessor() {
+    for Sources { family, ptxas, .. } in SOURCES {
+        let frames = ptxas.matches("bytes stack frame").count();
+        let found = resources(ptxas);
+        assert_eq!(found.len(), frames, "{}", family.name);
+        for (kernel, registers, shared) in found {
+            let threads = threads(family.name, kernel);
+            assert!(registers.next_multiple_of(8) * threads <= 65536, "{kernel}: {registers} of {threads} threads");
+            assert!(shared <= 48 << 10, "{kernel}: {shared} bytes of shared memory");
+        }
+    }
+    let asked = crate::gemm_4bit::TILES.map(|tile| tile.shared + crate::gemm_4bit::ALIGNMENT);
+    let asked = asked.into_iter().chain(crate::gemv_4bit_bulk::FORMS.map(|form| form.shared));
+    assert!(asked.max() <= Some(227 << 10), "more than compute capability 9.0 gives a CTA");
+}
+
 /// The value of `constexpr <type> <name> = <number>;`.
 fn constant(source: &str, name: &str) -> Option<usize> {
     let (_, rest) = source.split_once(&format!(" {name} = "))?;
@@ -132,7 +196,12 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("swiglu", "THREADS", crate::swiglu::THREADS as usize),
         ("swiglu", "WIDTH", crate::swiglu::WIDTH),
     ];
-    assert_eq!(constant(include_str!("pair_table.cuh"), "TABLE"), Some(crate::gemv_4bit_mma::TABLE));
+    let table = include_str!("pair_table.cuh");
+    assert_eq!(constant(table, "TABLE"), Some(crate::gemv_4bit_mma::TABLE));
+    for (name, dtype) in [("NF4_GAIN", DType::BF16), ("NF4_GAIN<f16>", DType::F16)] {
+        let (_, gain) = crate::gemv_4bit_bulk::codebook(QuantType::Nf4, dtype);
+        assert!(table.contains(&format!("float {name} = {gain}f;")), "{name} = {gain}");
+    }
     let products = include_str!("products.cuh");
     assert_eq!(constant(products, "MAX_PARTS"), Some(crate::gemv_4bit_bulk::MAX_PARTS));
     assert_eq!(constant(products, "PANEL"), Some(crate::gemv_4bit_bulk::PANEL));
