@@ -4,7 +4,7 @@ use cudarc::driver::sys::{CUtensorMap, CUtensorMapDataType};
 use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
 use halfbyte_core::ops::gemv_4bit_fused::Gemv4bitFused;
-use halfbyte_core::{DType, Result, TensorMut};
+use halfbyte_core::{Absmax, DType, Result, TensorMut};
 
 use crate::args::{DeviceAbsmax, KernelArg, aligned_mut, args};
 use crate::gemv_4bit;
