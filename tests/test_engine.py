@@ -128,6 +128,20 @@ def test_what_no_cache_could_hold_is_refused(model):
         Engine(model, kv_budget=10)
 
 
+def test_a_least_length_that_no_number_of_the_device_holds(model):
+    engine = Engine(model, max_batch=2)
+    other = engine.submit([9], Sampling(max_new_tokens=50))
+    engine._advance_once()
+    endless = engine.generate([1], max_new_tokens=30, min_new_tokens=1 << 31)
+    assert len(endless.token_ids) == 30 and other.reply.finish_reason is None
+    every = tuple(range(model.config.vocab_size))
+    assert engine.generate([1], stop_ids=every).finish_reason == "stop"
+    with pytest.raises(ValueError, match="stop_ids: expected an id that ends no reply, beside min"):
+        engine.generate([1], stop_ids=every, min_new_tokens=1)
+    engine.run([other])
+    assert other.reply.finish_reason == "length" and fully_free(engine)
+
+
 def test_a_prompt_as_long_as_the_context_has_no_reply(model):
     engine = Engine(model, max_batch=1)
     got = engine.generate([1] * 256)

@@ -31,6 +31,7 @@ from halfbyte import Engine, Sampling
 from halfbyte.errors import AdapterNotFoundError, ContextLengthError, QueueFullError
 from halfbyte.prefill import CHUNK
 from halfbyte.prefix_cache import PrefixCache
+from halfbyte.sampling import SamplingRows
 from halfbyte.scheduler import Scheduler
 
 
@@ -80,6 +81,31 @@ def test_running_sequences_go_on_while_a_long_prompt_is_read():
         engine._advance_once()
     assert long.prefilled >= 2 * CHUNK
     assert len(first.reply.tokens) >= before + 2
+
+
+def test_what_hinders_one_request_from_starting_ends_it_alone(model, monkeypatch):
+    engine = Engine(model, max_batch=3)
+    good = engine.submit([1, 2], Sampling(max_new_tokens=20))
+    engine._advance_once()
+    set_row = SamplingRows.set
+
+    def set_but_one(rows, row, sampling, *rest):
+        set_row(rows, row, sampling, *rest)
+        if sampling.seed == 7:
+            raise RuntimeError("no room for a seed of 7")
+
+    monkeypatch.setattr(SamplingRows, "set", set_but_one)
+    bad = engine.submit([3], Sampling(seed=7))
+    later = engine.submit([4, 5], Sampling(max_new_tokens=5))
+    engine.run([good, later])
+    assert bad.reply.finish_reason == "error" and not bad.reply.tokens
+    with pytest.raises(RuntimeError, match="a seed of 7"):
+        engine.run([bad])
+    for request in (good, later):
+        options = {"max_new_tokens": request.sampling.max_new_tokens}
+        alone = Engine(model, max_batch=1).generate(request.prompt, **options)
+        assert request.reply.tokens == alone.token_ids
+    assert fully_free(engine)
 
 
 # --- prefixes --------------------------------------------------------------------------------

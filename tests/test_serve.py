@@ -29,11 +29,12 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
+from halfbyte.sampling import SamplingRows  # noqa: E402
 from halfbyte.serve.app import Service, create_app  # noqa: E402
 from halfbyte.serve.config import ServeConfig  # noqa: E402
 from halfbyte.serve.server import make_engine  # noqa: E402
 
-CONTEXT = 512
+CONTEXT, VOCABULARY = 512, 258
 
 
 def free_port() -> int:
@@ -305,10 +306,15 @@ def test_bad_requests_are_named(url, change, message):
     assert re.search(message, error["message"]), error
 
 
+EDGES = [
+    -0.0, 1e-300, 1e-45, 1e-40, 1e-38, 0.01, 3.5e38, 1e308, 2**24 + 1,
+    2**31 - 2, 2**31 - 1, 2**31, -(2**31), 2**32, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
+]  # fmt: skip
 JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
+    | st.sampled_from(EDGES)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
@@ -318,7 +324,12 @@ FIELDS = [
     "model", "messages", "prompt", "n", "stream", "temperature", "top_p", "top_k", "min_p", "seed",
     "stop", "stop_token_ids", "max_tokens", "min_tokens", "logit_bias", "logprobs", "top_logprobs",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "stream_options",
-    "response_format",
+    "response_format", "max_completion_tokens", "tools", "echo", "suffix",
+]  # fmt: skip
+NUMBERS = [
+    "n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "logprobs",
+    "top_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "max_completion_tokens",
 ]  # fmt: skip
 
 
@@ -338,6 +349,53 @@ def test_fuzzed_bodies_are_answered(url, chat, changes, dropped):
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("field", [*NUMBERS, "logit_bias", "stop_token_ids", "prompt"])
+def test_edge_numbers_are_answered(server, url, field):
+    """Every number that some format cannot hold, with every other setting on."""
+    around = {"temperature": 0.5, "min_tokens": 1, "repetition_penalty": 1.1, "max_tokens": 2}
+    for number in EDGES:
+        value = {"logit_bias": {"70": number}, "stop_token_ids": [number], "prompt": [number]}
+        changed = around | {field: value.get(field, number)}
+        for path in ("chat/completions", "completions"):
+            body = {"model": "tiny", "messages": HELLO, "prompt": "ab"} | changed
+            response = httpx.post(f"{url}/v1/{path}", json=body, timeout=30)
+            assert response.status_code in (200, 400), (number, response.text)
+    assert idle(server[0])
+
+
+def test_the_whole_vocabulary_as_ends_is_answered(url):
+    body = {"model": "tiny", "prompt": "ab", "stop_token_ids": list(range(VOCABULARY))}
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+    response = httpx.post(f"{url}/v1/completions", json=body | {"min_tokens": 2})
+    assert response.status_code == 400 and "stop_ids" in response.json()["error"]["message"]
+
+
+def test_a_request_that_fails_leaves_others_alone(server, url, monkeypatch):
+    """An error of ours in one row, and the settings that once were one, beside a stream."""
+    service, _ = server
+    set_row = SamplingRows.set
+
+    def failing(rows, row, sampling, *rest):
+        if sampling.seed == 7:
+            raise RuntimeError("a bug")
+        set_row(rows, row, sampling, *rest)
+
+    monkeypatch.setattr(SamplingRows, "set", failing)
+    body = {"model": "tiny", "prompt": "ab", "temperature": 0}
+    with slowed(service.engine, 0.01):
+        long = body | {"max_tokens": 300, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            for change, status in (({"min_tokens": 1 << 31}, 200), ({"seed": 7}, 500)):
+                short = body | {"max_tokens": 2} | change
+                response = httpx.post(f"{url}/v1/completions", json=short, timeout=60)
+                assert response.status_code == status, response.text
+            assert service.engine.stats.running_requests == 1
+            rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
 
 
 SCHEMAS = st.recursive(

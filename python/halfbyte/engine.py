@@ -262,18 +262,14 @@ class Engine:
     ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
-        Raises ValueError for token ids that the model does not have and for a JSON schema that is
-        not supported, ContextLengthError for a prompt longer than the model's context or the cache,
-        AdapterNotFoundError, QueueFullError, ImportError where an extra is missing.
+        Raises ValueError for token ids that the model does not have, for a least length where every
+        id ends the reply and for a JSON schema that is not supported, ContextLengthError for a
+        prompt longer than the model's context or the cache, AdapterNotFoundError, QueueFullError,
+        ImportError where an extra is missing.
         """
         ids = checked_prompt(self.model, prompt)
-        for name in ("stop_ids", "logit_bias"):
-            for token in getattr(sampling, name):
-                if token >= self.model.config.vocab_size:
-                    expected = f"ids below {self.model.config.vocab_size}"
-                    raise ValueError(f"{name}: expected {expected}, got {token}")
         context = self.model.config.max_position_embeddings
-        ends = eos_ids(self.model) | set(sampling.stop_ids)
+        ends = _ends(self.model, sampling)
         text = None
         if self.model.tokenizer is not None or sampling.stop:
             text = ReplyText(tokenizer_of(self.model, "stop strings"), sampling.stop)
@@ -475,6 +471,19 @@ def _seed(sampling: Sampling) -> int:
     if sampling.seed is not None or sampling.temperature == 0:
         return sampling.seed or 0
     return int(torch.randint(1 << 62, ()))
+
+
+def _ends(model: Decoder, sampling: Sampling) -> set[int]:
+    """The ids that end a reply. Raises ValueError for settings that no reply can follow."""
+    size = model.config.vocab_size
+    for name in ("stop_ids", "logit_bias"):
+        for token in getattr(sampling, name):
+            if token >= size:
+                raise ValueError(f"{name}: expected ids below {size}, got {token}")
+    ends = eos_ids(model) | set(sampling.stop_ids)
+    if sampling.min_new_tokens > 0 and len(ends) >= size:
+        raise ValueError("stop_ids: expected an id that ends no reply, beside min_new_tokens")
+    return ends
 
 
 def eos_ids(model: Decoder) -> set[int]:

@@ -187,16 +187,27 @@ class Scheduler:
 
     def _start(self, request: Request, logits: torch.Tensor) -> None:
         """Sample the first token and let the request run in the first free row."""
-        row, rows, ends = len(self.running), self.decode.sampling, sorted(request.reply.ends)
-        rows.set(row, request.sampling, request.seed, request.prompt, (), ends)
-        if request.reply.grammar is not None:
-            rows.allow(row, request.reply.grammar.mask)
-        self.decode.place(row, request.blocks, request.adapter)
+        row = len(self.running)
+        try:
+            self._occupy(row, request)
+        except Exception as error:
+            # It concerns no other: nothing but the settings of a free row was touched.
+            self.decode.remove(row)
+            request.error = error
+            self._end(request, "error")
+            return
         results = self.decode.sample(logits, row, request.kind)
         self.prefilling.popleft()
         self.running.append(request)
         request.sampled = 1
         self.pending.append(Pending(results, [(0, request)]))
+
+    def _occupy(self, row: int, request: Request) -> None:
+        rows, ends = self.decode.sampling, sorted(request.reply.ends)
+        rows.set(row, request.sampling, request.seed, request.prompt, (), ends)
+        if request.reply.grammar is not None:
+            rows.allow(row, request.reply.grammar.mask)
+        self.decode.place(row, request.blocks, request.adapter)
 
     def _decode(self) -> bool:
         """Launch a step if some sequence can take a token more than it has been given."""
