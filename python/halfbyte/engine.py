@@ -112,8 +112,8 @@ class Engine:
     """Runs prompts of any lengths and settings together, one token a step each.
 
     model: a loaded Decoder, or one that is being trained: weights are read where they are, so
-    replies come from what they are now; call `refresh` after they have changed, since the cache
-    still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
+    replies come from what they are now; call `refresh` after they have changed or moved, since the
+    cache still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
     halfbyte saved, over a model that carries none itself; requests choose one, and all run in one
     batch. On a GPU up to 256 ranks together join the launches of a step's products; with more, each
     layer takes slower ones of its own. max_batch: sequences that run at once, at most 32; others
@@ -141,7 +141,7 @@ class Engine:
             raise ValueError(f"max_batch: expected 1 to {MAX_BATCH}, got {max_batch!r}")
         self.model = model
         embedding = model.model.embed_tokens.weight
-        self._weights = _addresses(model)
+        self._weights, self._place = _addresses(model), _place(model)
         most = max_batch * blocks_for(model.config.max_position_embeddings)
         each = block_bytes(model.config, embedding.dtype, kv_dtype)
         budget = _default_budget(embedding.device) if kv_budget is None else kv_budget
@@ -262,11 +262,16 @@ class Engine:
     ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
-        Raises ValueError for token ids that the model does not have, for a least length where every
-        id ends the reply and for a JSON schema that is not supported, ContextLengthError for a
-        prompt longer than the model's context or the cache, AdapterNotFoundError, QueueFullError,
-        ImportError where an extra is missing.
+        Raises RuntimeError for a model that is `stale`, ValueError for token ids that the model does
+        not have, for a least length where every id ends the reply and for a JSON schema that is not
+        supported, ContextLengthError for a prompt longer than the model's context or the cache,
+        AdapterNotFoundError, QueueFullError, ImportError where an extra is missing.
         """
+        if self.stale:
+            raise RuntimeError(
+                "the model's weights were moved or its layers exchanged after the engine was made. "
+                "Hint: engine.refresh() follows them"
+            )
         ids = checked_prompt(self.model, prompt)
         context = self.model.config.max_position_embeddings
         ends = _ends(self.model, sampling)
@@ -307,15 +312,33 @@ class Engine:
                 request.pieces.clear()
 
     def refresh(self) -> None:
-        """Forget cached prefixes, because the model's weights have changed."""
+        """Follow the model's weights, which have changed: forget cached prefixes, and where they
+        were moved or layers exchanged, what was captured.
+
+        Raises ValueError where the model is on another device or in another dtype than the cache.
+        """
+        if self.misplaced:
+            raise ValueError(
+                f"refresh: expected the model on {self._place[0]} in {self._place[1]}, as the "
+                f"cache is, got {_place(self.model)}. Hint: make a new engine"
+            )
         with self._lock:
             self._generation += 1
             self._scheduler.prefixes.clear()
+            weights = _addresses(self.model)
+            if weights != self._weights:
+                self._scheduler.forget_captured()
+                self._weights = weights
 
     @property
     def stale(self) -> bool:
-        """Whether the model's weights lie elsewhere than when the engine was made."""
+        """Whether the model's weights lie elsewhere than `refresh` or the beginning found them."""
         return self._weights != _addresses(self.model)
+
+    @property
+    def misplaced(self) -> bool:
+        """Whether the model was given another device or dtype, so that a new engine is needed."""
+        return self._place != _place(self.model)
 
     @property
     def capacity(self) -> tuple[int, int]:
@@ -451,6 +474,11 @@ def _drive(reference: weakref.ref[Engine]) -> None:
 def _addresses(model: Decoder) -> tuple[int, ...]:
     """What a captured step depends on beside its inputs: where every weight lies."""
     return tuple(p.data_ptr() for p in model.parameters())
+
+
+def _place(model: Decoder) -> tuple[torch.device, torch.dtype]:
+    weight = model.model.embed_tokens.weight
+    return weight.device, weight.dtype
 
 
 def _default_budget(device: torch.device) -> int:

@@ -162,6 +162,11 @@ class Scheduler:
             self._end(request, "cancelled" if error is None else "error")
         self.prefixes.clear()
 
+    def forget_captured(self) -> None:
+        """Capture the forwards anew, because the model's weights lie elsewhere."""
+        self.decode.forwards.clear()
+        self.prefill.forwards.clear()
+
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
             request = self.waiting[0]
