@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from engines import slowed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_lora import DAMAGES, damaged
 from tiny import tiny_folder, tiny_model, write_tokenizer
 
 from halfbyte import LoraConfig, Sampling, lora
@@ -186,6 +188,39 @@ def test_adapters_come_and_go(url, client):
         assert post("load", lora_name="x", lora_path=path).status_code in (400, 403), path
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="blue", messages=HELLO)
+
+
+def test_a_damaged_adapter_is_the_clients_error(url, folders):
+    for how in DAMAGES:
+        folder = folders / "adapters" / "damaged"
+        shutil.copytree(folders / "adapters" / "blue", folder)
+        file_and_field = damaged(folder, how)
+        body = {"lora_name": "x", "lora_path": "damaged"}
+        response = httpx.post(f"{url}/v1/load_lora_adapter", json=body)
+        assert response.status_code == 400, (how, response.text)
+        assert re.search(file_and_field, response.json()["error"]["message"])
+        shutil.rmtree(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*another base")
+def test_an_adapter_of_another_base_is_said_to_be_one(url, folders):
+    def load(name: str) -> dict:
+        body = {"lora_name": name, "lora_path": name}
+        response = httpx.post(f"{url}/v1/load_lora_adapter", json=body)
+        assert response.status_code == 200, response.text
+        httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name})
+        return response.json()
+
+    folder = folders / "adapters" / "foreign"
+    shutil.copytree(folders / "adapters" / "blue", folder)
+    damage_base(folder)
+    assert "sha256: trained on 'other'" in load("foreign")["warning"]
+    assert load("blue")["warning"] is None
+
+
+def damage_base(folder) -> None:
+    path = folder / "halfbyte_base.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "other"}))
 
 
 def test_settings_reach_the_sampler(server, client):
@@ -557,10 +592,13 @@ def test_the_page_is_there_and_allows_no_foreign_code(url):
     assert "innerHTML" not in page.text
 
 
-def test_the_process_drains_on_sigterm(tmp_path):
+def test_the_process_drains_on_sigterm(tmp_path, folders):
     folder = tiny_folder(tmp_path / "model", max_position_embeddings=CONTEXT)
     port = free_port()
     words = [sys.executable, "-m", "halfbyte.cli", "serve", folder, "--device", "cpu"]
+    shutil.copytree(folders / "adapters" / "red", tmp_path / "red")
+    damage_base(tmp_path / "red")
+    words += ["--adapter", f"red={tmp_path / 'red'}"]
     command = [*map(str, words), "--port", str(port), "--name", "m", "--dtype", "float32"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -576,6 +614,8 @@ def test_the_process_drains_on_sigterm(tmp_path):
             assert rest[-1] == "data: [DONE]", "what runs is finished"
             logged = [json.loads(line) for line in process.stderr]
             assert any(line.get("completion_tokens") == 300 for line in logged)
+            warned = [line["message"] for line in logged if line["level"] == "WARNING"]
+            assert len(warned) == 1 and "another base" in warned[0]
             assert process.wait(30) in (0, -signal.SIGTERM)
         finally:
             process.kill()

@@ -262,8 +262,8 @@ class Engine:
     ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
-        Raises RuntimeError for a model that is `stale`, ValueError for token ids that the model does
-        not have, for a least length where every id ends the reply and for a JSON schema that is not
+        Raises RuntimeError for a model that is `stale`, ValueError for token ids that it does not
+        have, for a least length where every id ends the reply and for a JSON schema that is not
         supported, ContextLengthError for a prompt longer than the model's context or the cache,
         AdapterNotFoundError, QueueFullError, ImportError where an extra is missing.
         """
