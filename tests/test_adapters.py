@@ -50,6 +50,21 @@ def test_a_prefix_belongs_to_its_adapter(adapters, byte_tokenizer):  # noqa: F81
     assert again.cached_tokens == 48 and again.reply.tokens == alone.token_ids
 
 
+def test_a_prefix_belongs_to_one_loading_of_its_adapter(adapters, byte_tokenizer):  # noqa: F811
+    folders, carriers = adapters
+    engine = Engine(base_model(byte_tokenizer), adapters={"a": folders["one"]}, max_batch=2)
+    prompt, options = list(range(50)), Sampling(max_new_tokens=8)
+    engine.generate(prompt, options, adapter="a")
+    for known, loaded in ((0, "two"), (0, "one"), (48, None)):
+        if loaded is not None:
+            engine.load_adapter("a", folders[loaded])
+        request = engine.submit(prompt, options, "a")
+        engine.run([request])
+        assert request.cached_tokens == known
+        alone = Engine(carriers[loaded or "one"], max_batch=1).generate(prompt, options)
+        assert request.reply.tokens == alone.token_ids
+
+
 def test_adapters_come_and_go_while_requests_run(adapters, byte_tokenizer):  # noqa: F811
     folders, carriers = adapters
     engine = Engine(base_model(byte_tokenizer), max_batch=4)
