@@ -83,6 +83,37 @@ def test_running_sequences_go_on_while_a_long_prompt_is_read():
     assert len(first.reply.tokens) >= before + 2
 
 
+def test_short_prompts_do_not_wait_for_long_ones_nor_these_for_all_short_ones():
+    model = tiny(max_position_embeddings=20 * CHUNK)
+    engine = Engine(model, max_batch=6)
+    long = engine.submit([3] * (8 * CHUNK), Sampling(max_new_tokens=1))
+    engine._advance_once()
+    short = engine.submit([1, 2], Sampling(max_new_tokens=1))
+    engine._advance_once()
+    engine._advance_once()
+    assert short.done and not long.done
+    for _ in range(16):
+        read, others = long.prefilled, [engine.submit([4, 5], Sampling(max_new_tokens=1))]
+        engine._advance_once()
+        engine._advance_once()
+        assert others[0].done and (long.done or long.prefilled == read + CHUNK)
+        if long.done:
+            break
+    assert long.done
+
+
+def test_equal_prompts_are_read_one_after_the_other():
+    model = tiny(max_position_embeddings=4 * CHUNK)
+    engine = Engine(model, max_batch=4)
+    requests = [engine.submit([i] * 2 * CHUNK, Sampling(max_new_tokens=1)) for i in range(4)]
+    steps = 0
+    while engine._scheduler.busy:
+        engine._advance_once()
+        steps += 1
+        assert sum(request.done for request in requests) == steps // 2
+    assert steps == 8, "no step without a chunk"
+
+
 def test_what_hinders_one_request_from_starting_ends_it_alone(model, monkeypatch):
     engine = Engine(model, max_batch=3)
     good = engine.submit([1, 2], Sampling(max_new_tokens=20))

@@ -71,10 +71,13 @@ class Pending(NamedTuple):
 class Scheduler:
     """Runs requests over one model and cache, up to `max_batch` at a time, first come first served.
 
-    Each `step` reads at most one chunk of a prompt and gives every running sequence one token. A
-    request starts when the blocks that it may ever need are free, so none is ever put back. On
-    CUDA a step is launched before the one before it is read. Where a request follows a grammar, the
-    draw of tokens waits for the next `step`: the host makes masks while the forward runs.
+    Each `step` reads at most one chunk of a prompt and gives every running sequence one token.
+    Chunks go in turn to the oldest prompt and to the one that has least left: a short one does not
+    wait for a long one, nor a long one for all short ones, and equal ones are read one after the
+    other. A request starts when the blocks that it may ever need are free, so none is ever put
+    back. On CUDA a step is launched before the one before it is read. Where a request follows a
+    grammar, the draw of tokens waits for the next `step`: the host makes masks while the forward
+    runs.
 
     Raises ContextLengthError for a request that no empty cache could hold, QueueFullError when
     `max_waiting` requests wait already.
@@ -99,6 +102,8 @@ class Scheduler:
         self.lookahead = 1 if on_gpu else 0
         self.waiting: deque[Request] = deque()
         self.prefilling: deque[Request] = deque()
+        # Whose turn it is.
+        self.oldest = True
         self.running: list[Request] = []
         self.pending: deque[Pending] = deque()
 
@@ -137,7 +142,9 @@ class Scheduler:
             self._draw()
         self._admit()
         if self.prefilling:
-            self._prefill(self.prefilling[0])
+            oldest, shortest = self.prefilling[0], min(self.prefilling, key=_left)
+            self._prefill(oldest if self.oldest else shortest)
+            self.oldest = not self.oldest
         # Without lookahead a first token is read before anyone gets another.
         launched = self._decode() if self.lookahead or not self.pending else False
         # What grammars allow next depends on all tokens so far, which are read meanwhile.
@@ -202,7 +209,7 @@ class Scheduler:
             self._end(request, "error")
             return
         results = self.decode.sample(logits, row, request.kind)
-        self.prefilling.popleft()
+        self.prefilling.remove(request)
         self.running.append(request)
         request.sampled = 1
         self.pending.append(Pending(results, [(0, request)]))
@@ -298,6 +305,11 @@ class Scheduler:
             self.decode.move(last, row)
             self.running[row] = self.running[last]
         self.running.pop()
+
+
+def _left(request: Request) -> int:
+    """Tokens of a prompt that are yet to be read."""
+    return len(request.prompt) - request.prefilled
 
 
 def _tell(request: Request, piece: str) -> None:
