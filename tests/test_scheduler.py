@@ -83,6 +83,22 @@ def test_running_sequences_go_on_while_a_long_prompt_is_read():
     assert len(first.reply.tokens) >= before + 2
 
 
+def test_a_gpu_gets_a_step_before_the_last_one_is_read(device):
+    engine = Engine(tiny(max_position_embeddings=256).to(device), max_batch=2)
+    scheduler = engine._scheduler
+    assert scheduler.lookahead == (1 if device.type == "cuda" else 0)
+    expected = engine.generate([1, 2], max_new_tokens=20).token_ids
+    scheduler.lookahead = 1
+    engine.refresh()
+    request = engine.submit([1, 2], Sampling(max_new_tokens=20))
+    for step in range(10):
+        engine._advance_once()
+        assert len(scheduler.pending) == 1
+        assert len(request.reply.tokens) == step + 1
+    engine.run([request])
+    assert request.reply.tokens == expected
+
+
 def test_short_prompts_do_not_wait_for_long_ones_nor_these_for_all_short_ones():
     model = tiny(max_position_embeddings=20 * CHUNK)
     engine = Engine(model, max_batch=6)
