@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from halfbyte.sampling import SamplingRows  # noqa: E402
-from halfbyte.serve.app import Service, create_app  # noqa: E402
+from halfbyte.serve.app import ROUTES, Service, create_app  # noqa: E402
 from halfbyte.serve.config import ServeConfig  # noqa: E402
 from halfbyte.serve.server import make_engine  # noqa: E402
 
@@ -555,22 +557,70 @@ def test_a_client_that_leaves_frees_its_blocks(server, stream):
 # --- health, metrics, page, process ----------------------------------------------------------
 
 
+def values(url: str) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name.removeprefix("halfbyte_"): float(value) for name, _, value in pairs}
+
+
 def test_health_and_metrics(server, client, url):
-    client.completions.create(model="tiny", prompt="ab", max_tokens=4)
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/ready").status_code == 200
-    text = httpx.get(f"{url}/metrics").text
-    for name in (
-        "time_to_first_token_seconds_count",
-        "inter_token_seconds_count",
-        "request_seconds_count",
-        "reply_tokens_total",
-        "running_requests",
-        "used_blocks",
-        "prefix_hit_blocks",
-        'replies_total{reason="length"}',
-    ):
-        assert f"halfbyte_{name}" in text, name
+    client.completions.create(model="tiny", prompt=list(range(40)), temperature=0, max_tokens=4)
+    before = values(url)
+    client.completions.create(model="tiny", prompt=list(range(40)), temperature=0, max_tokens=4)
+    after = values(url)
+    grown = {name: after[name] - before.get(name, 0) for name in after if "bucket" not in name}
+    for name, expected in {
+        'requests_total{status="200"}': 2,  # and the reading of these numbers
+        'replies_total{reason="length"}': 1,
+        "prompt_tokens_total": 40,
+        "reply_tokens_total": 4,
+        "prefix_hit_blocks": 2,
+        "time_to_first_token_seconds_count": 1,
+        "request_seconds_count": 1,
+    }.items():
+        assert grown[name] == expected, name
+    assert 0 <= grown["inter_token_seconds_count"] <= 3
+    assert 0 < grown["time_to_first_token_seconds_sum"] <= grown["request_seconds_sum"]
+    assert after["running_requests"] == after["waiting_requests"] == after["used_blocks"] == 0
+    assert after["total_blocks"] == server[0].engine.stats.total_blocks > 0
+
+
+def test_metrics_of_requests_that_run_and_wait(folders):
+    with serving(folders, max_batch=1) as (service, url):
+        requests = [service.engine.submit([1] * 20, Sampling(max_new_tokens=9)) for _ in range(3)]
+        service.engine._advance_once()
+        seen = values(url)
+        assert (seen["running_requests"], seen["waiting_requests"]) == (1, 2)
+        assert seen["used_blocks"] == 2, "28 tokens are written, 16 to a block"
+        service.engine.run(requests)
+        assert values(url)["used_blocks"] == 0
+
+
+def test_the_documentation_has_every_endpoint_and_metric():
+    page = (Path(__file__).parents[1] / "docs/serving.md").read_text()
+    for method, path, _ in ROUTES:
+        assert f"{method} {path.replace('{name:path}', 'NAME')}`" in page, path
+    for family in Service(ServeConfig(name="x")).metrics.registry.collect():
+        assert family.name.removeprefix("halfbyte_") in page, family.name
+
+
+def test_who_says_nothing_listens_to_this_machine_only():
+    from halfbyte.cli import serve
+
+    assert ServeConfig(name="x").host == inspect.signature(serve).parameters["host"].default
+    assert ServeConfig(name="x").host == "127.0.0.1"
+
+
+def test_what_a_key_does_not_cover(folders):
+    with serving(folders, api_key="sesame") as (_, url):
+        for path in ("", "health", "ready", "metrics"):
+            assert httpx.get(f"{url}/{path}").status_code == 200, path
+        for _, path, _ in ROUTES:
+            if path.startswith("/v1/"):
+                assert httpx.get(url + path).status_code in (401, 405)
 
 
 def test_not_ready_before_the_model_is_there():
@@ -592,33 +642,54 @@ def test_the_page_is_there_and_allows_no_foreign_code(url):
     assert "innerHTML" not in page.text
 
 
-def test_the_process_drains_on_sigterm(tmp_path, folders):
-    folder = tiny_folder(tmp_path / "model", max_position_embeddings=CONTEXT)
+@contextmanager
+def process(tmp_path, context: int, *options: str):
+    """`halfbyte serve` of a tiny model; yields the process and its address."""
+    folder = tiny_folder(tmp_path / "model", max_position_embeddings=context)
     port = free_port()
-    words = [sys.executable, "-m", "halfbyte.cli", "serve", folder, "--device", "cpu"]
-    shutil.copytree(folders / "adapters" / "red", tmp_path / "red")
-    damage_base(tmp_path / "red")
-    words += ["--adapter", f"red={tmp_path / 'red'}"]
+    words = [sys.executable, "-m", "halfbyte.cli", "serve", folder, "--device", "cpu", *options]
     command = [*map(str, words), "--port", str(port), "--name", "m", "--dtype", "float32"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         try:
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(url)
-            body = {"model": "m", "prompt": "ab", "max_tokens": 300, "stream": True}
-            body["logit_bias"] = {"1": -100}
-            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
-                lines = stream.iter_lines()
-                next(lines)
-                process.terminate()
-                rest = [line for line in lines if line]
-            assert rest[-1] == "data: [DONE]", "what runs is finished"
-            logged = [json.loads(line) for line in process.stderr]
-            assert any(line.get("completion_tokens") == 300 for line in logged)
-            warned = [line["message"] for line in logged if line["level"] == "WARNING"]
-            assert len(warned) == 1 and "another base" in warned[0]
-            assert process.wait(30) in (0, -signal.SIGTERM)
+            yield running, url
         finally:
-            process.kill()
+            running.kill()
+
+
+def test_the_process_drains_on_sigterm(tmp_path, folders):
+    shutil.copytree(folders / "adapters" / "red", tmp_path / "red")
+    damage_base(tmp_path / "red")
+    with process(tmp_path, CONTEXT, "--adapter", f"red={tmp_path / 'red'}") as (running, url):
+        body = {"model": "m", "prompt": "ab", "max_tokens": 300, "stream": True}
+        body["logit_bias"] = {"1": -100}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            running.terminate()
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]", "what runs is finished"
+        logged = [json.loads(line) for line in running.stderr]
+        assert any(line.get("completion_tokens") == 300 for line in logged)
+        warned = [line["message"] for line in logged if line["level"] == "WARNING"]
+        assert len(warned) == 1 and "another base" in warned[0]
+        assert running.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_the_process_does_not_drain_for_ever(tmp_path):
+    with process(tmp_path, 1 << 17, "--drain-timeout", "1", "--kv-gb", "2") as (running, url):
+        body = {"model": "m", "prompt": "ab", "max_tokens": 100_000, "stream": True}
+        body["logit_bias"] = {"1": -100}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            running.terminate()
+            stopped = time.monotonic()
+            with suppress(httpx.RemoteProtocolError):
+                assert "data: [DONE]" not in lines
+        assert running.wait(30) in (0, -signal.SIGTERM)
+        assert 0.9 < time.monotonic() - stopped < 20
 
 
 def wait_until_ready(url: str) -> None:

@@ -123,6 +123,12 @@ class Engine:
     values in 8 bits, so that the budget holds nearly twice the tokens (see KVCache); None: in the
     model's dtype.
 
+    What else runs does not choose a request's tokens. On a GPU a step's logits have the same bits
+    for up to 8 rows, 16 where none uses an adapter, over double-quantized 4-bit layers whose inputs
+    are multiples of 256; larger batches and other layers sum in another order, so two tokens whose
+    logits lie within rounding may change places. So may they where a prompt's beginning was found
+    in the cache, which leaves other chunks to read.
+
     Not bound to a thread: whoever waits for a reply drives the engine, and an async caller has it
     driven by a thread of its own.
     """
