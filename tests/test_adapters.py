@@ -175,6 +175,17 @@ def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
 
 
 @pytest.mark.gpu
+def test_gpu_captures_again_where_a_load_dropped_all(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    engine = Engine(base_model(byte_tokenizer).cuda(), {"a": folders["one"]}, max_batch=1)
+    first = engine.generate([1, 2, 3], adapter="a", max_new_tokens=20).token_ids
+    for name in ("b", "c"):
+        engine.load_adapter(name, folders["two"])
+        assert engine.generate([1, 2, 3], adapter="a", max_new_tokens=20).token_ids == first
+        assert all(step.captured for step in engine._scheduler.decode.forwards.values())
+
+
+@pytest.mark.gpu
 def test_gpu_adapters_equal_the_cpus(adapters, byte_tokenizer):  # noqa: F811
     folders, _ = adapters
     prompts = [list(range(i, i + 40)) for i in range(8)]

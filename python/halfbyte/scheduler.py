@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from halfbyte.adapters import Adapter
+from halfbyte.capture import Pool
 from halfbyte.decode import DecodeStep, Results
 from halfbyte.errors import ContextLengthError, QueueFullError
 from halfbyte.kv_cache import KVCache, blocks_for
@@ -94,12 +95,11 @@ class Scheduler:
         self.prefixes = PrefixCache(cache.blocks)
         # One block more than a sequence can have, so that a table never ends in a block of its own.
         width = min(blocks_for(model.config.max_position_embeddings), self.prefixes.blocks) + 1
-        on_gpu = cache.device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        pool = Pool()
         self.decode = DecodeStep(model, cache, max_batch, width, pool)
         self.prefill = Prefill(model, cache, width, pool)
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self.lookahead = 1 if on_gpu else 0
+        self.lookahead = 1 if cache.device.type == "cuda" else 0
         self.waiting: deque[Request] = deque()
         self.prefilling: deque[Request] = deque()
         # Whose turn it is.
