@@ -14,6 +14,7 @@ from torch import Tensor
 from halfbyte import Engine, LoraConfig, Sampling, lora
 from halfbyte.capture import Captured
 from halfbyte.decode import DecodeStep, Variant
+from halfbyte.models.attention import Step
 
 
 @pytest.fixture(params=["fp32", "4-bit"])
@@ -75,6 +76,32 @@ def test_gpu_prompts_eager_captured_and_replayed_have_the_same_bits(byte_tokeniz
     assert all(isinstance(f, Captured) and f.captured for f in prefill.forwards.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [3, 700])
+def test_gpu_replays_do_not_read_what_the_one_before_left(byte_tokenizer, length):  # noqa: F811
+    """Small launches beside each other, each with an adapter to wait for: two tokens in turn."""
+    model = lora.inject(four_bit_model(byte_tokenizer), LoraConfig(r=8))
+    for parameter in lora.adapter_parameters(model):
+        parameter.data.normal_(0, 0.05)
+    engine = Engine(model, max_batch=1)
+    engine.submit([i % 256 for i in range(length)], Sampling(max_new_tokens=100))
+    while not engine._scheduler.running:
+        engine._advance_once()
+    decode, tokens = engine._scheduler.decode, (7, 201)
+    with torch.inference_mode():
+        expected = []
+        for token in tokens:
+            decode.sampling.tokens.fill_(token)
+            expected.append(decode._forward(1, False).clone())
+            torch.cuda.synchronize()
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for i in range(1000):
+            decode.sampling.tokens.fill_(tokens[i % 2])
+            decode.forward(1)
+            wrong += (decode.logits != expected[i % 2]).any()
+    assert wrong == 0
+
+
 def served(engine: Engine, prompt: list[int], name: str | None) -> tuple[list[int], Tensor]:
     """80 drawn tokens and the logits [80, vocab_size] that they were drawn from."""
     decode, seen = engine._scheduler.decode, []
@@ -118,6 +145,25 @@ def test_serving_rounds_as_training_does(byte_tokenizer, tmp_path, device, named
         assert 0 < rounding <= 8 * 2**-8 * truth.norm()
         assert (got - truth).norm() <= 1.1 * rounding
         assert (got - expected).norm() <= 1.1 * rounding
+
+
+def test_the_launches_of_a_layer_wait_by_words_of_their_own(byte_tokenizer, monkeypatch):  # noqa: F811
+    words, made = [], Step.decoding
+
+    def decoding(*arguments, **options):
+        decoding = made(*arguments, **options)
+        if decoding is not None:
+            words.append(decoding.arrived.data_ptr())
+            assert decoding.arrived.shape == (1,)
+        return decoding
+
+    monkeypatch.setattr(Step, "decoding", decoding)
+    model = base_model(byte_tokenizer)
+    with torch.inference_mode():
+        started(Engine(model, max_batch=2), [None, None])._forward(2, False)
+    calls = 4 * len(model.model.layers)
+    assert len(words) >= calls and len(words) % calls == 0
+    assert all(len(set(words[i : i + 4])) == 4 for i in range(0, len(words), 4))
 
 
 # --- a row among others, on a GPU ------------------------------------------------------------
