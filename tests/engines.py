@@ -71,18 +71,18 @@ def base_model(tokenizer):
     return made
 
 
-def four_bit_model(tokenizer):
-    """On the GPU, bf16 over 4-bit layers of sizes that the fast kernels take."""
+def four_bit_model(tokenizer, device="cuda"):
+    """bf16 over 4-bit layers of sizes that the fast kernels take."""
     made = tiny(hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=1024)
     made.bfloat16()
     for name, linear in list(made.named_modules()):
         if type(linear) is torch.nn.Linear and name != "lm_head":
             layer = Linear4bit(linear.in_features, linear.out_features, bias=False)
-            layer.quantize_(linear.weight.detach().cuda(), name=name)
+            layer.quantize_(linear.weight.detach().to(device), name=name)
             parent, _, child = name.rpartition(".")
             setattr(made.get_submodule(parent), child, layer)
     made.tokenizer = tokenizer
-    return made.cuda().eval()
+    return made.to(device).eval()
 
 
 def gpu_work() -> list[tuple[list[int], Sampling]]:
@@ -105,14 +105,15 @@ ADAPTERS = {
 }
 
 
-def write_adapters(folder, tokenizer) -> tuple[dict, dict]:
-    """Folders of ADAPTERS for base models, and a model that carries each."""
+def write_adapters(folder, tokenizer, make=base_model) -> tuple[dict, dict]:
+    """Folders of ADAPTERS for the models that `make` makes, and a model that carries each."""
     carriers = {}
     for seed, (name, config) in enumerate(ADAPTERS.items()):
         rng = torch.Generator().manual_seed(seed)
-        made = lora.inject(base_model(tokenizer), config, rng)
+        made = lora.inject(make(tokenizer), config, rng)
         for parameter in lora.adapter_parameters(made):
-            parameter.data.normal_(0, 0.3, generator=rng)
+            values = torch.empty(parameter.shape).normal_(0, 0.3, generator=rng)
+            parameter.data.copy_(values)
         lora.save_adapter(made, folder / name)
         carriers[name] = made
     return {name: folder / name for name in ADAPTERS}, carriers

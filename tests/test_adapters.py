@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import shutil
 
 import pytest
@@ -46,6 +48,21 @@ def test_a_prefix_belongs_to_its_adapter(adapters, byte_tokenizer):  # noqa: F81
     again = engine.submit(prompt, Sampling(max_new_tokens=8), "one")
     engine.run([again])
     assert again.cached_tokens == 48 and again.reply.tokens == alone.token_ids
+
+
+def test_a_prefix_belongs_to_one_loading_of_its_adapter(adapters, byte_tokenizer):  # noqa: F811
+    folders, carriers = adapters
+    engine = Engine(base_model(byte_tokenizer), adapters={"a": folders["one"]}, max_batch=2)
+    prompt, options = list(range(50)), Sampling(max_new_tokens=8)
+    engine.generate(prompt, options, adapter="a")
+    for known, loaded in ((0, "two"), (0, "one"), (48, None)):
+        if loaded is not None:
+            engine.load_adapter("a", folders[loaded])
+        request = engine.submit(prompt, options, "a")
+        engine.run([request])
+        assert request.cached_tokens == known
+        alone = Engine(carriers[loaded or "one"], max_batch=1).generate(prompt, options)
+        assert request.reply.tokens == alone.token_ids
 
 
 def test_adapters_come_and_go_while_requests_run(adapters, byte_tokenizer):  # noqa: F811
@@ -116,7 +133,7 @@ def test_a_rank_that_the_files_do_not_have(adapters, byte_tokenizer, tmp_path): 
     shutil.copytree(folders["one"], tmp_path / "one")
     config = tmp_path / "one/adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 8}))
-    engine = Engine(base_model(byte_tokenizer))
+    engine = Engine(base_model(byte_tokenizer), max_batch=1)
     expected = r"one: .*lora_A.weight: expected rank 8 by adapter_config.json, got 4 in \[4, \d+\]"
     with pytest.raises(CheckpointError, match=expected):
         engine.load_adapter("one", tmp_path / "one")
@@ -130,7 +147,19 @@ def test_an_adapter_of_another_base_is_warned_of(adapters, byte_tokenizer):  # n
     other = base_model(byte_tokenizer)
     other.model.norm.weight.data[0] += 1
     with pytest.warns(UserWarning, match="one: .*another base"):
-        Engine(other, adapters={"one": folders["one"]})
+        engine = Engine(other, adapters={"one": folders["one"]}, max_batch=1)
+    assert "another base" in engine.adapters["one"].warning
+    own = Engine(base_model(byte_tokenizer), adapters={"one": folders["one"]}, max_batch=1)
+    assert own.adapters["one"].warning is None
+
+
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
+def test_an_adapter_of_nan_cannot_reach_the_rows_of_others(adapters, tmp_path, matrix):
+    carrier = copy.deepcopy(adapters[1]["one"])
+    next(p for name, p in carrier.named_parameters() if matrix in name).data[0, 0] = math.nan
+    lora.save_adapter(carrier, tmp_path)
+    with pytest.raises(CheckpointError, match="q_proj: expected finite numbers in torch.float32"):
+        Engine(base_model(None), adapters={"nan": tmp_path}, max_batch=2)
 
 
 def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
@@ -143,6 +172,17 @@ def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
     engine.close()
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert list(pieces) == [] and pieces.finish_reason == "cancelled"
+
+
+@pytest.mark.gpu
+def test_gpu_captures_again_where_a_load_dropped_all(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    engine = Engine(base_model(byte_tokenizer).cuda(), {"a": folders["one"]}, max_batch=1)
+    first = engine.generate([1, 2, 3], adapter="a", max_new_tokens=20).token_ids
+    for name in ("b", "c"):
+        engine.load_adapter(name, folders["two"])
+        assert engine.generate([1, 2, 3], adapter="a", max_new_tokens=20).token_ids == first
+        assert all(step.captured for step in engine._scheduler.decode.forwards.values())
 
 
 @pytest.mark.gpu

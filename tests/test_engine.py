@@ -62,21 +62,73 @@ def test_text_and_lists_are_prompts(model):
     assert one.text == model.tokenizer.decode(one.token_ids)
 
 
-def test_a_model_in_training_is_sampled_between_steps(model):
-    model = tiny(max_position_embeddings=256)
+def fresh_tokens(model) -> list[int]:
+    return Engine(model, max_batch=1).generate([5] * 40, max_new_tokens=20).token_ids
+
+
+def test_a_model_in_training_is_sampled_between_steps(device):
+    """Each sample is that of a new engine: no reload, no copy, nothing left of older weights."""
+    model = tiny(max_position_embeddings=256).to(device)
     lora.inject(model, LoraConfig(r=4), torch.Generator().manual_seed(0))
+    optimizer = optim.AdamW(lora.adapter_parameters(model), lr=0.05)
     engine = Engine(model, max_batch=2)
-    before = engine.generate([5] * 40, max_new_tokens=8).token_ids
-    for parameter in lora.adapter_parameters(model):
-        parameter.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    engine.refresh()
-    after = engine.generate([5] * 40, max_new_tokens=8).token_ids
-    assert (
-        after == Engine(model, max_batch=1).generate([5] * 40, max_new_tokens=8).token_ids != before
-    )
+    samples = [engine.generate([5] * 40, max_new_tokens=20).token_ids]
+    batch = torch.arange(32, device=device).reshape(2, 16)
+    model.train()
+    for _ in range(4):
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.refresh()
+        samples.append(engine.generate([5] * 40, max_new_tokens=20).token_ids)
+        assert samples[-1] == fresh_tokens(model) and model.training
+    assert len(set(map(tuple, samples))) == 5, "every step shows"
     assert not engine.stale
+
+
+def moved(model, _) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.7
+
+
+def injected(model, device) -> None:
+    lora.inject(model, LoraConfig(r=4), torch.Generator().manual_seed(0))
+    for parameter in lora.adapter_parameters(model):
+        parameter.data.copy_(torch.randn(parameter.shape).to(device))
+
+
+def merged(model, device) -> None:
+    injected(model, device)
     lora.merge(model, torch.float32)
+
+
+@pytest.mark.parametrize("change", [moved, injected, merged])
+def test_a_model_whose_weights_moved(change, device):
+    torch.manual_seed(0)
+    model = tiny(max_position_embeddings=256).to(device)
+    engine = Engine(model, max_batch=2)
+    before = [engine.generate([5] * 40, max_new_tokens=20).token_ids for _ in range(2)]
+    change(model, device)
     assert engine.stale
+    with pytest.raises(RuntimeError, match="weights were moved .* engine.refresh()"):
+        engine.generate([5] * 40)
+    for _ in range(2):
+        engine.refresh()
+        got = engine.generate([5] * 40, max_new_tokens=20).token_ids
+        assert got == fresh_tokens(model) != before[0] == before[1]
+
+
+def test_a_model_that_was_given_another_dtype():
+    model = tiny(max_position_embeddings=256)
+    engine = Engine(model, max_batch=1)
+    before = model.generate([1, 2, 3], max_new_tokens=5)
+    model.double()
+    with pytest.raises(ValueError, match=r"refresh: expected the model on cpu in torch.float32"):
+        engine.refresh()
+    model.float()
+    engine.refresh()
+    assert engine.generate([1, 2, 3], max_new_tokens=5).token_ids == before
+    assert model.bfloat16().generate([1, 2, 3], max_new_tokens=5), "it makes an engine of its own"
 
 
 @pytest.mark.slow
@@ -126,6 +178,20 @@ def test_what_no_cache_could_hold_is_refused(model):
         Engine(model, max_batch=33)
     with pytest.raises(ValueError, match="kv_budget: expected at least"):
         Engine(model, kv_budget=10)
+
+
+def test_a_least_length_that_no_number_of_the_device_holds(model):
+    engine = Engine(model, max_batch=2)
+    other = engine.submit([9], Sampling(max_new_tokens=50))
+    engine._advance_once()
+    endless = engine.generate([1], max_new_tokens=30, min_new_tokens=1 << 31)
+    assert len(endless.token_ids) == 30 and other.reply.finish_reason is None
+    every = tuple(range(model.config.vocab_size))
+    assert engine.generate([1], stop_ids=every).finish_reason == "stop"
+    with pytest.raises(ValueError, match="stop_ids: expected an id that ends no reply, beside min"):
+        engine.generate([1], stop_ids=every, min_new_tokens=1)
+    engine.run([other])
+    assert other.reply.finish_reason == "length" and fully_free(engine)
 
 
 def test_a_prompt_as_long_as_the_context_has_no_reply(model):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from halfbyte import lora
+from halfbyte import Engine, lora
 from halfbyte.errors import CheckpointError
 from halfbyte.linear import Linear4bit
 from halfbyte.lora import LoraConfig, LoRALinear, SavedModule
@@ -294,6 +295,56 @@ def test_damaged_adapters(tmp_path):
     (tmp_path / "pickle/adapter_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="pickle"):
         lora.load_adapter(decoder(), tmp_path / "pickle")
+
+
+DAMAGES = {
+    "no rank": (lora.CONFIG_FILE, {"r": None}, "with a rank r"),
+    "rank 0": (lora.CONFIG_FILE, {"r": 0}, "r: expected a positive integer, got 0"),
+    "rank text": (lora.CONFIG_FILE, {"r": "x"}, "r: expected a positive integer, got 'x'"),
+    "alpha": (lora.CONFIG_FILE, {"lora_alpha": "x"}, "lora_alpha: expected a number, got 'x'"),
+    "huge alpha": (lora.CONFIG_FILE, {"lora_alpha": 1e300}, "lora_alpha: expected a number"),
+    "dropout": (lora.CONFIG_FILE, {"lora_dropout": [1]}, "lora_dropout: expected a number"),
+    "pattern": (lora.CONFIG_FILE, {"rank_pattern": {"(": 4}}, "rank_pattern: expected"),
+    "pattern list": (lora.CONFIG_FILE, {"rank_pattern": [1]}, "rank_pattern: expected ranks"),
+    "pattern alpha": (lora.CONFIG_FILE, {"alpha_pattern": {"q": "x"}}, "alpha_pattern: expected"),
+    "saved": (lora.CONFIG_FILE, {"modules_to_save": 5}, "modules_to_save: expected a list"),
+    "list": (lora.CONFIG_FILE, "[1]", "expected a JSON object, got list"),
+    "cut": (lora.CONFIG_FILE, "{", "not JSON"),
+    "deep": (lora.CONFIG_FILE, "[" * 100_000, "not JSON"),
+    "base list": (lora.BASE_FILE, "[1]", "expected a JSON object, got list"),
+    "base cut": (lora.BASE_FILE, "{", "not JSON"),
+    "cut weights": (lora.WEIGHTS_FILE, "{", "corrupt or truncated"),
+    "no matrix": (lora.WEIGHTS_FILE, lambda x: x.flatten(), "lora_A.weight: expected a matrix"),
+    "no pair": (lora.WEIGHTS_FILE, lambda x: None, "lora_A.weight: missing beside"),
+}
+
+
+def damaged(folder, how: str):
+    """Damage one file of an adapter; what the error has to name."""
+    name, change, message = DAMAGES[how]
+    path = folder / name
+    if callable(change):
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path)
+        first = next(key for key in sorted(tensors) if key.endswith("lora_A.weight"))
+        tensors[first] = change(tensors.pop(first))
+        save_file({key: value for key, value in tensors.items() if value is not None}, path)
+    elif isinstance(change, str):
+        path.write_text(change)
+    else:
+        damage(folder, **change)
+    return f"{path}: .*{re.escape(message)}"
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_adapters_name_file_and_field(tmp_path, how):
+    lora.save_adapter(lora.inject(decoder(), LoraConfig(r=2)), tmp_path)
+    expected = damaged(tmp_path, how)
+    with pytest.raises(CheckpointError, match=expected):
+        lora.load_adapter(decoder(), tmp_path)
+    with pytest.raises(CheckpointError, match=expected):
+        Engine(decoder(), {"damaged": tmp_path}, max_batch=1)
 
 
 def test_adapter_of_another_model(tmp_path):

@@ -196,16 +196,20 @@ def test_functions_stay_short():
     assert long == []
 
 
-def test_readme_s_python_runs(tmp_path, monkeypatch, capsys):
-    """The example as printed, on a tiny random model and two rows."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+README_PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", README_PYTHON, ids=["all", "engine"])
+def test_readme_s_python_runs(tmp_path, monkeypatch, capsys, code):
+    """Each example by itself, as printed, on a tiny random model and two rows."""
     base = tiny_folder(tmp_path / "base", max_position_embeddings=512)
     code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(base))
     code = code.replace("max_steps=100", "max_steps=2")
     (tmp_path / "notes.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "notes/adapter/adapter_model.safetensors").is_file()
+    assert capsys.readouterr().out
+    assert (tmp_path / "notes/adapter/adapter_model.safetensors").is_file() == ("finetune" in code)
 
 
 def test_readme_lists_the_commands():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import Linear4bit, quantize_4bit
-from halfbyte.capture import Captured
+from halfbyte.capture import Captured, Pool
 from halfbyte.ops import gemm_4bit
 from halfbyte.recording import record
 
@@ -113,7 +113,7 @@ def test_an_error_ends_the_recording():
 @torch.inference_mode()
 def test_who_captures_has_called_before_on_the_same_thread():
     x, calls = torch.ones(3), []
-    captured = Captured(lambda: (calls.append(1), x + 1)[1], torch.device("cpu"), None)
+    captured = Captured(lambda: (calls.append(1), x + 1)[1], torch.device("cpu"), Pool())
     assert torch.equal(captured(), x + 1)
 
     def elsewhere() -> bool:

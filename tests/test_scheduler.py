@@ -31,6 +31,7 @@ from halfbyte import Engine, Sampling
 from halfbyte.errors import AdapterNotFoundError, ContextLengthError, QueueFullError
 from halfbyte.prefill import CHUNK
 from halfbyte.prefix_cache import PrefixCache
+from halfbyte.sampling import SamplingRows
 from halfbyte.scheduler import Scheduler
 
 
@@ -80,6 +81,78 @@ def test_running_sequences_go_on_while_a_long_prompt_is_read():
         engine._advance_once()
     assert long.prefilled >= 2 * CHUNK
     assert len(first.reply.tokens) >= before + 2
+
+
+def test_a_gpu_gets_a_step_before_the_last_one_is_read(device):
+    engine = Engine(tiny(max_position_embeddings=256).to(device), max_batch=2)
+    scheduler = engine._scheduler
+    assert scheduler.lookahead == (1 if device.type == "cuda" else 0)
+    expected = engine.generate([1, 2], max_new_tokens=20).token_ids
+    scheduler.lookahead = 1
+    engine.refresh()
+    request = engine.submit([1, 2], Sampling(max_new_tokens=20))
+    for step in range(10):
+        engine._advance_once()
+        assert len(scheduler.pending) == 1
+        assert len(request.reply.tokens) == step + 1
+    engine.run([request])
+    assert request.reply.tokens == expected
+
+
+def test_short_prompts_do_not_wait_for_long_ones_nor_these_for_all_short_ones():
+    model = tiny(max_position_embeddings=20 * CHUNK)
+    engine = Engine(model, max_batch=6)
+    long = engine.submit([3] * (8 * CHUNK), Sampling(max_new_tokens=1))
+    engine._advance_once()
+    short = engine.submit([1, 2], Sampling(max_new_tokens=1))
+    engine._advance_once()
+    engine._advance_once()
+    assert short.done and not long.done
+    for _ in range(16):
+        read, others = long.prefilled, [engine.submit([4, 5], Sampling(max_new_tokens=1))]
+        engine._advance_once()
+        engine._advance_once()
+        assert others[0].done and (long.done or long.prefilled == read + CHUNK)
+        if long.done:
+            break
+    assert long.done
+
+
+def test_equal_prompts_are_read_one_after_the_other():
+    model = tiny(max_position_embeddings=4 * CHUNK)
+    engine = Engine(model, max_batch=4)
+    requests = [engine.submit([i] * 2 * CHUNK, Sampling(max_new_tokens=1)) for i in range(4)]
+    steps = 0
+    while engine._scheduler.busy:
+        engine._advance_once()
+        steps += 1
+        assert sum(request.done for request in requests) == steps // 2
+    assert steps == 8, "no step without a chunk"
+
+
+def test_what_hinders_one_request_from_starting_ends_it_alone(model, monkeypatch):
+    engine = Engine(model, max_batch=3)
+    good = engine.submit([1, 2], Sampling(max_new_tokens=20))
+    engine._advance_once()
+    set_row = SamplingRows.set
+
+    def set_but_one(rows, row, sampling, *rest):
+        set_row(rows, row, sampling, *rest)
+        if sampling.seed == 7:
+            raise RuntimeError("no room for a seed of 7")
+
+    monkeypatch.setattr(SamplingRows, "set", set_but_one)
+    bad = engine.submit([3], Sampling(seed=7))
+    later = engine.submit([4, 5], Sampling(max_new_tokens=5))
+    engine.run([good, later])
+    assert bad.reply.finish_reason == "error" and not bad.reply.tokens
+    with pytest.raises(RuntimeError, match="a seed of 7"):
+        engine.run([bad])
+    for request in (good, later):
+        options = {"max_new_tokens": request.sampling.max_new_tokens}
+        alone = Engine(model, max_batch=1).generate(request.prompt, **options)
+        assert request.reply.tokens == alone.token_ids
+    assert fully_free(engine)
 
 
 # --- prefixes --------------------------------------------------------------------------------

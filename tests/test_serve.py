@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import torch
 from engines import slowed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_lora import DAMAGES, damaged
 from tiny import tiny_folder, tiny_model, write_tokenizer
 
 from halfbyte import LoraConfig, Sampling, lora
@@ -29,11 +33,12 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
-from halfbyte.serve.app import Service, create_app  # noqa: E402
+from halfbyte.sampling import SamplingRows  # noqa: E402
+from halfbyte.serve.app import ROUTES, Service, create_app  # noqa: E402
 from halfbyte.serve.config import ServeConfig  # noqa: E402
 from halfbyte.serve.server import make_engine  # noqa: E402
 
-CONTEXT = 512
+CONTEXT, VOCABULARY = 512, 258
 
 
 def free_port() -> int:
@@ -187,6 +192,39 @@ def test_adapters_come_and_go(url, client):
         client.chat.completions.create(model="blue", messages=HELLO)
 
 
+def test_a_damaged_adapter_is_the_clients_error(url, folders):
+    for how in DAMAGES:
+        folder = folders / "adapters" / "damaged"
+        shutil.copytree(folders / "adapters" / "blue", folder)
+        file_and_field = damaged(folder, how)
+        body = {"lora_name": "x", "lora_path": "damaged"}
+        response = httpx.post(f"{url}/v1/load_lora_adapter", json=body)
+        assert response.status_code == 400, (how, response.text)
+        assert re.search(file_and_field, response.json()["error"]["message"])
+        shutil.rmtree(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*another base")
+def test_an_adapter_of_another_base_is_said_to_be_one(url, folders):
+    def load(name: str) -> dict:
+        body = {"lora_name": name, "lora_path": name}
+        response = httpx.post(f"{url}/v1/load_lora_adapter", json=body)
+        assert response.status_code == 200, response.text
+        httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name})
+        return response.json()
+
+    folder = folders / "adapters" / "foreign"
+    shutil.copytree(folders / "adapters" / "blue", folder)
+    damage_base(folder)
+    assert "sha256: trained on 'other'" in load("foreign")["warning"]
+    assert load("blue")["warning"] is None
+
+
+def damage_base(folder) -> None:
+    path = folder / "halfbyte_base.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "other"}))
+
+
 def test_settings_reach_the_sampler(server, client):
     def text(**settings) -> str:
         return client.completions.create(model="tiny", prompt="abc", **settings).choices[0].text
@@ -305,10 +343,15 @@ def test_bad_requests_are_named(url, change, message):
     assert re.search(message, error["message"]), error
 
 
+EDGES = [
+    -0.0, 1e-300, 1e-45, 1e-40, 1e-38, 0.01, 3.5e38, 1e308, 2**24 + 1,
+    2**31 - 2, 2**31 - 1, 2**31, -(2**31), 2**32, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
+]  # fmt: skip
 JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
+    | st.sampled_from(EDGES)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
@@ -318,7 +361,12 @@ FIELDS = [
     "model", "messages", "prompt", "n", "stream", "temperature", "top_p", "top_k", "min_p", "seed",
     "stop", "stop_token_ids", "max_tokens", "min_tokens", "logit_bias", "logprobs", "top_logprobs",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "stream_options",
-    "response_format",
+    "response_format", "max_completion_tokens", "tools", "echo", "suffix",
+]  # fmt: skip
+NUMBERS = [
+    "n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "logprobs",
+    "top_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "max_completion_tokens",
 ]  # fmt: skip
 
 
@@ -338,6 +386,53 @@ def test_fuzzed_bodies_are_answered(url, chat, changes, dropped):
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("field", [*NUMBERS, "logit_bias", "stop_token_ids", "prompt"])
+def test_edge_numbers_are_answered(server, url, field):
+    """Every number that some format cannot hold, with every other setting on."""
+    around = {"temperature": 0.5, "min_tokens": 1, "repetition_penalty": 1.1, "max_tokens": 2}
+    for number in EDGES:
+        value = {"logit_bias": {"70": number}, "stop_token_ids": [number], "prompt": [number]}
+        changed = around | {field: value.get(field, number)}
+        for path in ("chat/completions", "completions"):
+            body = {"model": "tiny", "messages": HELLO, "prompt": "ab"} | changed
+            response = httpx.post(f"{url}/v1/{path}", json=body, timeout=30)
+            assert response.status_code in (200, 400), (number, response.text)
+    assert idle(server[0])
+
+
+def test_the_whole_vocabulary_as_ends_is_answered(url):
+    body = {"model": "tiny", "prompt": "ab", "stop_token_ids": list(range(VOCABULARY))}
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+    response = httpx.post(f"{url}/v1/completions", json=body | {"min_tokens": 2})
+    assert response.status_code == 400 and "stop_ids" in response.json()["error"]["message"]
+
+
+def test_a_request_that_fails_leaves_others_alone(server, url, monkeypatch):
+    """An error of ours in one row, and the settings that once were one, beside a stream."""
+    service, _ = server
+    set_row = SamplingRows.set
+
+    def failing(rows, row, sampling, *rest):
+        if sampling.seed == 7:
+            raise RuntimeError("a bug")
+        set_row(rows, row, sampling, *rest)
+
+    monkeypatch.setattr(SamplingRows, "set", failing)
+    body = {"model": "tiny", "prompt": "ab", "temperature": 0}
+    with slowed(service.engine, 0.01):
+        long = body | {"max_tokens": 300, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            for change, status in (({"min_tokens": 1 << 31}, 200), ({"seed": 7}, 500)):
+                short = body | {"max_tokens": 2} | change
+                response = httpx.post(f"{url}/v1/completions", json=short, timeout=60)
+                assert response.status_code == status, response.text
+            assert service.engine.stats.running_requests == 1
+            rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
 
 
 SCHEMAS = st.recursive(
@@ -462,22 +557,70 @@ def test_a_client_that_leaves_frees_its_blocks(server, stream):
 # --- health, metrics, page, process ----------------------------------------------------------
 
 
+def values(url: str) -> dict[str, float]:
+    """What /metrics says, by name and labels."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name.removeprefix("halfbyte_"): float(value) for name, _, value in pairs}
+
+
 def test_health_and_metrics(server, client, url):
-    client.completions.create(model="tiny", prompt="ab", max_tokens=4)
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/ready").status_code == 200
-    text = httpx.get(f"{url}/metrics").text
-    for name in (
-        "time_to_first_token_seconds_count",
-        "inter_token_seconds_count",
-        "request_seconds_count",
-        "reply_tokens_total",
-        "running_requests",
-        "used_blocks",
-        "prefix_hit_blocks",
-        'replies_total{reason="length"}',
-    ):
-        assert f"halfbyte_{name}" in text, name
+    client.completions.create(model="tiny", prompt=list(range(40)), temperature=0, max_tokens=4)
+    before = values(url)
+    client.completions.create(model="tiny", prompt=list(range(40)), temperature=0, max_tokens=4)
+    after = values(url)
+    grown = {name: after[name] - before.get(name, 0) for name in after if "bucket" not in name}
+    for name, expected in {
+        'requests_total{status="200"}': 2,  # and the reading of these numbers
+        'replies_total{reason="length"}': 1,
+        "prompt_tokens_total": 40,
+        "reply_tokens_total": 4,
+        "prefix_hit_blocks": 2,
+        "time_to_first_token_seconds_count": 1,
+        "request_seconds_count": 1,
+    }.items():
+        assert grown[name] == expected, name
+    assert 0 <= grown["inter_token_seconds_count"] <= 3
+    assert 0 < grown["time_to_first_token_seconds_sum"] <= grown["request_seconds_sum"]
+    assert after["running_requests"] == after["waiting_requests"] == after["used_blocks"] == 0
+    assert after["total_blocks"] == server[0].engine.stats.total_blocks > 0
+
+
+def test_metrics_of_requests_that_run_and_wait(folders):
+    with serving(folders, max_batch=1) as (service, url):
+        requests = [service.engine.submit([1] * 20, Sampling(max_new_tokens=9)) for _ in range(3)]
+        service.engine._advance_once()
+        seen = values(url)
+        assert (seen["running_requests"], seen["waiting_requests"]) == (1, 2)
+        assert seen["used_blocks"] == 2, "28 tokens are written, 16 to a block"
+        service.engine.run(requests)
+        assert values(url)["used_blocks"] == 0
+
+
+def test_the_documentation_has_every_endpoint_and_metric():
+    page = (Path(__file__).parents[1] / "docs/serving.md").read_text()
+    for method, path, _ in ROUTES:
+        assert f"{method} {path.replace('{name:path}', 'NAME')}`" in page, path
+    for family in Service(ServeConfig(name="x")).metrics.registry.collect():
+        assert family.name.removeprefix("halfbyte_") in page, family.name
+
+
+def test_who_says_nothing_listens_to_this_machine_only():
+    from halfbyte.cli import serve
+
+    assert ServeConfig(name="x").host == inspect.signature(serve).parameters["host"].default
+    assert ServeConfig(name="x").host == "127.0.0.1"
+
+
+def test_what_a_key_does_not_cover(folders):
+    with serving(folders, api_key="sesame") as (_, url):
+        for path in ("", "health", "ready", "metrics"):
+            assert httpx.get(f"{url}/{path}").status_code == 200, path
+        for _, path, _ in ROUTES:
+            if path.startswith("/v1/"):
+                assert httpx.get(url + path).status_code in (401, 405)
 
 
 def test_not_ready_before_the_model_is_there():
@@ -499,28 +642,54 @@ def test_the_page_is_there_and_allows_no_foreign_code(url):
     assert "innerHTML" not in page.text
 
 
-def test_the_process_drains_on_sigterm(tmp_path):
-    folder = tiny_folder(tmp_path / "model", max_position_embeddings=CONTEXT)
+@contextmanager
+def process(tmp_path, context: int, *options: str):
+    """`halfbyte serve` of a tiny model; yields the process and its address."""
+    folder = tiny_folder(tmp_path / "model", max_position_embeddings=context)
     port = free_port()
-    words = [sys.executable, "-m", "halfbyte.cli", "serve", folder, "--device", "cpu"]
+    words = [sys.executable, "-m", "halfbyte.cli", "serve", folder, "--device", "cpu", *options]
     command = [*map(str, words), "--port", str(port), "--name", "m", "--dtype", "float32"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         try:
             url = f"http://127.0.0.1:{port}"
             wait_until_ready(url)
-            body = {"model": "m", "prompt": "ab", "max_tokens": 300, "stream": True}
-            body["logit_bias"] = {"1": -100}
-            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
-                lines = stream.iter_lines()
-                next(lines)
-                process.terminate()
-                rest = [line for line in lines if line]
-            assert rest[-1] == "data: [DONE]", "what runs is finished"
-            logged = [json.loads(line) for line in process.stderr]
-            assert any(line.get("completion_tokens") == 300 for line in logged)
-            assert process.wait(30) in (0, -signal.SIGTERM)
+            yield running, url
         finally:
-            process.kill()
+            running.kill()
+
+
+def test_the_process_drains_on_sigterm(tmp_path, folders):
+    shutil.copytree(folders / "adapters" / "red", tmp_path / "red")
+    damage_base(tmp_path / "red")
+    with process(tmp_path, CONTEXT, "--adapter", f"red={tmp_path / 'red'}") as (running, url):
+        body = {"model": "m", "prompt": "ab", "max_tokens": 300, "stream": True}
+        body["logit_bias"] = {"1": -100}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            running.terminate()
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]", "what runs is finished"
+        logged = [json.loads(line) for line in running.stderr]
+        assert any(line.get("completion_tokens") == 300 for line in logged)
+        warned = [line["message"] for line in logged if line["level"] == "WARNING"]
+        assert len(warned) == 1 and "another base" in warned[0]
+        assert running.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_the_process_does_not_drain_for_ever(tmp_path):
+    with process(tmp_path, 1 << 17, "--drain-timeout", "1", "--kv-gb", "2") as (running, url):
+        body = {"model": "m", "prompt": "ab", "max_tokens": 100_000, "stream": True}
+        body["logit_bias"] = {"1": -100}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            running.terminate()
+            stopped = time.monotonic()
+            with suppress(httpx.RemoteProtocolError):
+                assert "data: [DONE]" not in lines
+        assert running.wait(30) in (0, -signal.SIGTERM)
+        assert 0.9 < time.monotonic() - stopped < 20
 
 
 def wait_until_ready(url: str) -> None:

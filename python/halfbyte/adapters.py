@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ from halfbyte.ops.gemv_4bit_fused import LowRank
 
 @dataclass(eq=False)
 class Adapter:
-    """One loading of one adapter. users: requests that were given it and have not ended."""
+    """One loading of one adapter. warning: how its base was another than the model. users: requests
+    that were given it and have not ended."""
 
     name: str
     folder: str
     layers: dict[str, LowRank] = field(repr=False)
+    warning: str | None = None
     generation: int = field(default_factory=itertools.count(1).__next__)
     users: int = 0
 
@@ -171,8 +174,10 @@ class Adapters:
                 layers[layer] = self._share(folder, layer, fields, tensors)
         # Before the first wrapping, as a fingerprint names the model's layers.
         self._base_record = self._base_record or fingerprint(self.model)
-        lora._compare_base(folder, self.model, self._base_record)
-        return Adapter(name, str(folder), layers)
+        warning = lora._base_difference(folder, self.model, self._base_record)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=3)
+        return Adapter(name, str(folder), layers, warning)
 
     def _share(self, folder: Path, name: str, fields: dict, tensors: dict[str, Tensor]) -> LowRank:
         try:
@@ -185,19 +190,23 @@ class Adapters:
                 f"{folder}: {name}: the model has no such linear layer. "
                 "Hint: the adapter belongs to another base model"
             )
-        a, b = tensors[f"{name}.lora_A.weight"], tensors.get(f"{name}.lora_B.weight")
+        a, b = (tensors[f"{name}.{kind}.weight"] for kind in ("lora_A", "lora_B"))
         rank = lora._rank(folder, name, fields, a)
         expected = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
         for kind, value in {"lora_A": a, "lora_B": b}.items():
-            if value is None or tuple(value.shape) != expected[kind]:
-                got = None if value is None else list(value.shape)
+            if tuple(value.shape) != expected[kind]:
                 raise CheckpointError(
-                    f"{folder}: {name}.{kind}.weight: expected {list(expected[kind])}, got {got}"
+                    f"{folder}: {name}.{kind}.weight: expected {list(expected[kind])}, "
+                    f"got {list(value.shape)}"
                 )
         alpha = lora._pattern_value(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8))
         divisor = rank**0.5 if fields.get("use_rslora") else rank
         weight = self.model.model.embed_tokens.weight
-        a, b = (x.to(weight.device, weight.dtype) for x in (a, b))
+        a, b = (x.to(weight.dtype) for x in (a, b))
+        if not (a.isfinite().all() and b.isfinite().all()):
+            # Zero times NaN is NaN: rows of other adapters would have it, too.
+            raise CheckpointError(f"{folder}: {name}: expected finite numbers in {weight.dtype}")
+        a, b = (x.to(weight.device) for x in (a, b))
         return LowRank(a, b, None, alpha / divisor)
 
     def add(self, adapter: Adapter) -> None:

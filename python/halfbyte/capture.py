@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -21,11 +22,10 @@ class Captured(Generic[T]):
     All ways give the same bits; after a capture the results lie in the same tensors every time. Who
     captures has called before, on the same thread: libraries make handles for each thread when it
     first calls them, which would break the capture.
-    device: where `work` computes. pool: torch's handle of the memory that captures share which
-    never run at the same time (CUDA).
+    device: where `work` computes. pool: the memory of CUDA graphs.
     """
 
-    def __init__(self, work: Callable[[], T], device: torch.device, pool: Any) -> None:
+    def __init__(self, work: Callable[[], T], device: torch.device, pool: Pool) -> None:
         self.work = work
         self.device = device
         self.pool = pool
@@ -40,21 +40,33 @@ class Captured(Generic[T]):
             # Recording it has done the work.
             self.captured = record(self.work)
             return self.captured[1]
-        self.captured = self.captured or capture(self.work, self.pool)
+        self.captured = self.captured or self.pool.capture(self.work)
         graph, results = self.captured
         graph.replay()
         return results
 
 
-def capture(work: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
-    """`work` as a CUDA graph, which has not run yet, and where each replay leaves the results."""
-    graph = torch.cuda.CUDAGraph()
-    # Thread-local: torch may allocate on other threads meanwhile.
-    with (
-        _no_garbage_collection(),
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-    ):
-        return graph, work()
+class Pool:
+    """Memory that CUDA graphs share which never run at the same time."""
+
+    def __init__(self) -> None:
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._handle: Any = None
+
+    def capture(self, work: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """`work` as a graph, which has not run yet, and where each replay leaves the results."""
+        if not self._graphs:
+            # Torch gives memory up with the last graph of its handle, which then takes no other.
+            self._handle = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: torch may allocate on other threads meanwhile.
+        with (
+            _no_garbage_collection(),
+            torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"),
+        ):
+            results = work()
+        self._graphs.add(graph)
+        return graph, results
 
 
 @contextmanager

@@ -131,10 +131,11 @@ class Conversation:
         return self._engine_now().stream(prompt, self.sampling)
 
     def _engine_now(self) -> Engine:
-        """The engine; a new one if layers were exchanged, without memory if weights may change."""
-        if self._engine is None or self._engine.stale:
+        """The engine, without memory if weights have moved or may have changed."""
+        if self._engine is None or self._engine.misplaced:
             self._engine = Engine(self.model, max_batch=1, kv_dtype=self.kv_dtype)
-        if any(parameter.requires_grad for parameter in self.model.parameters()):
+        trained = any(parameter.requires_grad for parameter in self.model.parameters())
+        if trained or self._engine.stale:
             self._engine.refresh()
         return self._engine
 

@@ -281,6 +281,9 @@ def serve(
     ] = None,
     kv_dtype: KVDType = None,
     request_timeout: Annotated[float, typer.Option(help="Seconds that a reply may take.")] = 600.0,
+    drain_timeout: Annotated[
+        int, typer.Option(help="Seconds that running requests get to end when it is stopped.")
+    ] = 30,
     quant_type: QuantType = "nf4",
     double_quant: DoubleQuant = True,
     dtype: DType = "bfloat16",
@@ -304,6 +307,7 @@ def serve(
         kv_budget=None if kv_gb is None else int(kv_gb * 1e9),
         kv_dtype=kv_dtype,
         request_timeout=request_timeout,
+        drain_timeout=drain_timeout,
     )
     where = {"dtype": _torch_dtype(dtype), "device": device}
     run(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from halfbyte.adapters import Adapter, Adapters
-from halfbyte.capture import Captured
+from halfbyte.capture import Captured, Pool
 from halfbyte.kv_cache import SPARE_BLOCK, CacheStep, KVCache
 from halfbyte.models import Decoder
 from halfbyte.ops.paged_attention import BLOCK
@@ -63,9 +63,7 @@ class DecodeStep:
     time: the GPU goes on without waiting for a copy.
     """
 
-    def __init__(
-        self, model: Decoder, cache: KVCache, rows: int, width: int, pool: Any = None
-    ) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, rows: int, width: int, pool: Pool) -> None:
         device, backbone = cache.device, model.model
         self.model, self.cache = model, cache
         self.sampling = SamplingRows(rows, model.config.vocab_size, device)

@@ -112,8 +112,8 @@ class Engine:
     """Runs prompts of any lengths and settings together, one token a step each.
 
     model: a loaded Decoder, or one that is being trained: weights are read where they are, so
-    replies come from what they are now; call `refresh` after they have changed, since the cache
-    still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
+    replies come from what they are now; call `refresh` after they have changed or moved, since the
+    cache still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
     halfbyte saved, over a model that carries none itself; requests choose one, and all run in one
     batch. On a GPU up to 256 ranks together join the launches of a step's products; with more, each
     layer takes slower ones of its own. max_batch: sequences that run at once, at most 32; others
@@ -122,6 +122,12 @@ class Engine:
     requests that may wait before QueueFullError; None: any number. kv_dtype: "int8" keeps keys and
     values in 8 bits, so that the budget holds nearly twice the tokens (see KVCache); None: in the
     model's dtype.
+
+    What else runs does not choose a request's tokens. On a GPU a step's logits have the same bits
+    for up to 8 rows, 16 where none uses an adapter, over double-quantized 4-bit layers whose inputs
+    are multiples of 256; larger batches and other layers sum in another order, so two tokens whose
+    logits lie within rounding may change places. So may they where a prompt's beginning was found
+    in the cache, which leaves other chunks to read.
 
     Not bound to a thread: whoever waits for a reply drives the engine, and an async caller has it
     driven by a thread of its own.
@@ -141,7 +147,7 @@ class Engine:
             raise ValueError(f"max_batch: expected 1 to {MAX_BATCH}, got {max_batch!r}")
         self.model = model
         embedding = model.model.embed_tokens.weight
-        self._weights = _addresses(model)
+        self._weights, self._place = _addresses(model), _place(model)
         most = max_batch * blocks_for(model.config.max_position_embeddings)
         each = block_bytes(model.config, embedding.dtype, kv_dtype)
         budget = _default_budget(embedding.device) if kv_budget is None else kv_budget
@@ -262,18 +268,19 @@ class Engine:
     ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
-        Raises ValueError for token ids that the model does not have and for a JSON schema that is
-        not supported, ContextLengthError for a prompt longer than the model's context or the cache,
+        Raises RuntimeError for a model that is `stale`, ValueError for token ids that it does not
+        have, for a least length where every id ends the reply and for a JSON schema that is not
+        supported, ContextLengthError for a prompt longer than the model's context or the cache,
         AdapterNotFoundError, QueueFullError, ImportError where an extra is missing.
         """
+        if self.stale:
+            raise RuntimeError(
+                "the model's weights were moved or its layers exchanged after the engine was made. "
+                "Hint: engine.refresh() follows them"
+            )
         ids = checked_prompt(self.model, prompt)
-        for name in ("stop_ids", "logit_bias"):
-            for token in getattr(sampling, name):
-                if token >= self.model.config.vocab_size:
-                    expected = f"ids below {self.model.config.vocab_size}"
-                    raise ValueError(f"{name}: expected {expected}, got {token}")
         context = self.model.config.max_position_embeddings
-        ends = eos_ids(self.model) | set(sampling.stop_ids)
+        ends = _ends(self.model, sampling)
         text = None
         if self.model.tokenizer is not None or sampling.stop:
             text = ReplyText(tokenizer_of(self.model, "stop strings"), sampling.stop)
@@ -311,15 +318,33 @@ class Engine:
                 request.pieces.clear()
 
     def refresh(self) -> None:
-        """Forget cached prefixes, because the model's weights have changed."""
+        """Follow the model's weights, which have changed: forget cached prefixes, and where they
+        were moved or layers exchanged, what was captured.
+
+        Raises ValueError where the model is on another device or in another dtype than the cache.
+        """
+        if self.misplaced:
+            raise ValueError(
+                f"refresh: expected the model on {self._place[0]} in {self._place[1]}, as the "
+                f"cache is, got {_place(self.model)}. Hint: make a new engine"
+            )
         with self._lock:
             self._generation += 1
             self._scheduler.prefixes.clear()
+            weights = _addresses(self.model)
+            if weights != self._weights:
+                self._scheduler.forget_captured()
+                self._weights = weights
 
     @property
     def stale(self) -> bool:
-        """Whether the model's weights lie elsewhere than when the engine was made."""
+        """Whether the model's weights lie elsewhere than `refresh` or the beginning found them."""
         return self._weights != _addresses(self.model)
+
+    @property
+    def misplaced(self) -> bool:
+        """Whether the model was given another device or dtype, so that a new engine is needed."""
+        return self._place != _place(self.model)
 
     @property
     def capacity(self) -> tuple[int, int]:
@@ -457,6 +482,11 @@ def _addresses(model: Decoder) -> tuple[int, ...]:
     return tuple(p.data_ptr() for p in model.parameters())
 
 
+def _place(model: Decoder) -> tuple[torch.device, torch.dtype]:
+    weight = model.model.embed_tokens.weight
+    return weight.device, weight.dtype
+
+
 def _default_budget(device: torch.device) -> int:
     if device.type != "cuda":
         return HOST_BYTES
@@ -475,6 +505,19 @@ def _seed(sampling: Sampling) -> int:
     if sampling.seed is not None or sampling.temperature == 0:
         return sampling.seed or 0
     return int(torch.randint(1 << 62, ()))
+
+
+def _ends(model: Decoder, sampling: Sampling) -> set[int]:
+    """The ids that end a reply. Raises ValueError for settings that no reply can follow."""
+    size = model.config.vocab_size
+    for name in ("stop_ids", "logit_bias"):
+        for token in getattr(sampling, name):
+            if token >= size:
+                raise ValueError(f"{name}: expected ids below {size}, got {token}")
+    ends = eos_ids(model) | set(sampling.stop_ids)
+    if sampling.min_new_tokens > 0 and len(ends) >= size:
+        raise ValueError("stop_ids: expected an id that ends no reply, beside min_new_tokens")
+    return ends
 
 
 def eos_ids(model: Decoder) -> set[int]:

@@ -30,7 +30,7 @@ def _engine(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling
     )
     batch, needed = min(len(prompts), MAX_BATCH), sum(blocks[-MAX_BATCH:])
     engine = _engines.get(model)
-    if engine is not None and not engine.stale:
+    if engine is not None and not engine.misplaced:
         rows, tokens = engine.capacity
         if batch <= rows and needed * BLOCK <= tokens:
             # Its weights may have been trained since.

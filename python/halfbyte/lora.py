@@ -8,7 +8,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -406,19 +407,12 @@ def load_adapter(
     tensors = _read_tensors(folder)
     if hasattr(model, "lora_config"):
         raise ValueError("load_adapter: the model already carries an adapter")
-    config = LoraConfig(
-        r=fields["r"],
-        lora_alpha=fields.get("lora_alpha", 8),
-        lora_dropout=fields.get("lora_dropout", 0.0) if trainable else 0.0,
-        target_modules=fields.get("target_modules") or "all-linear",
-        use_rslora=fields.get("use_rslora", False),
-        bias=fields.get("bias", "none"),
-        modules_to_save=fields.get("modules_to_save"),
-    )
+    config = _config_of(folder, fields, trainable)
     targets = sorted(n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n)
     for name in targets:
         _check_target(model, name, folder)
-    _compare_base(folder, model, base_record)
+    if difference := _base_difference(folder, model, base_record):
+        warnings.warn(difference, stacklevel=2)
     model.requires_grad_(False)
     for name in targets:
         rank = _rank(folder, name, fields, tensors[f"{name}.lora_A.weight"])
@@ -436,22 +430,84 @@ def load_adapter(
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             f"{path}: no such file. Hint: expected a folder that PEFT or halfbyte saved"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if fields.get("peft_type") != "LORA" or not isinstance(fields.get("r"), int):
+        )
+    fields = _read_object(path)
+    if fields.get("peft_type") != "LORA" or fields.get("r") is None:
         raise CheckpointError(
             f"{path}: expected peft_type LORA with a rank r, got peft_type "
             f"{fields.get('peft_type')!r}, r {fields.get('r')!r}"
         )
     if refused := [key for key in UNSUPPORTED if fields.get(key)]:
         raise CheckpointError(f"{path}: {refused} are not supported, only plain LoRA is")
+    for name, (expected, fits) in FIELDS.items():
+        if name in fields and not fits(fields[name]):
+            raise CheckpointError(f"{path}: {name}: expected {expected}, got {fields[name]!r}")
     return fields
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(read).__name__}")
+    return read
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    # Beyond, the product with a weight may be infinite in fp32.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30
+
+
+def _are_patterns(of: Callable[[Any], bool], value: Any) -> bool:
+    """Whether these are regular expressions, each with a value `of` some kind; or none."""
+    if not isinstance(value, dict | None):
+        return False
+    try:
+        return all(re.compile(f"({pattern})") and of(v) for pattern, v in (value or {}).items())
+    except re.error:
+        return False
+
+
+# Of adapter_config.json, what is calculated with: what it has to be, and whether it is that.
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a positive integer", _is_rank),
+    "lora_alpha": ("a number", _is_number),
+    "lora_dropout": ("a number", _is_number),
+    "rank_pattern": ("ranks by regular expressions", partial(_are_patterns, _is_rank)),
+    "alpha_pattern": ("numbers by regular expressions", partial(_are_patterns, _is_number)),
+    "modules_to_save": (
+        "a list of names",
+        lambda value: (
+            value is None
+            or isinstance(value, list)
+            and all(isinstance(name, str) for name in value)
+        ),
+    ),
+}
+
+
+def _config_of(folder: Path, fields: Mapping[str, Any], trainable: bool) -> LoraConfig:
+    try:
+        return LoraConfig(
+            r=fields["r"],
+            lora_alpha=fields.get("lora_alpha", 8),
+            lora_dropout=fields.get("lora_dropout", 0.0) if trainable else 0.0,
+            target_modules=fields.get("target_modules") or "all-linear",
+            use_rslora=fields.get("use_rslora", False),
+            bias=fields.get("bias", "none"),
+            modules_to_save=fields.get("modules_to_save"),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -470,13 +526,22 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: corrupt or truncated: {error}") from None
     plain = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
-    if odd := [
-        n for n in plain if "lora_" in n and not n.endswith((".lora_A.weight", ".lora_B.weight"))
-    ]:
-        raise CheckpointError(
-            f"{path}: {odd[0]}: only lora_A.weight and lora_B.weight are supported"
-        )
+    for name, value in plain.items():
+        if "lora_" in name:
+            _check_matrix(path, name, value, plain)
     return plain
+
+
+def _check_matrix(path: Path, name: str, value: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Whether this is half of a pair of matrices."""
+    layer, _, kind = name.removesuffix(".weight").rpartition(".")
+    other = {"lora_A": "lora_B", "lora_B": "lora_A"}.get(kind)
+    if other is None or not name.endswith(".weight"):
+        raise CheckpointError(f"{path}: {name}: only lora_A.weight and lora_B.weight are supported")
+    if value.dim() != 2:
+        raise CheckpointError(f"{path}: {name}: expected a matrix, got {list(value.shape)}")
+    if f"{layer}.{other}.weight" not in tensors:
+        raise CheckpointError(f"{path}: {layer}.{other}.weight: missing beside {name}")
 
 
 def _check_target(model: nn.Module, name: str, folder: Path) -> None:
@@ -531,24 +596,27 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
         parameters[name].data.copy_(value)
 
 
-def _compare_base(folder: Path, model: nn.Module, base_record: Mapping[str, Any] | None) -> None:
+def _base_difference(
+    folder: Path, model: nn.Module, base_record: Mapping[str, Any] | None
+) -> str | None:
+    """What a user has to know where the adapter was trained on another base."""
     path = folder / BASE_FILE
     if not path.exists():
-        return
+        return None
     base_record = base_record or fingerprint(model)
-    stored = json.loads(path.read_text())
+    stored = _read_object(path)
     differences = [
         f"{key}: trained on {stored[key]!r}, loaded on {base_record.get(key)!r}"
         for key in stored
         if stored[key] != base_record.get(key)
     ]
-    if differences:
-        warnings.warn(
-            f"{folder}: this adapter was trained on another base; outputs will differ. "
-            + "; ".join(differences)
-            + ". Hint: load the base as in training: quant_type, double_quant, blocksize and dtype",
-            stacklevel=3,
-        )
+    if not differences:
+        return None
+    return (
+        f"{folder}: this adapter was trained on another base; outputs will differ. "
+        + "; ".join(differences)
+        + ". Hint: load the base as in training: quant_type, double_quant, blocksize and dtype"
+    )
 
 
 @torch.no_grad()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from halfbyte.capture import Captured
+from halfbyte.capture import Captured, Pool
 from halfbyte.decode import evaluating
 from halfbyte.kv_cache import SPARE_BLOCK, CacheStep, KVCache
 from halfbyte.models import Decoder
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 class Prefill:
     """The forwards that read prompts; on CUDA each shape of them is captured."""
 
-    def __init__(self, model: Decoder, cache: KVCache, width: int, pool: Any = None) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, width: int, pool: Pool) -> None:
         device = cache.device
         self.model, self.cache, self.pool = model, cache, pool
         self.ids = torch.zeros(1, CHUNK, dtype=torch.int64, device=device)

@@ -13,12 +13,17 @@ from torch import Tensor
 
 from halfbyte.ops import draw
 
+INT32_MAX = (1 << 31) - 1
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 # Most alternatives whose log-probabilities are kept for a token, as in OpenAI's API.
 MAX_LOGPROBS = 20
 # Stands for a token where logits were not finite.
 NOT_FINITE = -1
+# Most of what is added to a logit or divides it: fp32 holds what comes of it.
+MAX_EDIT = 1e30
+# A penalty multiplies and divides logits; one of fp32's smallest numbers would make them infinite.
+REPETITION_PENALTIES = (0.01, 100.0)
 # Steps whose tokens the host has not read, at most: a prompt's first ones and those of two steps.
 SLOTS = 4
 
@@ -75,14 +80,15 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < math.inf, "temperature", ">= 0", self.temperature)
+        warmest = f"in [0, {MAX_EDIT:g}]"
+        _require(0 <= self.temperature <= MAX_EDIT, "temperature", warmest, self.temperature)
         _require_int(self.top_k, "top_k", 0)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
-        penalty = self.repetition_penalty
-        _require(0 < penalty < math.inf, "repetition_penalty", "> 0", penalty)
+        penalty, (least, most) = self.repetition_penalty, REPETITION_PENALTIES
+        _require(least <= penalty <= most, "repetition_penalty", f"in [{least}, {most}]", penalty)
         for name in ("frequency_penalty", "presence_penalty"):
-            _require(math.isfinite(getattr(self, name)), name, "finite", getattr(self, name))
+            _require_edit(getattr(self, name), name)
         if self.seed is not None:
             _require_int(self.seed, "seed", 0)
         _require_int(self.max_new_tokens, "max_new_tokens", 1)
@@ -96,7 +102,7 @@ class Sampling:
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         for token, bias in self.logit_bias.items():
             _require_int(token, "logit_bias", 0)
-            _require(math.isfinite(bias), "logit_bias", "finite", bias)
+            _require_edit(bias, "logit_bias")
         if self.logprobs is not None:
             _require_int(self.logprobs, "logprobs", 0)
             _require(self.logprobs <= MAX_LOGPROBS, "logprobs", "<= 20", self.logprobs)
@@ -120,6 +126,10 @@ class Sampling:
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _require_edit(value: float, name: str) -> None:
+    _require(abs(value) <= MAX_EDIT, name, f"in [-{MAX_EDIT:g}, {MAX_EDIT:g}]", value)
 
 
 def _require_int(value: object, name: str, least: int) -> None:
@@ -274,7 +284,7 @@ class SamplingRows:
         self.penalties[row].copy_(torch.tensor(penalties), non_blocking=True)
         self.top_k[row].fill_(min(sampling.top_k or self.vocab_size, self.vocab_size))
         self.keys[row].fill_(seed_key(seed))
-        self.first_ends[row].fill_(len(prompt) + sampling.min_new_tokens)
+        self.first_ends[row].fill_(min(len(prompt) + sampling.min_new_tokens, INT32_MAX))
         self.lengths[row].fill_(len(prompt) + len(reply))
         self.running[row].fill_(1)
         if self.edits is None and sampling.kind.edits:

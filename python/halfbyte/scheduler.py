@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from halfbyte.adapters import Adapter
+from halfbyte.capture import Pool
 from halfbyte.decode import DecodeStep, Results
 from halfbyte.errors import ContextLengthError, QueueFullError
 from halfbyte.kv_cache import KVCache, blocks_for
@@ -71,10 +72,13 @@ class Pending(NamedTuple):
 class Scheduler:
     """Runs requests over one model and cache, up to `max_batch` at a time, first come first served.
 
-    Each `step` reads at most one chunk of a prompt and gives every running sequence one token. A
-    request starts when the blocks that it may ever need are free, so none is ever put back. On
-    CUDA a step is launched before the one before it is read. Where a request follows a grammar, the
-    draw of tokens waits for the next `step`: the host makes masks while the forward runs.
+    Each `step` reads at most one chunk of a prompt and gives every running sequence one token.
+    Chunks go in turn to the oldest prompt and to the one that has least left: a short one does not
+    wait for a long one, nor a long one for all short ones, and equal ones are read one after the
+    other. A request starts when the blocks that it may ever need are free, so none is ever put
+    back. On CUDA a step is launched before the one before it is read. Where a request follows a
+    grammar, the draw of tokens waits for the next `step`: the host makes masks while the forward
+    runs.
 
     Raises ContextLengthError for a request that no empty cache could hold, QueueFullError when
     `max_waiting` requests wait already.
@@ -91,14 +95,15 @@ class Scheduler:
         self.prefixes = PrefixCache(cache.blocks)
         # One block more than a sequence can have, so that a table never ends in a block of its own.
         width = min(blocks_for(model.config.max_position_embeddings), self.prefixes.blocks) + 1
-        on_gpu = cache.device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        pool = Pool()
         self.decode = DecodeStep(model, cache, max_batch, width, pool)
         self.prefill = Prefill(model, cache, width, pool)
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self.lookahead = 1 if on_gpu else 0
+        self.lookahead = 1 if cache.device.type == "cuda" else 0
         self.waiting: deque[Request] = deque()
         self.prefilling: deque[Request] = deque()
+        # Whose turn it is.
+        self.oldest = True
         self.running: list[Request] = []
         self.pending: deque[Pending] = deque()
 
@@ -137,7 +142,9 @@ class Scheduler:
             self._draw()
         self._admit()
         if self.prefilling:
-            self._prefill(self.prefilling[0])
+            oldest, shortest = self.prefilling[0], min(self.prefilling, key=_left)
+            self._prefill(oldest if self.oldest else shortest)
+            self.oldest = not self.oldest
         # Without lookahead a first token is read before anyone gets another.
         launched = self._decode() if self.lookahead or not self.pending else False
         # What grammars allow next depends on all tokens so far, which are read meanwhile.
@@ -161,6 +168,11 @@ class Scheduler:
             request.error = error
             self._end(request, "cancelled" if error is None else "error")
         self.prefixes.clear()
+
+    def forget_captured(self) -> None:
+        """Capture the forwards anew, because the model's weights lie elsewhere."""
+        self.decode.forwards.clear()
+        self.prefill.forwards.clear()
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
@@ -187,16 +199,27 @@ class Scheduler:
 
     def _start(self, request: Request, logits: torch.Tensor) -> None:
         """Sample the first token and let the request run in the first free row."""
-        row, rows, ends = len(self.running), self.decode.sampling, sorted(request.reply.ends)
+        row = len(self.running)
+        try:
+            self._occupy(row, request)
+        except Exception as error:
+            # It concerns no other: nothing but the settings of a free row was touched.
+            self.decode.remove(row)
+            request.error = error
+            self._end(request, "error")
+            return
+        results = self.decode.sample(logits, row, request.kind)
+        self.prefilling.remove(request)
+        self.running.append(request)
+        request.sampled = 1
+        self.pending.append(Pending(results, [(0, request)]))
+
+    def _occupy(self, row: int, request: Request) -> None:
+        rows, ends = self.decode.sampling, sorted(request.reply.ends)
         rows.set(row, request.sampling, request.seed, request.prompt, (), ends)
         if request.reply.grammar is not None:
             rows.allow(row, request.reply.grammar.mask)
         self.decode.place(row, request.blocks, request.adapter)
-        results = self.decode.sample(logits, row, request.kind)
-        self.prefilling.popleft()
-        self.running.append(request)
-        request.sampled = 1
-        self.pending.append(Pending(results, [(0, request)]))
 
     def _decode(self) -> bool:
         """Launch a step if some sequence can take a token more than it has been given."""
@@ -282,6 +305,11 @@ class Scheduler:
             self.decode.move(last, row)
             self.running[row] = self.running[last]
         self.running.pop()
+
+
+def _left(request: Request) -> int:
+    """Tokens of a prompt that are yet to be read."""
+    return len(request.prompt) - request.prefilled
 
 
 def _tell(request: Request, piece: str) -> None:

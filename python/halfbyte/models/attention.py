@@ -35,11 +35,16 @@ class Step(NamedTuple):
     spans: dict[int | None, Span]
     cache: CacheStep | None
 
-    def decoding(self, *following: nn.Module, gated: bool = False) -> Decoding | None:
-        """What `project` takes in a decode step, given the layers that come next."""
+    def decoding(self, place: int, *following: nn.Module, gated: bool = False) -> Decoding | None:
+        """What `project` takes in a decode step, given the layers that come next.
+
+        place: of the launch in its layer. Launches of a few rows of W each stand side by side on a
+        GPU, so each waits by a word of its own, lest it hears what the one before it is told.
+        """
         if self.cache is None or self.cache.arrived is None:
             return None
-        return Decoding(self.cache.arrived, following, gated)
+        words = self.cache.arrived[0].split(1)
+        return Decoding(words[place % len(words)], following, gated)
 
 
 def spans(windows: Iterable[int | None], positions: Tensor, cached: int) -> dict[int | None, Span]:
@@ -113,7 +118,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, decoding: Decoding | None = None) -> Tensor:
         """x [B, T, hidden_size] -> the same shape; decoding: of the last projection."""
-        projected = project(x, *self.inputs, decoding=step.decoding(self.o_proj))
+        projected = project(x, *self.inputs, decoding=step.decoding(0, self.o_proj))
         q, k, v = (part.reshape(*part.shape[:2], -1, self.head_dim) for part in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

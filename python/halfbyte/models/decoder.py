@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
         decoding: of the last projection.
         """
-        gated = project_gated(x, self.gate_proj, self.up_proj, step.decoding(self.down_proj))
+        gated = project_gated(x, self.gate_proj, self.up_proj, step.decoding(2, self.down_proj))
         return project(gated, self.down_proj, unread=unread, decoding=decoding)[0]
 
 
@@ -85,10 +85,10 @@ class DecoderLayer(nn.Module):
         else:
             normed, x = self.input_layernorm.add(added, x)
         mlp = self.mlp
-        before_mlp = step.decoding(mlp.gate_proj, mlp.up_proj, gated=True)
+        before_mlp = step.decoding(1, mlp.gate_proj, mlp.up_proj, gated=True)
         attended = self.self_attn(normed, step, before_mlp)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        after = step.decoding(*(following.self_attn.inputs if following is not None else ()))
+        after = step.decoding(3, *(following.self_attn.inputs if following is not None else ()))
         return x, mlp(normed, step, unread, after)
 
 

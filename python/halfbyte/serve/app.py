@@ -189,7 +189,8 @@ async def load_adapter(service: Service, request: Request) -> Response:
         adapter = await asyncio.to_thread(engine.load_adapter, body.lora_name, folder)
     except (CheckpointError, ValueError, OSError) as error:
         raise ApiError(400, str(error), param="lora_path") from None
-    return JSONResponse({"lora_name": adapter.name, "generation": adapter.generation})
+    loaded = {"generation": adapter.generation, "warning": adapter.warning}
+    return JSONResponse({"lora_name": adapter.name, **loaded})
 
 
 async def unload_adapter(service: Service, request: Request) -> Response:

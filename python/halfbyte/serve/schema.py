@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from halfbyte.sampling import MAX_LOGPROBS, Sampling
+from halfbyte.sampling import MAX_LOGPROBS, REPETITION_PENALTIES, Sampling
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+LEAST_PENALTY, MOST_PENALTY = REPETITION_PENALTIES
 # Tokens of a reply where neither the request nor the server says so.
 DEFAULT_MAX_TOKENS = 1024
 MOST_CHOICES = 8
@@ -56,7 +57,7 @@ class Body(BaseModel):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None

@@ -50,10 +50,10 @@ def serve(
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
+    logging.getLogger().handlers = [handler]
+    logging.captureWarnings(True)
     for name in ("halfbyte.serve", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.INFO)
     service, failure = Service(config), []
     app = create_app(service)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfbyte.capture import capture
+from halfbyte.capture import Pool
 from halfbyte.linear import Linear4bit
 from halfbyte.models import Decoder
 from halfbyte.models.decoder import IGNORE
@@ -64,7 +64,7 @@ class MicroSteps:
         self._refused: set[tuple[int, ...]] = set()
         # Where graphs leave the gradients of parameters that get any.
         self._gradients: dict[Tensor, Tensor] = {}
-        self._pool: Any = None
+        self._pool = Pool()
 
     def __call__(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
         """The loss over `num_items`, detached, after its backward.
@@ -89,7 +89,6 @@ class MicroSteps:
     def drop(self) -> None:
         """Let go of all graphs and of their memory."""
         self.graphs.clear()
-        self._pool = None
         torch.cuda.empty_cache()
 
     def _repeats(self, shape: tuple[int, ...]) -> bool:
@@ -161,10 +160,8 @@ class MicroSteps:
             torch._foreach_zero_(fresh)
 
     def _capture(self, ids: Tensor, labels: Tensor) -> _Graph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         inputs = ids.clone(), labels.clone(), ids.new_ones((), dtype=torch.float32)
-        graph, loss = capture(partial(self._work, *inputs), self._pool)
+        graph, loss = self._pool.capture(partial(self._work, *inputs))
         return _Graph(graph, *inputs, loss)
 
 

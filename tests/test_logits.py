@@ -1,0 +1,207 @@
+"""The same logits whichever way they are computed: eager, captured, in any batch, in training."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from engines import ADAPTERS, base_model, four_bit_model, gpu_work, write_adapters
+from test_generate import byte_tokenizer  # noqa: F401
+from torch import Tensor
+
+from halfbyte import Engine, LoraConfig, Sampling, lora
+from halfbyte.capture import Captured
+from halfbyte.decode import DecodeStep, Variant
+from halfbyte.models.attention import Step
+
+
+@pytest.fixture(params=["fp32", "4-bit"])
+def make(request, device):
+    """Makes a model for a tokenizer."""
+    if request.param == "4-bit":
+        return functools.partial(four_bit_model, device=device)
+    return lambda tokenizer: base_model(tokenizer).to(device)
+
+
+def started(engine: Engine, names: list[str | None]) -> DecodeStep:
+    """Sequences of several lengths with these adapters, running."""
+    for i, name in enumerate(names):
+        engine.submit(list(range(i, 5 * i + 3)), Sampling(max_new_tokens=100), name)
+    while len(engine._scheduler.running) < len(names):
+        engine._advance_once()
+    return engine._scheduler.decode
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_eager_capture_and_replay_have_the_same_bits(
+    make,
+    byte_tokenizer,  # noqa: F811
+    tmp_path,
+    rows,
+    adapted,
+):
+    folders, _ = write_adapters(tmp_path, None, make)
+    engine = Engine(make(byte_tokenizer), folders, max_batch=8)
+    names = [*ADAPTERS, None] * 2 if adapted else [None] * 8
+    decode = started(engine, names[:rows])
+    decode.forwards.clear()
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for _ in range(4):  # as it is, captured, replayed twice
+            tokens = torch.randint(256, (8,), generator=generator)
+            decode.sampling.tokens.copy_(tokens)
+            decode.forward(rows, adapted)
+            got = decode.logits.clone()
+            (key, captured), *others = decode.forwards.items()
+            assert torch.equal(got, captured.work())
+    assert key == Variant(1 << (rows - 1).bit_length(), adapted) and not others
+    assert captured.captured is not None
+
+
+@pytest.mark.gpu
+def test_gpu_prompts_eager_captured_and_replayed_have_the_same_bits(byte_tokenizer):  # noqa: F811
+    prefill = Engine(four_bit_model(byte_tokenizer), max_batch=1)._scheduler.prefill
+    generator = torch.Generator().manual_seed(0)
+    table = list(range(1, 60))
+    with torch.inference_mode():
+        for start, count in ((0, 7), (0, 512), (512, 100)):
+            for _ in range(4):
+                ids = torch.randint(256, (count,), generator=generator).tolist()
+                captured = prefill.read(ids, table, start, capture=True).clone()
+                assert torch.equal(captured, prefill.read(ids, table, start, capture=False))
+    assert len(prefill.forwards) == 3
+    assert all(isinstance(f, Captured) and f.captured for f in prefill.forwards.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [3, 700])
+def test_gpu_replays_do_not_read_what_the_one_before_left(byte_tokenizer, length):  # noqa: F811
+    """Small launches beside each other, each with an adapter to wait for: two tokens in turn."""
+    model = lora.inject(four_bit_model(byte_tokenizer), LoraConfig(r=8))
+    for parameter in lora.adapter_parameters(model):
+        parameter.data.normal_(0, 0.05)
+    engine = Engine(model, max_batch=1)
+    engine.submit([i % 256 for i in range(length)], Sampling(max_new_tokens=100))
+    while not engine._scheduler.running:
+        engine._advance_once()
+    decode, tokens = engine._scheduler.decode, (7, 201)
+    with torch.inference_mode():
+        expected = []
+        for token in tokens:
+            decode.sampling.tokens.fill_(token)
+            expected.append(decode._forward(1, False).clone())
+            torch.cuda.synchronize()
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for i in range(1000):
+            decode.sampling.tokens.fill_(tokens[i % 2])
+            decode.forward(1)
+            wrong += (decode.logits != expected[i % 2]).any()
+    assert wrong == 0
+
+
+def served(engine: Engine, prompt: list[int], name: str | None) -> tuple[list[int], Tensor]:
+    """80 drawn tokens and the logits [80, vocab_size] that they were drawn from."""
+    decode, seen = engine._scheduler.decode, []
+    sample = decode.sample
+
+    def spy(logits, first, kind):
+        seen.append(logits[0].clone())
+        return sample(logits, first, kind)
+
+    decode.sample = spy
+    options = Sampling(temperature=1.0, seed=1, max_new_tokens=80)
+    tokens = engine.generate(prompt, options, name).token_ids
+    del decode.sample
+    assert len(tokens) == 80
+    return tokens, torch.stack(seen[:80]).float()
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["carried", "named"])
+def test_serving_rounds_as_training_does(byte_tokenizer, tmp_path, device, named):  # noqa: F811
+    """In bf16 over 4 bits: no further from fp32 than training is, and from training no more."""
+    trained = four_bit_model(byte_tokenizer, device)
+    generator = torch.Generator().manual_seed(0)
+    lora.inject(trained, LoraConfig(r=8), generator)
+    for parameter in lora.adapter_parameters(trained):
+        parameter.data.copy_(torch.empty(parameter.shape).normal_(0, 0.05, generator=generator))
+    lora.save_adapter(trained, tmp_path)
+    exact = copy.deepcopy(trained).float()
+    base = four_bit_model(byte_tokenizer, device) if named else trained
+    engine = Engine(base, {"mine": tmp_path} if named else None, max_batch=1)
+    trained.train().gradient_checkpointing = True
+    for length in (1, 40, 600):
+        prompt = torch.randint(256, (length,), generator=generator).tolist()
+        tokens, got = served(engine, prompt, "mine" if named else None)
+        ids = torch.tensor([[*prompt, *tokens]], device=device)
+        logits = trained(ids).logits
+        assert logits.requires_grad
+        part = slice(length - 1, -1)
+        with torch.no_grad():
+            expected, truth = logits[0, part].float(), exact(ids).logits[0, part]
+        rounding = (expected - truth).norm()
+        assert 0 < rounding <= 8 * 2**-8 * truth.norm()
+        assert (got - truth).norm() <= 1.1 * rounding
+        assert (got - expected).norm() <= 1.1 * rounding
+
+
+def test_the_launches_of_a_layer_wait_by_words_of_their_own(byte_tokenizer, monkeypatch):  # noqa: F811
+    words, made = [], Step.decoding
+
+    def decoding(*arguments, **options):
+        decoding = made(*arguments, **options)
+        if decoding is not None:
+            words.append(decoding.arrived.data_ptr())
+            assert decoding.arrived.shape == (1,)
+        return decoding
+
+    monkeypatch.setattr(Step, "decoding", decoding)
+    model = base_model(byte_tokenizer)
+    with torch.inference_mode():
+        started(Engine(model, max_batch=2), [None, None])._forward(2, False)
+    calls = 4 * len(model.model.layers)
+    assert len(words) >= calls and len(words) % calls == 0
+    assert all(len(set(words[i : i + 4])) == 4 for i in range(0, len(words), 4))
+
+
+# --- a row among others, on a GPU ------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_gpu_rows_have_the_bits_of_smaller_batches(byte_tokenizer, tmp_path):  # noqa: F811
+    folders, _ = write_adapters(tmp_path, None, four_bit_model)
+    engine = Engine(four_bit_model(byte_tokenizer), folders, max_batch=16)
+    decode = started(engine, [*ADAPTERS, None] * 4)
+    with torch.inference_mode():
+        for adapted, most in ((True, 8), (False, 16)):
+            whole = decode._forward(most, adapted).clone()
+            for rows in (1, 2, 4, 8):
+                assert torch.equal(decode._forward(rows, adapted), whole[:rows]), (rows, adapted)
+        # A row without an adapter, beside rows that have one and beside none.
+        plain = decode._forward(8, False)[3::4].clone()
+        assert torch.equal(decode._forward(8, True)[3::4], plain)
+
+
+@pytest.mark.gpu
+def test_gpu_any_mix_of_adapters_equals_each_alone(byte_tokenizer, tmp_path):  # noqa: F811
+    folders, _ = write_adapters(tmp_path, None, four_bit_model)
+    work, names = gpu_work(), [*ADAPTERS, None] * 6
+
+    def replies(engine: Engine, together: int) -> list[list[int]]:
+        tokens = []
+        for first in range(0, len(work), together):
+            part = zip(work[first:][:together], names[first:], strict=False)
+            requests = [engine.submit(prompt, s, name) for (prompt, s), name in part]
+            engine.run(requests)
+            tokens += [request.reply.tokens for request in requests]
+        return tokens
+
+    base = four_bit_model(byte_tokenizer)
+    together = Engine(base, folders, max_batch=8)
+    got = replies(together, len(work))
+    steps = together._scheduler.decode.forwards
+    assert any(key.adapted and step.captured for key, step in steps.items())
+    together.close()
+    assert got == replies(Engine(base, folders, max_batch=1), 1)
