@@ -147,7 +147,7 @@ def test_serving_rounds_as_training_does(byte_tokenizer, tmp_path, device, named
         assert (got - expected).norm() <= 1.1 * rounding
 
 
-def test_the_launches_of_a_layer_wait_by_words_of_their_own(byte_tokenizer, monkeypatch):  # noqa: F811
+def test_the_launches_of_a_step_wait_by_words_of_their_own(byte_tokenizer, monkeypatch):  # noqa: F811
     words, made = [], Step.decoding
 
     def decoding(*arguments, **options):
@@ -163,7 +163,7 @@ def test_the_launches_of_a_layer_wait_by_words_of_their_own(byte_tokenizer, monk
         started(Engine(model, max_batch=2), [None, None])._forward(2, False)
     calls = 4 * len(model.model.layers)
     assert len(words) >= calls and len(words) % calls == 0
-    assert all(len(set(words[i : i + 4])) == 4 for i in range(0, len(words), 4))
+    assert all(len(set(words[i : i + calls])) == calls for i in range(0, len(words), calls))
 
 
 # --- a row among others, on a GPU ------------------------------------------------------------

@@ -70,7 +70,7 @@ class DecodeStep:
         self.tables = torch.full((rows, width), SPARE_BLOCK, dtype=torch.int32, device=device)
         dtype = backbone.embed_tokens.weight.dtype
         self.angles = backbone.rotary_emb.table(1 + width * BLOCK, dtype, device)
-        self.arrived = cache.arrivals(rows)
+        self.arrived, self.words = cache.arrivals(rows), cache.words()
         self.adapters = Adapters(model, rows)
         self.forwards: dict[Variant, Captured[Tensor]] = {}
         # What a forward leaves to the draw.
@@ -140,6 +140,7 @@ class DecodeStep:
             lengths=lengths,
             positions=None,
             arrived=self.arrived[part],
+            words=self.words,
             angles=(cos, sin),
         )
         with evaluating(self.model), self.adapters.rows(part, adapted):

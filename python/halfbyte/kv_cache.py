@@ -15,6 +15,8 @@ from halfbyte.ops.paged_attention import BLOCK, Cached, decode, encode, paged_at
 
 # What padding writes to, and what tables name past their end; it belongs to no sequence.
 SPARE_BLOCK = 0
+# Of a layer's products in a decode step: q, k and v; output; gate and up; down.
+LAUNCHES = 4
 
 
 class CacheShape(Protocol):
@@ -121,6 +123,7 @@ class KVCache:
             lengths=torch.tensor(lengths, dtype=torch.int32, device=self.device),
             positions=_positions(starts, tokens, self.device),
             arrived=self.arrivals(len(tables)) if tokens == 1 else None,
+            words=self.words() if tokens == 1 else None,
             last=None if min(counts) == tokens else torch.tensor(counts, device=self.device) - 1,
             cached=min(max(starts) + tokens, width * BLOCK) if max(starts) else 0,
         )
@@ -128,6 +131,10 @@ class KVCache:
     def arrivals(self, batch: int) -> Tensor:
         """The zeros that decode attention needs for `batch` rows."""
         return torch.zeros(batch, self.heads, dtype=torch.int32, device=self.device)
+
+    def words(self) -> Tensor:
+        """Zeros [layers, LAUNCHES], by which the launches of a decode step wait."""
+        return torch.zeros(len(self.layers), LAUNCHES, dtype=torch.int32, device=self.device)
 
 
 def _positions(starts: Sequence[int], tokens: int, device: torch.device) -> Tensor:
@@ -142,7 +149,9 @@ class CacheStep:
     """Where one forward's tokens go in the cache and which tokens its rows see.
 
     tables: int32 [B, W]. lengths: int32 [B], tokens with the new ones. positions: int64 [B or 1,
-    T] of the new tokens. arrived: as `paged_attention` takes it; decode only. last: int64 [B], the
+    T] of the new tokens. arrived: as `paged_attention` takes it; decode only. words: int32 zeros
+    [layers, LAUNCHES], one for each launch of products, which stand side by side where weights are
+    small: none may hear what another is told; decode only. last: int64 [B], the
     place of each row's last real token; None: all rows have T. cached: the most tokens that a row
     reads from the cache; 0 where no row has earlier tokens. angles: cos and sin [B, 1, 1, head_dim]
     of the new tokens, in place of their positions; decode only.
@@ -156,6 +165,7 @@ class CacheStep:
     lengths: Tensor
     positions: Tensor | None
     arrived: Tensor | None
+    words: Tensor | None = None
     last: Tensor | None = None
     cached: int = 0
     angles: tuple[Tensor, Tensor] | None = None

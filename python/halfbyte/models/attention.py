@@ -35,16 +35,16 @@ class Step(NamedTuple):
     spans: dict[int | None, Span]
     cache: CacheStep | None
 
-    def decoding(self, place: int, *following: nn.Module, gated: bool = False) -> Decoding | None:
+    def decoding(
+        self, layer: int, launch: int, *following: nn.Module, gated: bool = False
+    ) -> Decoding | None:
         """What `project` takes in a decode step, given the layers that come next.
 
-        place: of the launch in its layer. Launches of a few rows of W each stand side by side on a
-        GPU, so each waits by a word of its own, lest it hears what the one before it is told.
+        launch: which of the layer's.
         """
-        if self.cache is None or self.cache.arrived is None:
+        if self.cache is None or self.cache.words is None:
             return None
-        words = self.cache.arrived[0].split(1)
-        return Decoding(words[place % len(words)], following, gated)
+        return Decoding(self.cache.words[layer, launch : launch + 1], following, gated)
 
 
 def spans(windows: Iterable[int | None], positions: Tensor, cached: int) -> dict[int | None, Span]:
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, decoding: Decoding | None = None) -> Tensor:
         """x [B, T, hidden_size] -> the same shape; decoding: of the last projection."""
-        projected = project(x, *self.inputs, decoding=step.decoding(0, self.o_proj))
+        projected = project(x, *self.inputs, decoding=step.decoding(self.layer, 0, self.o_proj))
         q, k, v = (part.reshape(*part.shape[:2], -1, self.head_dim) for part in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -43,13 +43,17 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(
-        self, x: Tensor, step: Step, unread: bool = False, decoding: Decoding | None = None
+        self,
+        x: Tensor,
+        unread: bool = False,
+        before_down: Decoding | None = None,
+        decoding: Decoding | None = None,
     ) -> Tensor:
         """x [..., hidden_size] -> the same shape; if `unread`, of any values.
 
-        decoding: of the last projection.
+        before_down, decoding: of the first two projections, of the last one.
         """
-        gated = project_gated(x, self.gate_proj, self.up_proj, step.decoding(2, self.down_proj))
+        gated = project_gated(x, self.gate_proj, self.up_proj, before_down)
         return project(gated, self.down_proj, unread=unread, decoding=decoding)[0]
 
 
@@ -85,11 +89,13 @@ class DecoderLayer(nn.Module):
         else:
             normed, x = self.input_layernorm.add(added, x)
         mlp = self.mlp
-        before_mlp = step.decoding(1, mlp.gate_proj, mlp.up_proj, gated=True)
+        layer = self.self_attn.layer
+        before_mlp = step.decoding(layer, 1, mlp.gate_proj, mlp.up_proj, gated=True)
         attended = self.self_attn(normed, step, before_mlp)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        after = step.decoding(3, *(following.self_attn.inputs if following is not None else ()))
-        return x, mlp(normed, step, unread, after)
+        before_down = step.decoding(layer, 2, mlp.down_proj)
+        inputs = following.self_attn.inputs if following is not None else ()
+        return x, mlp(normed, unread, before_down, step.decoding(layer, 3, *inputs))
 
 
 class Backbone(nn.Module):
