@@ -325,8 +325,8 @@ struct PyAdapter<'py> {
 pub struct PyFusedProduct<'py> {
     packed: Bound<'py, PyAny>,
     absmax: Bound<'py, PyAny>,
-    nested_absmax: Bound<'py, PyAny>,
-    nested_map: Bound<'py, PyAny>,
+    nested_absmax: Option<Bound<'py, PyAny>>,
+    nested_map: Option<Bound<'py, PyAny>>,
     offset: f32,
     bias: Option<Bound<'py, PyAny>>,
     adapter: Option<PyAdapter<'py>>,
@@ -355,7 +355,7 @@ impl PyFusedProduct<'_> {
         read: &mut Vec<Tensor>,
     ) -> PyResult<(FusedProduct<'static>, Tensor)> {
         let mut input = |name, object| read_input(op, name, object, read);
-        let (absmax, map) = (Some(&self.nested_absmax), Some(&self.nested_map));
+        let (absmax, map) = (self.nested_absmax.as_ref(), self.nested_map.as_ref());
         let weight = Weight::read(op, &self.packed, &self.absmax, absmax, map, self.offset, &self.out)?;
         // SAFETY: the caller checks the outputs for overlap before anything runs.
         let product = unsafe { rows.times(&weight) }?;
