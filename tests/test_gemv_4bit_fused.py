@@ -148,6 +148,18 @@ def test_only_some_products_are_adapted():
     agree(found[1], expected[1])
 
 
+@pytest.mark.parametrize("m", [2, 8])
+@pytest.mark.parametrize("ranks", [(0, 16, 3), (40, 0, 16)])
+def test_each_product_has_a_rank_of_its_own(m, ranks):
+    """Of more panels than multiprocessors: some go from a product to the next."""
+    x, products = random(m, 512), [product(4096, 512, rank=rank, rows=m) for rank in ranks]
+    for found, p in zip(gemv_4bit_fused(x, products), products, strict=True):
+        agree(found, alone(x, p))
+    for pair in (products[:2], products[1:], products[::2]):
+        (found,) = gemv_4bit_fused(x, pair, gated=True)
+        agree(found, swiglu(*(alone(x, p) for p in pair)))
+
+
 def case(m):
     """x and all that goes with one launch."""
     products = [product(n, 2048, rank=16, lora_dtype=torch.float32) for n in (5632, 5632)]
