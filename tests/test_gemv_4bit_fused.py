@@ -17,11 +17,16 @@ DTYPES = [torch.float16, torch.bfloat16]
 # N of each product, and K.
 SHAPES = [((256,), 256), ((96, 40, 24), 512), ((1000, 1000), 1280), ((4096, 1024, 1024), 4096)]
 LONG = [((4096,), 11008), ((136,), 28672)]
+ODD = ((333, 77), 1024)
 
 
 @pytest.fixture(autouse=True)
-def gpu():
+def gpu(monkeypatch):
     torch.manual_seed(0)
+    # The operations one by one sum in fp32, too.
+    for dtype in ("fp16", "bf16"):
+        name = f"allow_{dtype}_reduced_precision_reduction"
+        monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
     if not fuses(torch.zeros(1, 256, device="cuda", dtype=torch.float16), [product(8, 256)]):
         pytest.skip("needs a GPU of compute capability 9.0 or later")
 
@@ -40,9 +45,9 @@ def product(n, k, dtype=torch.bfloat16, bias=False, rank=0, lora_dtype=None, row
     return Product(packed, state, bias, adapter)
 
 
-def alone(x, product):
-    """As the layers do it, one operation after the other."""
-    y = gemm_4bit(x, product.packed, product.state)
+def alone(x, product, y=None):
+    """As the layers do it, one operation after the other, from y = x W^T."""
+    y = gemm_4bit(x, product.packed, product.state) if y is None else y
     if product.bias is not None:
         y = y + product.bias
     if product.adapter is not None:
@@ -93,40 +98,61 @@ def test_biases_and_gates_have_equal_bits(dtype, m, sizes, k):
     assert torch.equal(found, swiglu(expected[0], alone(x, pair[1])))
 
 
+def all_alone(x, products):
+    """The same from products made together, as B of zeros leaves them.
+
+    Their sums may have another order than one's alone, and so another last bit.
+    """
+    zeros = [p.adapter and p.adapter._replace(b=torch.zeros_like(p.adapter.b)) for p in products]
+    plain = [p._replace(bias=None, adapter=a) for p, a in zip(products, zeros, strict=True)]
+    outs = []
+    for p, y in zip(products, gemv_4bit_fused(x, plain), strict=True):
+        agree(y, gemm_4bit(x, p.packed, p.state))
+        outs.append(alone(x, p, y))
+    return outs
+
+
+def skip_unless_fused(x, products):
+    if not fuses(x, products):
+        pytest.skip("so many rows need compute capability 9.0")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 5, 8])
-@pytest.mark.parametrize("rank", [1, 5, 16, 64, 200])
+@pytest.mark.parametrize("m", [1, 5, 8, 9, 16, 17, 32, 64])
+@pytest.mark.parametrize("rank", [1, 5, 16, 64, 300])
 @pytest.mark.parametrize("lora_dtype", [None, torch.float32])
-@pytest.mark.parametrize("sizes, k", SHAPES)
+@pytest.mark.parametrize("sizes, k", [*SHAPES, ODD])
 def test_adapters(dtype, m, rank, lora_dtype, sizes, k):
     more = {"rank": rank, "lora_dtype": lora_dtype, "bias": True, "rows": m if rank % 2 else 0}
     x, products = random(m, k, dtype), [product(n, k, dtype, **more) for n in sizes]
-    expected = [alone(x, p) for p in products]
+    skip_unless_fused(x, products)
+    expected = all_alone(x, products)
     for found, y, p in zip(gemv_4bit_fused(x, products), expected, products, strict=True):
         agree(found, y)
         errors = [(z - exact(x, p)).square().mean().sqrt() for z in (found, y)]
         assert errors[0] <= 1.1 * errors[1]
     pair = [products[0], product(sizes[0], k, dtype, **more | {"rank": rank // 2 + 1})]
     (found,) = gemv_4bit_fused(x, pair, gated=True)
-    agree(found, swiglu(expected[0], alone(x, pair[1])))
+    agree(found, swiglu(*all_alone(x, pair)))
 
 
-@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize("m", [1, 8, 16, 33])
 @pytest.mark.parametrize("sizes, k", LONG)
 def test_adapters_over_slices_of_a_long_row(m, sizes, k):
     x = random(m, k)
     products = [product(n, k, rank=16, lora_dtype=torch.float32) for n in sizes]
-    for found, p in zip(gemv_4bit_fused(x, products), products, strict=True):
-        agree(found, alone(x, p))
+    skip_unless_fused(x, products)
+    for found, y in zip(gemv_4bit_fused(x, products), all_alone(x, products), strict=True):
+        agree(found, y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [17, 32, 33, 64])
-@pytest.mark.parametrize("sizes, k", [*SHAPES, ((136, 1), 1024), ((11008,), 4096)])
-def test_more_rows_of_plain_products(dtype, m, sizes, k):
-    x, products = random(m, k, dtype), [product(n, k, dtype) for n in sizes]
-    if not fuses(x, products):
-        pytest.skip("needs compute capability 9.0")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes, k", [*SHAPES, ODD, ((136, 1), 1024), ((11008,), 4096)])
+def test_more_rows(dtype, m, bias, sizes, k):
+    x, products = random(m, k, dtype), [product(n, k, dtype, bias) for n in sizes]
+    skip_unless_fused(x, products)
     for found, p in zip(gemv_4bit_fused(x, products), products, strict=True):
         agree(found, exact(x, p).to(dtype))
     pair = [products[0], product(sizes[0], k, dtype)]
@@ -148,14 +174,50 @@ def test_only_some_products_are_adapted():
     agree(found[1], expected[1])
 
 
-def case(m):
+@pytest.mark.parametrize("m", [2, 8, 12, 20, 64])
+@pytest.mark.parametrize("ranks", [(0, 16, 3), (40, 0, 16)])
+def test_each_product_has_a_rank_of_its_own(m, ranks):
+    """Of more panels than multiprocessors: some go from a product to the next."""
+    x, products = random(m, 512), [product(4096, 512, rank=rank, rows=m) for rank in ranks]
+    skip_unless_fused(x, products)
+    for found, y in zip(gemv_4bit_fused(x, products), all_alone(x, products), strict=True):
+        agree(found, y)
+    for pair in (products[:2], products[1:], products[::2]):
+        (found,) = gemv_4bit_fused(x, pair, gated=True)
+        agree(found, swiglu(*all_alone(x, pair)))
+
+
+@pytest.mark.parametrize("m", [7, 16, 64])
+def test_adapters_of_other_rows_change_nothing(m):
+    """Adapters lie side by side: a row's own is what is left where the others' factors are 0."""
+    x, plain = random(m, 1024), product(200, 1024)
+    skip_unless_fused(x, [plain])
+    of_all = product(200, 1024, rank=64, rows=m).adapter
+    place = torch.arange(64, device="cuda") // 16
+    rows = torch.arange(m, device="cuda") % 5
+    factors = of_all.factors * (place == rows[:, None])
+    (found,) = gemv_4bit_fused(x, [plain._replace(adapter=of_all._replace(factors=factors))])
+    for row in range(4):
+        b, factors = (t[:, place == row].contiguous() for t in (of_all.b, of_all.factors))
+        own = LowRank(of_all.a[place == row], b, factors, 1.0)
+        (alone_of_row,) = gemv_4bit_fused(x, [plain._replace(adapter=own)])
+        assert torch.equal(found[rows == row], alone_of_row[rows == row])
+    zeros = of_all._replace(b=torch.zeros_like(of_all.b))
+    (without,) = gemv_4bit_fused(x, [plain._replace(adapter=zeros)])
+    assert torch.equal(found[rows == 4], without[rows == 4])
+
+
+def case(m, rank=16):
     """x and all that goes with one launch."""
-    products = [product(n, 2048, rank=16, lora_dtype=torch.float32) for n in (5632, 5632)]
+    products = [product(n, 2048, rank=rank, lora_dtype=torch.float32) for n in (5632, 5632)]
     return random(m, 2048), products, True
 
 
-def test_runs_give_equal_bits_beside_other_work():
-    x, products, gated = case(8)
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("m", [8, 16, 64])
+def test_runs_give_equal_bits_beside_other_work(m, rank):
+    x, products, gated = case(m, rank)
+    skip_unless_fused(x, products)
     (first,) = gemv_4bit_fused(x, products, gated)
     other, side = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -165,8 +227,10 @@ def test_runs_give_equal_bits_beside_other_work():
         assert torch.equal(gemv_4bit_fused(x, products, gated)[0], first)
 
 
-def test_launches_meet_and_leave_zeros_behind():
-    x, products, gated = case(3)
+@pytest.mark.parametrize("m", [3, 16, 32])
+def test_launches_meet_and_leave_zeros_behind(m):
+    x, products, gated = case(m)
+    skip_unless_fused(x, products)
     (expected,) = gemv_4bit_fused(x, products, gated)
     arrived = torch.zeros(4, device="cuda", dtype=torch.int32)
     graph = torch.cuda.CUDAGraph()
@@ -225,36 +289,36 @@ def test_what_follows_changes_nothing(k):
             assert torch.equal(packed, codes) and torch.equal(state.absmax, absmax)
 
 
-def test_nan_stays_in_its_row():
-    x, products, gated = case(4)
+@pytest.mark.parametrize("m", [4, 16, 40])
+def test_nan_stays_in_its_row(m):
+    x, products, gated = case(m)
+    skip_unless_fused(x, products)
     (before,) = gemv_4bit_fused(x, products, gated)
     x[2, 7] = float("nan")
     (found,) = gemv_4bit_fused(x, products, gated)
+    others = [row for row in range(m) if row != 2]
     assert found[2].isnan().all()
-    assert torch.equal(found[[0, 1, 3]], before[[0, 1, 3]])
+    assert torch.equal(found[others], before[others])
 
 
 def test_refuses_what_does_not_fit():
     x, plain = random(2, 512), product(40, 512)
     with pytest.raises(ValueError, match="products must be 1 to 4"):
         gemv_4bit_fused(x, [product(40, 512) for _ in range(5)])
-    with pytest.raises(ValueError, match="rank 256 at most"):
-        gemv_4bit_fused(x, [product(40, 512, rank=257)])
     with pytest.raises(ValueError, match="packed must have 10240 elements"):
         gemv_4bit_fused(x, [plain, product(48, 512)], gated=True)
+    with pytest.raises(ValueError, match="rank 1 to 256"):
+        gemv_4bit_fused(x, [product(40, 512, rank=257)])
     adapted = product(40, 512, rank=4)
-    with pytest.raises(ValueError, match="at most 8 rows"):
-        gemv_4bit_fused(random(9, 512), [adapted])
     with pytest.raises(ValueError, match="one dtype for all adapters"):
         other = product(40, 512, rank=4, lora_dtype=torch.float32)
         gemv_4bit_fused(x, [adapted, other])
     assert not fuses(x.float(), [plain]) and not fuses(random(65, 512), [plain])
-    assert not fuses(random(9, 512), [adapted])
-    assert not fuses(random(17, 512), [product(40, 512, bias=True)])
     assert not fuses(random(1, 320), [product(40, 320)])
 
 
-def test_layers_join_a_launch_when_they_can(monkeypatch):
+@pytest.mark.parametrize("rows", [3, 20])
+def test_layers_join_a_launch_when_they_can(monkeypatch, rows):
     """As modules, whatever stands beside their products; and one by one where a hook waits."""
     launched = []
     real = gemv_4bit_fused
@@ -274,7 +338,8 @@ def test_layers_join_a_launch_when_they_can(monkeypatch):
         torch.nn.init.normal_(layer.lora_B.weight)
     gate, up = layers.values()
     zeros = torch.zeros(1, device="cuda", dtype=torch.int32)
-    x, decoding = random(3, 512), Decoding(zeros, [gate, up], gated=True)
+    x, decoding = random(rows, 512), Decoding(zeros, [gate, up], gated=True)
+    skip_unless_fused(x, [product(320, 512, rank=8)])
     with torch.no_grad():
         expected = swiglu(gate(x), up(x))
         assert launched == []

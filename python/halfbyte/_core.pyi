@@ -260,8 +260,9 @@ def gemv_4bit_fused(
 
     products, next: as `halfbyte.ops.gemv_4bit_fused` makes them, read by attribute; where gated,
     pairs of gate and up that share an out. hidden: float32 [ceil(K / 2048), M, ranks of all
-    adapters], scratch; arrived: int32, its first element zero before and after; adapters need both.
-    workspace: x's dtype [M, K], scratch of a kernel for more rows without biases and adapters.
+    adapters], with a workspace x's dtype [M, the same ranks, each padded to a multiple of 16],
+    scratch; arrived: int32, its first element zero before and after; adapters need both.
+    workspace: x's dtype [M, K], scratch of a kernel for more rows: more than 8 beside adapters.
     GPUs for which `has_gemv_4bit_fused` is true only.
     """
 

@@ -27,6 +27,7 @@ const FAMILIES: &[&str] = &[
     "gemv_4bit",
     "gemv_4bit_bulk",
     "gemv_4bit_mma",
+    "low_rank",
     "paged_attention",
     "paged_attention_bulk",
     "paged_attention_mma",

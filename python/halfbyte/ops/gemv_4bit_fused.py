@@ -14,12 +14,15 @@ from halfbyte.ops.library import capability
 from halfbyte.ops.quant_state import QuantState
 
 MAX_ROWS = 16
-# Beside adapters; and of products alone, by another kernel.
+# Beside adapters, and then the highest rank.
 MAX_ADAPTED_ROWS = 8
-MAX_PLAIN_ROWS = 64
 MAX_RANK = 256
-# Elements of K that make a share of an adapter's hidden value.
+# By another kernel, of compute capability 9.0 alone, with adapters of any rank.
+MAX_TILED_ROWS = 64
+# Elements of K that make a share of an adapter's hidden value; the other kernel's hidden values
+# begin at a multiple of so many ranks.
 CHUNK = 2048
+RANKS = 16
 
 
 class LowRank(NamedTuple):
@@ -84,7 +87,7 @@ def fuses(x: Tensor, products: Sequence[Product]) -> bool:
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and 0 < len(x) <= _most_rows(x.device, products)
-        and all(len(p.adapter.a) <= MAX_RANK for p in products if p.adapter is not None)
+        and (len(x) > MAX_ADAPTED_ROWS or all(rank <= MAX_RANK for rank in _ranks(products)))
         and len({p.adapter.a.dtype for p in products if p.adapter is not None}) <= 1
         and all(_takes(product.packed, product.state, head) for product in products)
     )
@@ -93,10 +96,13 @@ def fuses(x: Tensor, products: Sequence[Product]) -> bool:
 def _most_rows(device: torch.device, products: Sequence[Product]) -> int:
     if not _has_kernels(device):
         return 0
-    if any(product.adapter is not None for product in products):
-        return MAX_ADAPTED_ROWS
-    plain = all(product.bias is None for product in products)
-    return MAX_PLAIN_ROWS if plain and capability(device.index or 0) == (9, 0) else MAX_ROWS
+    if capability(device.index or 0) == (9, 0):
+        return MAX_TILED_ROWS
+    return MAX_ADAPTED_ROWS if _ranks(products) else MAX_ROWS
+
+
+def _ranks(products: Sequence[Product]) -> list[int]:
+    return [len(product.adapter.a) for product in products if product.adapter is not None]
 
 
 def _takes(packed: Tensor, state: QuantState, head: QuantState) -> bool:
@@ -138,9 +144,14 @@ def gemv_4bit_fused(
         _Product(p.packed, *p.state.scale_args(), p.bias, p.adapter, outs[0 if gated else index])
         for index, p in enumerate(products)
     ]
-    ranks = sum(len(p.adapter.a) for p in products if p.adapter is not None)
-    shares = (-(-x.shape[1] // CHUNK), len(x), ranks)
-    hidden = x.new_empty(shares, dtype=torch.float32) if ranks else None
+    ranks = _ranks(products)
+    tiled = len(x) > (MAX_ADAPTED_ROWS if ranks else MAX_ROWS)
+    hidden = None
+    if ranks and tiled:
+        hidden = x.new_empty(len(x), sum(-(-rank // RANKS) * RANKS for rank in ranks))
+    elif ranks:
+        shares = (-(-x.shape[1] // CHUNK), len(x), sum(ranks))
+        hidden = x.new_empty(shares, dtype=torch.float32)
     if ranks and arrived is None:
         arrived = x.new_zeros(1, dtype=torch.int32)
     head = products[0].state
@@ -151,6 +162,6 @@ def gemv_4bit_fused(
         for packed, state in following
     ]
     after = _Next(weights, following_gated)
-    room = torch.empty_like(x) if len(x) > MAX_ROWS else None
+    room = torch.empty_like(x) if tiled else None
     _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, room, after)
     return outs

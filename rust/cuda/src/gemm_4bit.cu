@@ -6,25 +6,30 @@
 //
 // In a tile of few rows of x, scales enter the fp32 sums of a block, so that the only rounding of a weight is that of
 // sixteen constants; a small kernel before this one writes x in the order in which the bytes of W feed the contraction.
-// The halves of such a tile may be rows of a gate and an up projection; then out is their SwiGLU. The sums of many rows
-// fill the registers: there scales enter the weights, whose values in fp16 are rounded once more to the bf16 of x, and
-// x is read as it is. x of fp16 would show the first rounding, so for it there are no such tiles.
+// The halves of such a tile may be rows of a gate and an up projection; then out is their SwiGLU. Biases and adapters'
+// shares join the finished sums, each rounded as the operation of that name rounds it. The sums of many rows fill the
+// registers: there scales enter the weights, whose values in fp16 are rounded once more to the bf16 of x, and x is read
+// as it is. x of fp16 would show the first rounding, so for it there are no such tiles.
 #include "absmax.cuh"
 #include "cluster.cuh"
 #include "codes.cuh"
+#include "low_rank.cuh"
 #include "memory.cuh"
 #include "overlap.cuh"
 #include "pair_table.cuh"
+#include "permute.cuh"
 #include "pipeline.cuh"
 #include "sigmoid.cuh"
 
 constexpr int MAX_PARTS = 4;
 
-// The weights [N, K] of both halves of a tile, which are one weight or a gate and an up projection, and where the
-// product goes; laid out as the launcher's `Part`.
+// The weights [N, K] of both halves of a tile, which are one weight or a gate and an up projection, what stands beside
+// them, and where the product goes; laid out as the launcher's `Part`.
 struct Part {
     Map maps[2];
     Absmax absmax[2];
+    const void* bias[2]; // [N] or null
+    Share shares[2];
     void* out;
     int N, first_tile;
 };
@@ -32,17 +37,16 @@ static_assert(sizeof(Part) == 384, "as the launcher's");
 
 struct Parts {
     Part at[MAX_PARTS];
+    Hidden hidden;
 };
 
-// Sixteen bytes a thread: the pairs of elements that one step of the contraction takes of a block of 64.
+// A chunk of sixteen bytes a thread.
 extern "C" __global__ void __launch_bounds__(256) gemm_4bit_permute(const uint32_t* x, uint4* out, int64_t chunks) {
     let_next_kernel_start();
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     wait_for_previous_kernel();
-    if (i >= chunks)
-        return;
-    const uint32_t* from = x + i / 8 * 32 + i % 8;
-    out[i] = make_uint4(from[0], from[8], from[16], from[24]);
+    if (i < chunks)
+        permute_chunk(x, out, i);
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -126,29 +130,40 @@ __device__ void publish(float (&sums)[TOKENS][ROWS + 4], const float (&total)[TO
 
 // Sums of four rows of W, those of all splits in order, times `factor`.
 template <int TOKENS, int ROWS>
-__device__ float4 sum_of_cluster(const float (&sums)[TOKENS][ROWS + 4], int m, int r, int splits, float factor) {
+__device__ void sum_of_cluster(const float (&sums)[TOKENS][ROWS + 4], int m, int r, int splits, float factor,
+                               float (&sum)[4]) {
     float4 v[MAX_SPLITS];
 #pragma unroll
     for (int split = 0; split < MAX_SPLITS; ++split)
         v[split] = split < splits ? load_in_cluster(address_in(&sums[m][r], split)) : make_float4(0, 0, 0, 0);
-    float4 sum = v[0];
+    float4 all = v[0];
 #pragma unroll
     for (int split = 1; split < MAX_SPLITS; ++split)
-        sum.x += v[split].x, sum.y += v[split].y, sum.z += v[split].z, sum.w += v[split].w;
-    return make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
+        all.x += v[split].x, all.y += v[split].y, all.z += v[split].z, all.w += v[split].w;
+    sum[0] = all.x * factor, sum[1] = all.y * factor, sum[2] = all.z * factor, sum[3] = all.w * factor;
 }
 
-// SwiGLU, rounded as the operation of that name rounds it.
+// What stands beside four rows of a weight from `n` on; shares: of the adapter.
 template <typename T>
-__device__ float gated_by(float up, float gate) {
-    gate = rounded<T>(gate);
-    return silu<T>(gate) * rounded<T>(up);
+__device__ void add_beside(const Part& part, int half, int n, const float* shares, float (&v)[4]) {
+    if (const T* bias = static_cast<const T*>(part.bias[half])) {
+        float of_rows[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            of_rows[i] = n + i < part.N ? widen(bias[n + i]) : 0.0f;
+        add_rounded<T>(v, of_rows);
+    }
+    if (part.shares[half].rank > 0) {
+        const float4 share = *reinterpret_cast<const float4*>(shares);
+        add_rounded<T>(v, {share.x, share.y, share.z, share.w});
+    }
 }
 
-// By those who multiply: each CTA of the cluster finishes an equal share of the rows of x, from `token` on.
+// By those who multiply: each CTA of the cluster finishes an equal share of the rows of x, from `token` on. shares: of
+// adapters, as sums; null where there are none.
 template <typename T, int TOKENS, int ROWS>
-__device__ void finish(const float (&sums)[TOKENS][ROWS + 4], const Part& part, int row, int token, int M, int splits,
-                       bool gated, float factor) {
+__device__ void finish(const float (&sums)[TOKENS][ROWS + 4], const float (*shares)[ROWS + 4], const Part& part,
+                       int row, int token, int M, int splits, bool gated, float factor) {
     const int share = TOKENS / splits, rank = blockIdx.x % splits;
     T* const out = static_cast<T*>(part.out) + int64_t(token) * part.N + row;
     const int rows = min(part.N - row, gated ? ROWS / 2 : ROWS), tokens = min(M - token, (rank + 1) * share);
@@ -157,22 +172,26 @@ __device__ void finish(const float (&sums)[TOKENS][ROWS + 4], const Part& part, 
         const int m = rank * share + e / (ROWS / 4), r = e % (ROWS / 4) * 4;
         if (m >= tokens || r >= rows)
             continue;
-        float4 v = sum_of_cluster<TOKENS, ROWS>(sums, m, r, splits, factor);
+        float v[4];
+        sum_of_cluster<TOKENS, ROWS>(sums, m, r, splits, factor, v);
+        add_beside<T>(part, 0, row + r, &shares[m][r], v);
         if (gated) {
-            const float4 up = sum_of_cluster<TOKENS, ROWS>(sums, m, r + ROWS / 2, splits, factor);
-            v = make_float4(gated_by<T>(up.x, v.x), gated_by<T>(up.y, v.y), gated_by<T>(up.z, v.z),
-                            gated_by<T>(up.w, v.w));
+            float up[4];
+            sum_of_cluster<TOKENS, ROWS>(sums, m, r + ROWS / 2, splits, factor, up);
+            add_beside<T>(part, 1, row + r, &shares[m][r + ROWS / 2], up);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                v[i] = silu<T>(rounded<T>(v[i])) * rounded<T>(up[i]);
         }
         T* to = out + int64_t(m) * part.N + r;
         if (vector) {
-            *reinterpret_cast<uint2*>(to) = make_uint2(narrow2<T>(v.x, v.y), narrow2<T>(v.z, v.w));
+            *reinterpret_cast<uint2*>(to) = make_uint2(narrow2<T>(v[0], v[1]), narrow2<T>(v[2], v[3]));
             continue;
         }
-        const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (r + i < rows)
-                to[i] = narrow<T>(values[i]);
+                to[i] = narrow<T>(v[i]);
     }
 }
 
@@ -205,7 +224,10 @@ struct Few {
                 uint8_t codes[STAGES][ROWS][LINE / 2];
                 uint8_t x[X_STAGES][TOKENS][128];
             };
-            float sums[TOKENS][ROWS + 4];
+            struct {
+                float sums[TOKENS][ROWS + 4];
+                float shares[TOKENS][ROWS + 4]; // of adapters in what the CTA finishes
+            };
         };
         float scales[STAGES][ROWS][4];
         Barrier full[STAGES], empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
@@ -357,6 +379,59 @@ struct Few {
                     total[k] = __fmaf_rn(k % 4 < 2 ? upper_scales[j] : lower_scales[j], sum[k], total[k]);
             }
         }
+    }
+
+    // Each warp that multiplies has sixteen rows of the tile for the adapters' shares, too.
+    __device__ static int warp_row() { return threadIdx.x / 32 * 16; }
+    __device__ const Share& own_share() const { return part.shares[is_second(warp_row())]; }
+
+    // Of its weight, of which a lane reads B.
+    __device__ void rows_of_b(int (&rows)[2]) const {
+        const int first = (is_second(warp_row()) ? second - ROWS / 2 : row) + warp_row();
+        for (int i = 0; i < 2; ++i)
+            rows[i] = min(first + lane_row_of_b(i), part.N - 1);
+    }
+
+    // To L2, long before they are multiplied.
+    __device__ void prefetch_b(const Hidden& hidden) const {
+        int rows[2];
+        rows_of_b(rows);
+        own_share().prefetch(hidden.adapters_fp32, rows, 0);
+    }
+
+    // The adapters' shares in the rows of x that this CTA finishes.
+    __device__ void multiply_hidden(const Hidden& hidden, int M, int splits) const {
+        constexpr int PAIRS = TOKENS / 16; // of eights of rows of x
+        const int share = TOKENS / splits, from = blockIdx.x % splits * share;
+        const Share& own = own_share();
+        int rows[2];
+        rows_of_b(rows);
+        float total[PAIRS][2][4] = {};
+#pragma unroll 2
+        for (int k = 0; k < own.rank; k += RANKS) {
+            RawB raw;
+            raw.load(own, hidden.adapters_fp32, rows, k);
+            uint2 values[PAIRS][2] = {};
+#pragma unroll
+            for (int i = 0; i < 2 * PAIRS; ++i)
+                if (i * 8 < share)
+                    values[i / 2][i % 2] = hidden.load(min(token + from + i * 8 + lane_token(), M - 1), own.column + k);
+            uint32_t b[2][2];
+            raw.operand<T>(0, hidden.adapters_fp32, b[0]);
+            raw.operand<T>(1, hidden.adapters_fp32, b[1]);
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) {
+                const uint2(&of)[2] = values[i];
+                const uint32_t a[4] = {of[0].x, of[1].x, of[0].y, of[1].y};
+                multiply_add(T{}, total[i][0], a, b[0][0], b[0][1]);
+                multiply_add(T{}, total[i][1], a, b[1][0], b[1][1]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * PAIRS; ++i)
+            if (const float (&of)[2][4] = total[i / 2]; i * 8 < share)
+                store16(&shared.shares[from + i * 8 + lane_token()][warp_row() + lane_id() % 4 * 4],
+                        {of[0][i % 2 * 2], of[0][i % 2 * 2 + 1], of[1][i % 2 * 2], of[1][i % 2 * 2 + 1]});
     }
 
     // Operand A of the four steps of a block.
@@ -550,17 +625,22 @@ __device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K,
     const int job = int(threadIdx.x / 32) - 4 * GROUPS; // below 0: multiplies
     if (job == 0 && lane_id() == 0)
         tile.begin();
-    else if (job < 0)
+    else if (job < 0) {
         fill_tables<T>(shared.table, Tile::MULTIPLIERS, parts, codebook, gain);
+        tile.prefetch_b(parts.hidden);
+    }
     __syncthreads();
     if (job < 0) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::MANY_REGISTERS));
         float total[TOKENS / 2];
         tile.multiply(total);
         publish<TOKENS, Tile::ROWS>(shared.sums, total, Tile::lane_row());
-        cluster_sync();
         wait_for_previous_kernel();
-        finish<T, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, gated, 1.0f / gain);
+        if (parts.hidden.ranks > 0)
+            tile.multiply_hidden(parts.hidden, M, splits);
+        cluster_sync();
+        finish<T, TOKENS, Tile::ROWS>(shared.sums, shared.shares, tile.part, tile.row, tile.token, M, splits, gated,
+                                      1.0f / gain);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
         if (job == 0 && lane_id() == 0)
@@ -595,7 +675,7 @@ __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K
         publish<TOKENS, Tile::ROWS>(shared.sums, sum, Tile::lane_row());
         cluster_sync();
         wait_for_previous_kernel();
-        finish<bf16, TOKENS, Tile::ROWS>(shared.sums, tile.part, tile.row, tile.token, M, splits, false, 1.0f);
+        finish<bf16, TOKENS, Tile::ROWS>(shared.sums, nullptr, tile.part, tile.row, tile.token, M, splits, false, 1.0f);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
         if (job == 0 && lane_id() == 0)

@@ -10,6 +10,7 @@ use crate::args::{DeviceAbsmax, KernelArg, aligned_mut, args};
 use crate::gemv_4bit;
 use crate::gemv_4bit_bulk::{self, Codebook, codebook};
 use crate::launch::{Family, Geometry, Launcher, Limits, Matrix, extent, family};
+use crate::low_rank::{self, Beside, Hidden, Share};
 
 /// Tiles in bf16, then those in fp16.
 const KERNELS: [&str; 17] = [
@@ -83,6 +84,8 @@ const PERMUTE_THREADS: usize = 256;
 struct Part {
     maps: [CUtensorMap; 2],
     absmax: [DeviceAbsmax; 2],
+    bias: [*const c_void; 2],
+    shares: [Share; 2],
     out: *mut c_void,
     n: i32,
     first_tile: i32,
@@ -92,7 +95,10 @@ const _: () = assert!(size_of::<Part>() == 384);
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Parts([Part; MAX_PARTS]);
+struct Parts {
+    at: [Part; MAX_PARTS],
+    hidden: Hidden,
+}
 
 impl KernelArg for CUtensorMap {}
 impl KernelArg for Parts {}
@@ -167,11 +173,12 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemm4bit<'_>) -> Result<()> {
         }
         let products: Vec<_> = products.iter().collect();
         let plan = Plan::of(launcher, &products);
+        let beside = vec![Beside::none(); products.len()];
         if TILES[plan.tile].permutes && !is_permuted {
             permute(launcher, products[0], &workspace)?;
             is_permuted = true;
         }
-        multiply(launcher, &products, false, &workspace, plan)?;
+        multiply(launcher, &products, &beside, Hidden::none(), false, &workspace, plan)?;
     }
     Ok(())
 }
@@ -186,17 +193,23 @@ fn fits_alone(product: &Gemv4bit<'_>) -> bool {
     matches!(product.absmax, Absmax::Nested { .. }) && product.shape.k % LINE == 0
 }
 
-/// Plain products, with SwiGLU behind them where gated, of few enough rows to go together; whether there is a kernel.
+/// Products with what stands beside them, of few enough rows to go together; whether there is a kernel.
 pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Result<bool> {
     let products: Vec<_> = fused.products().map(|product| &product.product).collect();
     let Some(workspace) = fused.workspace.as_ref().filter(|workspace| fits(launcher.limits(), workspace)) else {
         return Ok(false);
     };
-    if products[0].shape.m > TOGETHER {
+    if products[0].shape.m > TOGETHER || !products.iter().all(|product| fits_alone(product)) {
         return Ok(false);
     }
-    permute(launcher, products[0], workspace)?;
-    multiply(launcher, &products, fused.gated, workspace, Plan::of(launcher, &products))?;
+    let hidden = Hidden::of(fused);
+    if fused.ranks() > 0 {
+        low_rank::launch(launcher, fused, hidden, workspace)?;
+    } else {
+        permute(launcher, products[0], workspace)?;
+    }
+    let plan = Plan::of(launcher, &products);
+    multiply(launcher, &products, &Beside::all(fused), hidden, fused.gated, workspace, plan)?;
     Ok(true)
 }
 
@@ -215,6 +228,8 @@ fn permute(launcher: &Launcher, product: &Gemv4bit<'_>, workspace: &TensorMut<'_
 fn multiply(
     launcher: &Launcher,
     products: &[&Gemv4bit<'_>],
+    beside: &[Beside],
+    hidden: Hidden,
     gated: bool,
     workspace: &TensorMut<'_>,
     Plan { tile: index, splits }: Plan,
@@ -229,12 +244,16 @@ fn multiply(
     };
     let mut parts = Vec::with_capacity(MAX_PARTS);
     let mut first_tile = 0;
-    for halves in products.chunks(if gated { 2 } else { 1 }) {
+    let of_part = if gated { 2 } else { 1 };
+    for (halves, beside) in products.chunks(of_part).zip(beside.chunks(of_part)) {
         let (first, second) = (halves[0], halves[halves.len() - 1]);
+        let beside = [beside[0], beside[beside.len() - 1]];
         let map_of_first = map(first)?;
         parts.push(Part {
             maps: [map_of_first, if gated { map(second)? } else { map_of_first }],
             absmax: [DeviceAbsmax::from(first.absmax), DeviceAbsmax::from(second.absmax)],
+            bias: beside.map(|beside| beside.bias),
+            shares: beside.map(|beside| beside.share),
             out: first.out.ptr(),
             n: first.shape.n as i32,
             first_tile: first_tile as i32,
@@ -242,7 +261,7 @@ fn multiply(
         first_tile += (first.shape.n * halves.len()).div_ceil(rows);
     }
     let unused = Part { first_tile: i32::MAX, ..parts[0] };
-    let parts = Parts(std::array::from_fn(|i| parts.get(i).copied().unwrap_or(unused)));
+    let parts = Parts { at: std::array::from_fn(|i| parts.get(i).copied().unwrap_or(unused)), hidden };
     let at = if tile.permutes { workspace.ptr().cast_const() } else { head.x.ptr() };
     let x = Matrix { at, dtype: if bf16 { BF16 } else { F16 }, size: 2, rows: m, columns: k };
     let x_map = launcher.map_boxes(x, tile.tokens)?;

@@ -432,9 +432,12 @@ struct Adapt {
         if (item.is_last) {
             if (place.moves(products.weights, item.panel))
                 begin_part();
+            // Once without ranks, too: B of the next panel may be another product's.
+            int k = 0;
 #pragma unroll 1
-            for (int k = 0; k < width; k += RANKS)
+            do
                 multiply(item.panel, k, total);
+            while ((k += RANKS) < width);
         }
         const S::Buffer buffer(item.index);
         shared.taken[buffer.place].wait(buffer.parity ^ 1);

@@ -347,6 +347,10 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
         return Ok(());
     }
     let (limits, ranks) = (launcher.limits(), fused.ranks());
+    if ranks > 0 && fused.workspace.is_some() {
+        let (expected, got) = ("none beside adapters but for 64 rows of x at most and capability 9.0", "one");
+        return Err(Error::Argument { op: "gemv_4bit_fused", name: "workspace", expected, got: got.to_string() });
+    }
     let form = Form::of(head.shape.m);
     let (products, ctas) = Products::new(&given, fused.gated, &FORMS[form], limits.multiprocessors);
     let products = products.fused(fused);

@@ -15,6 +15,7 @@ mod gemv_4bit;
 mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod launch;
+mod low_rank;
 mod paged_attention;
 mod paged_attention_bulk;
 mod paged_attention_mma;

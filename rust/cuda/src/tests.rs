@@ -36,6 +36,7 @@ static SOURCES: &[Sources] = sources!(
     gemv_4bit,
     gemv_4bit_bulk,
     gemv_4bit_mma,
+    low_rank,
     paged_attention,
     paged_attention_bulk,
     paged_attention_mma,
@@ -94,6 +95,7 @@ fn threads(family: &str, kernel: &str) -> usize {
         "gemv_4bit" => of_warps(crate::gemv_4bit::MAX_WARPS),
         "gemv_4bit_bulk" => crate::gemv_4bit_bulk::threads_of(kernel),
         "gemv_4bit_mma" => of_warps(crate::gemv_4bit_mma::MAX_WARPS),
+        "low_rank" => crate::low_rank::THREADS,
         "paged_attention" | "paged_attention_mma" => of_warps(crate::paged_attention::WARPS),
         "paged_attention_bulk" => crate::paged_attention_bulk::THREADS,
         "quantize_4bit" => crate::quantize_4bit::THREADS as usize,
@@ -181,6 +183,9 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),
         ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
         ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
+        ("low_rank", "CTAS", crate::low_rank::CTAS),
+        ("low_rank", "TILE", crate::low_rank::TILE),
+        ("low_rank", "MAX_ADAPTERS", crate::low_rank::MAX_ADAPTERS),
         ("paged_attention", "PER_LANE", crate::paged_attention::PER_LANE),
         ("paged_attention_bulk", "CHUNK", crate::paged_attention_bulk::CHUNK),
         ("paged_attention_bulk", "PARTS", crate::paged_attention_bulk::PARTS),
@@ -207,6 +212,8 @@ fn launchers_and_kernels_agree_on_their_geometry() {
     assert_eq!(constant(products, "PANEL"), Some(crate::gemv_4bit_bulk::PANEL));
     assert_eq!(constant(products, "MAX_RANK"), Some(halfbyte_core::ops::gemv_4bit_fused::MAX_RANK));
     assert_eq!(constant(products, "CHUNK"), Some(halfbyte_core::ops::gemv_4bit_fused::CHUNK));
+    let low_rank = include_str!("low_rank.cuh");
+    assert_eq!(constant(low_rank, "RANKS"), Some(halfbyte_core::ops::gemv_4bit_fused::RANKS));
     let shared = include_str!("paged_attention.cuh");
     assert_eq!(constant(shared, "WARPS"), Some(crate::paged_attention::WARPS));
     assert_eq!(constant(shared, "BLOCK"), Some(halfbyte_core::ops::paged_attention::BLOCK));

@@ -15,12 +15,14 @@ use crate::tensor::{DType, TensorMut, TensorRef};
 
 const OP: &str = "gemv_4bit_fused";
 
-/// Most rows of x beside adapters.
+/// Most rows of x beside adapters without a workspace.
 pub const MAX_ROWS: usize = 8;
-/// Highest rank of an adapter.
+/// Highest rank of an adapter of so few rows.
 pub const MAX_RANK: usize = 256;
-/// Elements of K that make a share of a hidden value.
+/// Elements of K that make a share of a hidden value of so few rows.
 pub const CHUNK: usize = 2048;
+/// With a workspace the hidden values of an adapter begin at a multiple of this.
+pub const RANKS: usize = 16;
 
 /// What an adapter adds to a product: `factors * (x Aᵀ) Bᵀ`.
 #[derive(Debug)]
@@ -41,10 +43,15 @@ impl<'a> Adapter<'a> {
         Self { a, b, factors, scaling, rank }
     }
 
+    /// Columns of its hidden values, with a workspace.
+    pub fn padded_rank(&self) -> usize {
+        self.rank.next_multiple_of(RANKS)
+    }
+
     fn check(&self, product: &Gemv4bit<'_>) -> Result<()> {
         let (shape, device) = (product.shape, product.packed.device());
-        if self.rank > MAX_RANK {
-            return wrong("lora_a", "rank 256 at most", self.rank.to_string());
+        if self.rank == 0 || shape.m <= MAX_ROWS && self.rank > MAX_RANK {
+            return wrong("lora_a", "rank 1 to 256, or more beside more rows", self.rank.to_string());
         }
         if self.a.dtype() != DType::F32 {
             arg(OP, "lora_a", self.a).dtype(product.x.dtype())?;
@@ -141,11 +148,12 @@ pub struct Gemv4bitFused<'a> {
     products: [Option<FusedProduct<'a>>; MAX_GROUP],
     /// Products are pairs of gate and up, and each pair has one output: its gate's.
     pub gated: bool,
-    /// f32 `[ceil(K / CHUNK), M, ranks]`, the adapters' hidden values one after the other; scratch, which they need
+    /// f32 `[ceil(K / CHUNK), M, ranks]`, the adapters' hidden values one after the other, or with a workspace x's dtype
+    /// `[M, columns_of_all]`; scratch, which they need
     pub hidden: Option<TensorMut<'a>>,
     /// i32, a zero before and after, by which launches meet; beside `hidden`
     pub arrived: Option<TensorMut<'a>>,
-    /// x's dtype `[M, K]`, scratch of a kernel for more rows, which takes products without bias and adapter
+    /// x's dtype `[M, K]`, scratch of a kernel for more rows
     pub workspace: Option<TensorMut<'a>>,
     pub next: Next<'a>,
 }
@@ -184,6 +192,20 @@ impl<'a> Gemv4bitFused<'a> {
         self.adapters().map(|adapter| adapter.rank).sum()
     }
 
+    /// Columns of all hidden values, with a workspace.
+    pub fn columns_of_all(&self) -> usize {
+        self.adapters().map(Adapter::padded_rank).sum()
+    }
+
+    /// Of each product, where the hidden values of its adapter begin among those, if it has one.
+    pub fn columns(&self) -> impl Iterator<Item = usize> {
+        self.products().scan(0, |end, product| {
+            let column = *end;
+            *end += product.adapter.as_ref().map_or(0, Adapter::padded_rank);
+            Some(column)
+        })
+    }
+
     fn check(&self) -> Result<()> {
         let shapes: Vec<_> = self.products().map(|product| product.product.shape).collect();
         if self.gated && shapes.chunks(2).any(|pair| pair[0] != pair[1]) {
@@ -197,8 +219,8 @@ impl<'a> Gemv4bitFused<'a> {
             return wrong("lora_a", "one dtype for all adapters", "two".to_string());
         }
         let shape = shapes[0];
-        if shape.m > MAX_ROWS {
-            return wrong("x", "at most 8 rows beside adapters", shape.m.to_string());
+        if shape.m > MAX_ROWS && self.workspace.is_none() {
+            return wrong("x", "at most 8 rows beside adapters without a workspace", shape.m.to_string());
         }
         let Some(hidden) = &self.hidden else {
             return wrong("hidden", "beside adapters", "none".to_string());
@@ -207,15 +229,18 @@ impl<'a> Gemv4bitFused<'a> {
             return wrong("arrived", "beside adapters", "none".to_string());
         };
         arg(OP, "arrived", arrived.as_ref()).dtype(DType::I32)?.on(first.a.device(), "packed")?;
-        let hidden = arg(OP, "hidden", hidden.as_ref()).dtype(DType::F32)?.on(first.a.device(), "packed")?;
-        hidden.numel(shape.k.div_ceil(CHUNK) * shape.m * self.ranks(), "chunks of K x M x all ranks")?;
+        let hidden = arg(OP, "hidden", hidden.as_ref()).on(first.a.device(), "packed")?;
+        if let Some(workspace) = &self.workspace {
+            let hidden = hidden.dtype(workspace.dtype())?.aligned_to(8)?;
+            hidden.numel(shape.m * self.columns_of_all(), "M x all ranks, each a multiple of 16")?;
+        } else {
+            let hidden = hidden.dtype(DType::F32)?;
+            hidden.numel(shape.k.div_ceil(CHUNK) * shape.m * self.ranks(), "chunks of K x M x all ranks")?;
+        }
         Ok(())
     }
 
     fn check_workspace(&self, workspace: &TensorMut<'_>) -> Result<()> {
-        if self.products().any(|product| product.bias.is_some() || product.adapter.is_some()) {
-            return wrong("workspace", "without biases and adapters", "one beside them".to_string());
-        }
         let Some(FusedProduct { product, .. }) = self.products().next() else { return Ok(()) };
         let scratch = arg(OP, "workspace", workspace.as_ref()).dtype(product.x.dtype())?;
         scratch.numel(product.shape.m * product.shape.k, "M x K")?.on(product.packed.device(), "packed")?;
