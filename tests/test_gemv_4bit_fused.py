@@ -31,10 +31,12 @@ def gpu(monkeypatch):
         pytest.skip("needs a GPU of compute capability 9.0 or later")
 
 
-def product(n, k, dtype=torch.bfloat16, bias=False, rank=0, lora_dtype=None, rows=0):
+def product(
+    n, k, dtype=torch.bfloat16, bias=False, rank=0, lora_dtype=None, rows=0, double_quant=True
+):
     """A quantized [n, k] with what may stand beside it; rows: whose factors differ."""
     weight = torch.randn(n, k, device="cuda") / k**0.5
-    packed, state = quantize_4bit(weight.to(dtype), "nf4", 64, True)
+    packed, state = quantize_4bit(weight.to(dtype), "nf4", 64, double_quant)
     bias = torch.randn(n, device="cuda").to(dtype) if bias else None
     adapter = None
     if rank:
@@ -83,6 +85,31 @@ def agree(found, expected):
     error = (found.float() - expected.float()).abs()
     allowed = 2 * step * expected.float().abs() + 4 * step * scale
     assert (error <= allowed).all(), (error / allowed).max()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("m", [1, 8, 9, 16])
+@pytest.mark.parametrize("sizes, k", [((40, 96), 576), ((1000, 8), 896), ((68, 4), 4160)])
+def test_any_number_of_blocks_and_plain_scales(double_quant, m, sizes, k):
+    x = random(m, k)
+    products = [product(n, k, bias=True, double_quant=double_quant) for n in sizes]
+    assert fuses(x, products)
+    for found, p in zip(gemv_4bit_fused(x, products), products, strict=True):
+        assert torch.equal(found, alone(x, p))
+    pair = [products[0], product(sizes[0], k, double_quant=double_quant)]
+    (found,) = gemv_4bit_fused(x, pair, gated=True)
+    assert torch.equal(found, swiglu(*(alone(x, p) for p in pair)))
+    if m <= 8:
+        adapted = [product(n, k, rank=5, double_quant=double_quant) for n in sizes]
+        for found, p in zip(gemv_4bit_fused(x, adapted), adapted, strict=True):
+            agree(found, alone(x, p))
+
+
+def test_scales_of_two_kinds_do_not_go_together():
+    products = [product(64, 256), product(64, 256, double_quant=False)]
+    assert not fuses(random(1, 256), products)
+    assert not fuses(random(17, 256), products[1:])
+    assert not fuses(random(17, 320), [product(64, 320)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

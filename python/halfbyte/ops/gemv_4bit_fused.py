@@ -68,8 +68,8 @@ class _Product(NamedTuple):
 
     packed: Tensor
     absmax: Tensor
-    nested_absmax: Tensor
-    nested_map: Tensor
+    nested_absmax: Tensor | None
+    nested_map: Tensor | None
     offset: float
     bias: Tensor | None
     adapter: LowRank | None
@@ -87,9 +87,13 @@ def fuses(x: Tensor, products: Sequence[Product]) -> bool:
     return (
         x.dtype in (torch.float16, torch.bfloat16)
         and 0 < len(x) <= _most_rows(x.device, products)
-        and (len(x) > MAX_ADAPTED_ROWS or all(rank <= MAX_RANK for rank in _ranks(products)))
         and len({p.adapter.a.dtype for p in products if p.adapter is not None}) <= 1
         and all(_takes(product.packed, product.state, head) for product in products)
+        and (
+            all(_fits_tiles(product.state) for product in products)
+            if _is_tiled(x, products)
+            else all(rank <= MAX_RANK for rank in _ranks(products))
+        )
     )
 
 
@@ -101,22 +105,35 @@ def _most_rows(device: torch.device, products: Sequence[Product]) -> int:
     return MAX_ADAPTED_ROWS if _ranks(products) else MAX_ROWS
 
 
+def _is_tiled(x: Tensor, products: Sequence[Product]) -> bool:
+    """Whether a kernel of tiles takes so many rows."""
+    return len(x) > (MAX_ADAPTED_ROWS if _ranks(products) else MAX_ROWS)
+
+
 def _ranks(products: Sequence[Product]) -> list[int]:
     return [len(product.adapter.a) for product in products if product.adapter is not None]
 
 
 def _takes(packed: Tensor, state: QuantState, head: QuantState) -> bool:
-    nested, map_of_head = state.nested, head.nested
+    n, k = state.shape
     return (
-        nested is not None
-        and map_of_head is not None
-        and nested.map.data_ptr() == map_of_head.map.data_ptr()
+        _map(state) == _map(head)
         and state.quant_type == head.quant_type
         and state.blocksize == 64
-        and state.shape[1] % 256 == 0
+        and k % 64 == 0
+        and n * k % 256 == 0
         and packed.data_ptr() % 16 == 0
-        and state.absmax.data_ptr() % 4 == 0
+        and state.absmax.data_ptr() % (16 if state.nested is None else 4) == 0
     )
+
+
+def _map(state: QuantState) -> int | None:
+    """Which map nested scales have."""
+    return None if state.nested is None else state.nested.map.data_ptr()
+
+
+def _fits_tiles(state: QuantState) -> bool:
+    return state.nested is not None and state.shape[1] % 256 == 0
 
 
 def gemv_4bit_fused(
@@ -144,8 +161,7 @@ def gemv_4bit_fused(
         _Product(p.packed, *p.state.scale_args(), p.bias, p.adapter, outs[0 if gated else index])
         for index, p in enumerate(products)
     ]
-    ranks = _ranks(products)
-    tiled = len(x) > (MAX_ADAPTED_ROWS if ranks else MAX_ROWS)
+    ranks, tiled = _ranks(products), _is_tiled(x, products)
     hidden = None
     if ranks and tiled:
         hidden = x.new_empty(len(x), sum(-(-rank // RANKS) * RANKS for rank in ranks))
@@ -155,12 +171,13 @@ def gemv_4bit_fused(
     if ranks and arrived is None:
         arrived = x.new_zeros(1, dtype=torch.int32)
     head = products[0].state
-    if not all(_takes(packed, state, head) for packed, state in following):
-        following = ()
     weights = [
         _NextWeight(packed, state.absmax, state.nested.absmax, *state.shape)
         for packed, state in following
+        if state.nested is not None and _takes(packed, state, head)
     ]
+    if len(weights) < len(following):
+        weights = []
     after = _Next(weights, following_gated)
     room = torch.empty_like(x) if tiled else None
     _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, room, after)

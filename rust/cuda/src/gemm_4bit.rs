@@ -190,7 +190,7 @@ fn fits(limits: Limits, workspace: &TensorMut<'_>) -> bool {
 
 /// Of what gemv_4bit_bulk takes.
 fn fits_alone(product: &Gemv4bit<'_>) -> bool {
-    matches!(product.absmax, Absmax::Nested { .. }) && product.shape.k % LINE == 0
+    matches!(product.absmax, Absmax::Nested { .. }) && product.shape.k.is_multiple_of(LINE)
 }
 
 /// Products with what stands beside them, of few enough rows to go together; whether there is a kernel.

@@ -153,8 +153,9 @@ pub(crate) fn fits_alone(args: &Gemv4bit<'_>) -> bool {
         Absmax::Nested { codes, .. } => aligned(codes, 4),
         Absmax::Plain { absmax } => aligned(absmax, 16),
     };
-    let known = args.x.dtype() != DType::F32 && args.blocksize == BLOCKSIZE && k > 0 && k % BLOCKSIZE == 0;
-    let small = n * k % GRAIN == 0 && n * k < MOST_WEIGHTS && n < MOST_ROWS && m.div_ceil(FORMS[0].tile) <= 65535;
+    let known = args.x.dtype() != DType::F32 && args.blocksize == BLOCKSIZE && k > 0 && k.is_multiple_of(BLOCKSIZE);
+    let small =
+        (n * k).is_multiple_of(GRAIN) && n * k < MOST_WEIGHTS && n < MOST_ROWS && m.div_ceil(FORMS[0].tile) <= 65535;
     known && small && scales && aligned(args.x, 16) && aligned(args.packed, 16)
 }
 
