@@ -141,7 +141,7 @@ def all_alone(x, products):
 
 def skip_unless_fused(x, products):
     if not fuses(x, products):
-        pytest.skip("so many rows need compute capability 9.0")
+        pytest.skip("no kernel: over 256 ranks beside up to 8 rows, or not compute capability 9.0")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -341,7 +341,7 @@ def test_refuses_what_does_not_fit():
         other = product(40, 512, rank=4, lora_dtype=torch.float32)
         gemv_4bit_fused(x, [adapted, other])
     assert not fuses(x.float(), [plain]) and not fuses(random(65, 512), [plain])
-    assert not fuses(random(1, 320), [product(40, 320)])
+    assert not fuses(random(1, 96), [product(40, 96)])
 
 
 @pytest.mark.parametrize("rows", [3, 20])
