@@ -2,7 +2,7 @@
 //!
 //! | variable | meaning |
 //! |---|---|
-//! | `HALFBYTE_CUDA` | `1`: nvcc is required, and that no kernel spills registers; `0`: CPU only; `auto` (default): CPU only, with a warning, if none is found |
+//! | `HALFBYTE_CUDA` | `1`: nvcc is required; `strict`: and that no kernel spills registers; `0`: CPU only; `auto` (default): CPU only, with a warning, if none is found |
 //! | `HALFBYTE_CUDA_ARCHS` | comma-separated targets: `90a` for machine code, `compute_80` for PTX |
 //! | `HALFBYTE_NVCC`, `NVCC` | the nvcc to use, before the one of the Python packages, `CUDA_HOME`, `CUDA_PATH` and PATH |
 
@@ -63,7 +63,8 @@ fn build() -> Result<(), String> {
     let mode = env::var("HALFBYTE_CUDA").unwrap_or_else(|_| "auto".to_string());
     match mode.as_str() {
         "0" => without_kernels(&out),
-        "1" => with_kernels(&out, &nvcc::find()?).and_then(|()| refuse_spills(&out)),
+        "1" => with_kernels(&out, &nvcc::find()?),
+        "strict" => with_kernels(&out, &nvcc::find()?).and_then(|()| refuse_spills(&out)),
         "auto" | "" => match nvcc::find() {
             Ok(nvcc) => with_kernels(&out, &nvcc),
             Err(reason) if nvcc::is_named() => Err(reason),
@@ -72,7 +73,7 @@ fn build() -> Result<(), String> {
                 without_kernels(&out)
             }
         },
-        other => Err(format!("HALFBYTE_CUDA must be 0, 1 or auto, got '{other}'")),
+        other => Err(format!("HALFBYTE_CUDA must be 0, 1, strict or auto, got '{other}'")),
     }
 }
 
