@@ -13,7 +13,8 @@ from statistics import median
 
 import torch
 from bench import Timing, append_row, rate_row, summary, time_row
-from journey import SHAPES, random_model
+from contenders import transformers_decode, transformers_model
+from journey import PEER, SHAPES, random_model
 
 from halfbyte import LoraConfig, lora
 from halfbyte.checkpoint import default_device
@@ -74,6 +75,24 @@ class Run:
         return self.seconds(prompts, FIRST + self.tokens) - short
 
 
+class Peer:
+    """transformers + bitsandbytes over the same tensors, as `Run` times it."""
+
+    def __init__(self, model: Decoder, run: Run) -> None:
+        self.model, self.run = transformers_model(model), run
+
+    def seconds(self, prompt: list[int], tokens: int) -> float:
+        work = transformers_decode(self.model, prompt, tokens)
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def decode(self) -> float:
+        (prompt,) = self.run.prompts(self.run.prompt)
+        short = self.seconds(prompt, FIRST)
+        return self.seconds(prompt, FIRST + self.run.tokens) - short
+
+
 def timing(work, rounds: int, warmup: int = 1) -> Timing:
     return summary([work() for _ in range(-warmup, rounds)][warmup:])
 
@@ -83,12 +102,16 @@ def measure(model: Decoder, args: argparse.Namespace, batch: int, context: int, 
     run = Run(model, batch, context, args.tokens, sampling)
     fields = {"dtype": "bf16", "model": f"llama-{args.shape}", "r": r, "batch": batch}
     fields |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    took = timing(run.decode, args.rounds)
+    took = {"halfbyte": timing(run.decode, args.rounds)}
+    if args.peers and batch == 1 and r == 0 and not args.sampled:
+        peer = Peer(model, run)
+        took[PEER] = timing(peer.decode, args.rounds)
     sizes = {"seq": context, "new_tokens": args.tokens}
-    row = rate_row("decode", batch * args.tokens, {"halfbyte": took}, **fields, **sizes)
+    row = rate_row("decode", batch * args.tokens, took, **fields, **sizes)
     floor = batch / floor_seconds(model, batch, context)
     row["floor_tokens_per_s"] = round(floor, 1)
-    print(f"decode {fields} context {context}: {row['tokens_per_s']} of {floor:.0f}", flush=True)
+    rate = f"{row['tokens_per_s']} of {floor:.0f} {row['peers'] or ''}"
+    print(f"decode {fields} context {context}: {rate}", flush=True)
     append_row("decode", row)
     if batch == 1 and context <= PROMPT:
         took = timing(lambda: run.seconds(run.prompts(PROMPT), 1), args.rounds)
@@ -167,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sampled", action="store_true", help="temperature 0.8, top_p 0.95")
+    parser.add_argument("--peers", action="store_true", help="batch 1 beside what is installed")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)

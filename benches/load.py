@@ -8,12 +8,14 @@ import json
 import pstats
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from bench import append_row, summary, time_row
-from journey import SHAPES, config, random_weight
+from journey import PEER, SHAPES, config, random_weight
 from safetensors.torch import save_file
 
 import halfbyte
@@ -44,9 +46,26 @@ def write_folder(folder: Path, shape: str, device: torch.device) -> int:
     return size
 
 
-def seconds(folder: Path, device: torch.device) -> float:
+def load(folder: Path, device: torch.device) -> object:
+    return halfbyte.load(folder, device=device, progress=False)
+
+
+def load_by_transformers(folder: Path, device: torch.device) -> object:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    options = {"dtype": torch.bfloat16, "device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, **options)
+
+
+def seconds(load: Callable[[Path, torch.device], object], folder: Path, device) -> float:
     start = time.perf_counter()
-    halfbyte.load(folder, device=device, progress=False)
+    load(folder, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -57,21 +76,27 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--folder", help="where there is room for it; default: the system's")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", action="store_true", help="also transformers + bitsandbytes")
     parser.add_argument("--profile", action="store_true", help="where Python's time goes")
     args = parser.parse_args()
     device = default_device()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         size = write_folder(Path(name), args.shape, device)
-        first = seconds(Path(name), device)
-        took = summary([seconds(Path(name), device) for _ in range(args.rounds)])
+        first = seconds(load, Path(name), device)
+        took = summary([seconds(load, Path(name), device) for _ in range(args.rounds)])
+        times = {"halfbyte": took}
+        if args.peers:
+            peer = partial(seconds, load_by_transformers, Path(name), device)
+            times[PEER] = summary([peer() for _ in range(args.rounds + 1)][1:])
         fields = {"dtype": "bf16", "model": f"llama-{args.shape}", "gb": round(size / 1e9, 2)}
-        row = time_row("load", {"halfbyte": took}, first_us=round(first * 1e6), **fields)
+        row = time_row("load", times, first_us=round(first * 1e6), **fields)
         rate = size / took.median / 1e9
         print(f"load {fields}: {took.median:.3f} s, {rate:.2f} GB/s, the first {first:.3f} s")
+        print({name: f"{time.median:.3f} s" for name, time in times.items()})
         append_row("load", row)
         if args.profile:
             with cProfile.Profile() as profile:
-                seconds(Path(name), device)
+                seconds(load, Path(name), device)
             pstats.Stats(profile).sort_stats("tottime").print_stats(12)
 
 
