@@ -8,10 +8,11 @@ from tiny import tiny_model
 from torch import nn
 
 from halfbyte.linear import Linear4bit
-from halfbyte.lora import LoraConfig, adapter_parameters, inject
+from halfbyte.lora import LoraConfig, LoRALinear, adapter_parameters, inject
 from halfbyte.optim import AdamW
 from halfbyte.train import MicroSteps, micro_steps
 
+OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 SIZES = {"hidden_size": 256, "intermediate_size": 512}
 # Every shape comes again, one with a step of two micro-batches.
 STEPS = [[(2, 24)], [(2, 24)], [(1, 40), (2, 24)], [(2, 24), (1, 40)], [(1, 40)], [(2, 24)]]
@@ -165,6 +166,34 @@ def test_what_is_captured_sees_new_weights_and_learning_rates():
     assert torch.equal(loss, plain(model, ids, 100))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("not while it captures"), OOM])
+def test_a_capture_that_fails_leaves_training_as_it_was(monkeypatch, error):
+    model = adapted()
+    optimizer = AdamW(adapter_parameters(model), 1e-2)
+    repeated = MicroSteps(model, optimizer)
+    ((ids,),) = batches("cpu", [[(2, 24)]])
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(repeated, "_capture", fail)
+    monkeypatch.setattr(repeated, "_repeats", lambda shape: repeated._most_tokens > 0)
+    if error is OOM:
+        repeated(ids, ids, 100)
+        assert repeated._refused == {(2, 24)}
+    else:
+        with pytest.warns(UserWarning, match="without CUDA graphs.*not while it captures"):
+            repeated(ids, ids, 100)
+        assert repeated._most_tokens == 0
+    repeated(ids, ids, 100)
+    sums = [p.grad.clone() for p in adapter_parameters(model)]
+    optimizer.zero_grad()
+    for _ in range(2):
+        plain(model, ids, 100)
+    for param, total in zip(adapter_parameters(model), sums, strict=True):
+        assert torch.equal(param.grad, total)
+
+
 def watch_module(model, optimizer):
     model.model.layers[0].register_forward_hook(lambda *_: None)
 
@@ -185,6 +214,11 @@ def drop_out(model, optimizer):
     next(m for m in model.modules() if isinstance(m, nn.Dropout)).p = 0.5
 
 
+def adapt_head(model, optimizer):
+    head = model.lm_head
+    model.lm_head = LoRALinear(head, 4, 8)
+
+
 def evict_state(model, optimizer):
     optimizer.pager.evict(1 << 40)
 
@@ -192,7 +226,15 @@ def evict_state(model, optimizer):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "change",
-    [watch_module, watch_input, watch_parameter, train_embedding, drop_out, evict_state],
+    [
+        watch_module,
+        watch_input,
+        watch_parameter,
+        train_embedding,
+        drop_out,
+        adapt_head,
+        evict_state,
+    ],
 )
 def test_what_may_differ_each_time_is_not_replayed(change):
     model = adapted("cuda")

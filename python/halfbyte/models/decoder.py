@@ -184,6 +184,11 @@ class Decoder(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether the head is a matrix to be read, neither adapted nor quantized."""
+        return type(self.lm_head) in (Head, nn.Linear) and self.lm_head.bias is None
+
     def forward(
         self,
         ids: Tensor,
@@ -243,7 +248,7 @@ class Decoder(nn.Module):
     def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         hidden = hidden.flatten(0, 1)
-        if type(self.lm_head) in (Head, nn.Linear) and self.lm_head.bias is None:
+        if self.has_plain_head:
             return cross_entropy(hidden, self.lm_head.weight, labels, num_items)
         if num_items is None:
             num_items = (labels != IGNORE).sum().clamp(min=1)

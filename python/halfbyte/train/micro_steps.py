@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from functools import partial
 from typing import NamedTuple
@@ -41,9 +42,10 @@ class MicroSteps:
     A small micro-batch is over before Python has queued its thousands of launches. So on a GPU it
     is padded to one of few lengths, and a shape that comes again is captured, forward and backward,
     and replayed from then on: the same kernels in one launch. What may differ each time runs as
-    ever, by `Pager.micro_step`: dropout, autocast, trained embeddings, and what hooks watch. So do
-    all micro-batches while state of the optimizer lies in host memory, whose update runs beside the
-    forward, and while the device has no room for two of the largest.
+    ever, by `Pager.micro_step`: dropout, autocast, trained embeddings, a head that is adapted or
+    quantized, and what hooks watch. So do all micro-batches while state of the optimizer lies in
+    host memory, whose update runs beside the forward, and while the device has no room for two of
+    the largest.
 
     optimizer: of the model's trained parameters, whose `grad` it may set to None between steps.
     Whoever gives the model other modules or parameters makes other MicroSteps for it.
@@ -57,7 +59,7 @@ class MicroSteps:
             m for m in model.model.layers[0].modules() if isinstance(m, Linear4bit | nn.Linear)
         ]
         weights = sum(m.in_features * m.out_features for m in linear)
-        self._most_tokens = MOST_WORK // weights
+        self._most_tokens = MOST_WORK // max(1, weights)
         self._longest = 0
         # How often shapes came, and those whose capture ran out of memory.
         self._uses: Counter[tuple[int, ...]] = Counter()
@@ -77,13 +79,8 @@ class MicroSteps:
         shape = tuple(ids.shape)
         self._longest = max(self._longest, ids.numel())
         self._uses[shape] += 1
-        if self._repeats(shape):
-            try:
-                return self._replay(ids, labels, num_items)
-            except torch.OutOfMemoryError:
-                # Nothing has run yet.
-                self._refused.add(shape)
-                self.drop()
+        if self._repeats(shape) and self._is_captured(ids, labels):
+            return self._replay(ids, labels, num_items)
         return self._run(ids, labels, num_items)
 
     def drop(self) -> None:
@@ -98,7 +95,8 @@ class MicroSteps:
         if not small or self._uses[shape] == 1 or shape in self._refused:
             return False
         near = all(slab.bytes_on_device == slab.nbytes for slab in pager.slabs)
-        fixed = near and not torch.is_autocast_enabled("cuda") and not self._watch.sees_change()
+        fixed = near and not torch.is_autocast_enabled("cuda") and self.model.has_plain_head
+        fixed = fixed and not self._watch.sees_change()
         return fixed and (shape in self.graphs or self._has_room(shape))
 
     def _has_room(self, shape: tuple[int, ...]) -> bool:
@@ -132,12 +130,28 @@ class MicroSteps:
         loss.backward()
         return loss.detach()
 
+    def _is_captured(self, ids: Tensor, labels: Tensor) -> bool:
+        """Whether there is a graph for these, now at the latest."""
+        shape = tuple(ids.shape)
+        if shape in self.graphs:
+            return True
+        self._place_gradients()
+        try:
+            self.graphs[shape] = self._capture(ids, labels)
+        except torch.OutOfMemoryError:  # nothing has run yet
+            self._refused.add(shape)
+            self.drop()
+        except RuntimeError as error:
+            self._most_tokens = 0
+            warnings.warn(
+                f"MicroSteps: training goes on without CUDA graphs, as a capture failed: {error}",
+                stacklevel=3,
+            )
+        return shape in self.graphs
+
     def _replay(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
         self._place_gradients()
-        shape = tuple(ids.shape)
-        if shape not in self.graphs:
-            self.graphs[shape] = self._capture(ids, labels)
-        graph = self.graphs[shape]
+        graph = self.graphs[tuple(ids.shape)]
         graph.ids.copy_(ids)
         graph.labels.copy_(labels)
         graph.num_items.fill_(num_items)
