@@ -194,6 +194,24 @@ def test_a_least_length_that_no_number_of_the_device_holds(model):
     assert other.reply.finish_reason == "length" and fully_free(engine)
 
 
+def test_a_batch_with_a_prompt_that_is_refused_leaves_nothing_behind(model):
+    engine = Engine(model, max_batch=2)
+    for call in (engine.generate, lambda *a, **o: asyncio.run(engine.agenerate(*a, **o))):
+        with pytest.raises(ContextLengthError):
+            call([[1], [2], [3] * 300], max_new_tokens=200)
+        assert len(engine.generate([1], max_new_tokens=2).token_ids) == 2
+        assert fully_free(engine)
+
+
+def test_a_batch_awaited_is_that_of_generate(model):
+    engine = Engine(model, max_batch=2)
+    prompts = [[1, 2], [3], [4, 5, 6]]
+    expected = [c.token_ids for c in engine.generate(prompts, max_new_tokens=6)]
+    got = asyncio.run(engine.agenerate(prompts, max_new_tokens=6))
+    assert [c.token_ids for c in got] == expected
+    assert asyncio.run(engine.agenerate(["ab"], max_new_tokens=3))[0].token_ids
+
+
 def test_a_prompt_as_long_as_the_context_has_no_reply(model):
     engine = Engine(model, max_batch=1)
     got = engine.generate([1] * 256)

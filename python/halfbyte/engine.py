@@ -219,13 +219,9 @@ class Engine:
         its fields. adapter: the name of one that is loaded. Raises what `submit` raises;
         FloatingPointError for logits that are not finite.
         """
-        sampling = replace(sampling or Sampling(), **overrides)
-        batched = is_batch(prompts)
-        batch: Any = prompts if batched else [prompts]
-        requests = [self.submit(prompt, sampling, adapter) for prompt in batch]
+        requests = self._submit_all(prompts, replace(sampling or Sampling(), **overrides), adapter)
         self.run(requests)
-        completions = [_completion(request) for request in requests]
-        return completions if batched else completions[0]
+        return _completions(prompts, requests)
 
     def stream(
         self,
@@ -246,19 +242,32 @@ class Engine:
 
     async def agenerate(
         self,
-        prompt: str | Sequence[int] | Tensor,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Tensor,
         sampling: Sampling | None = None,
         adapter: str | None = None,
         **overrides: Any,
-    ) -> Completion:
-        """The Completion of one prompt, awaited; cancelling the task cancels the request."""
-        request = self.submit(prompt, replace(sampling or Sampling(), **overrides), adapter)
+    ) -> Any:
+        """`generate`, awaited; cancelling the task cancels the requests."""
+        requests = self._submit_all(prompts, replace(sampling or Sampling(), **overrides), adapter)
         try:
-            async for _ in self.arrivals([request]):
+            async for _ in self.arrivals(requests):
                 pass
         finally:
-            request.cancelled = True
-        return _completion(request)
+            for request in requests:
+                request.cancelled = True
+        return _completions(prompts, requests)
+
+    def _submit_all(self, prompts: Any, sampling: Sampling, adapter: str | None) -> list[Request]:
+        """A request for each prompt, or none where one is refused."""
+        requests: list[Request] = []
+        try:
+            for prompt in prompts if is_batch(prompts) else [prompts]:
+                requests.append(self.submit(prompt, sampling, adapter))
+        except BaseException:
+            for request in requests:
+                request.cancelled = True
+            raise
+        return requests
 
     def submit(
         self,
@@ -493,6 +502,11 @@ def _default_budget(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(DEVICE_SHARE * (free + unused))
+
+
+def _completions(prompts: Any, requests: list[Request]) -> Any:
+    completions = [_completion(request) for request in requests]
+    return completions if is_batch(prompts) else completions[0]
 
 
 def _completion(request: Request) -> Completion:
