@@ -638,12 +638,6 @@ struct Finish {
             v[i] = rounded<T>(v[i]) + more[i];
     }
 
-    __device__ void load4(const T* row, int m, int n, float (&v)[4]) const {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            v[i] = m < rows_x && n + i < place.N ? widen(row[n + i]) : 0.0f;
-    }
-
     __device__ void store4(int m, int n, const float (&v)[4]) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
