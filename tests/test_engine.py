@@ -28,7 +28,7 @@ import halfbyte
 from halfbyte import Engine, LoraConfig, Sampling, lora, optim
 from halfbyte.capture import Captured
 from halfbyte.engine import eos_ids
-from halfbyte.errors import ContextLengthError
+from halfbyte.errors import ContextLengthError, QueueFullError
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,15 @@ def test_a_batch_with_a_prompt_that_is_refused_leaves_nothing_behind(model):
             call([[1], [2], [3] * 300], max_new_tokens=200)
         assert len(engine.generate([1], max_new_tokens=2).token_ids) == 2
         assert fully_free(engine)
+
+
+def test_a_batch_that_finds_the_queue_full_does_not_fill_it(model):
+    engine = Engine(model, max_batch=2, max_waiting=2)
+    for _ in range(3):
+        with pytest.raises(QueueFullError):
+            engine.generate([[1], [2], [3]])
+        assert engine.stats.waiting_requests == 0
+    assert len(engine.generate([[1], [2]], max_new_tokens=2)) == 2
 
 
 def test_a_batch_awaited_is_that_of_generate(model):

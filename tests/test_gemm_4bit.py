@@ -403,3 +403,13 @@ def test_maps_are_shared_but_saved_apart(device):
     assert saved[0].data_ptr() != saved[1].data_ptr()
     read = [QuantState.from_tensors("w", state.as_tensors("w")) for state in (a, b)]
     assert read[0].nested.map.data_ptr() == a.nested.map.data_ptr()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("k", [576, 768])
+def test_weights_are_moved_ahead_where_the_kernel_takes_them(k, double_quant):
+    module = sys.modules["halfbyte.ops.gemv_4bit_fused"]
+    weights = [quantize_4bit(torch.randn(n, k), double_quant=double_quant) for n in (64, 128)]
+    after = module._next(weights, False, weights[0][1])
+    taken = double_quant and k % 256 == 0
+    assert [weight.n for weight in after.weights] == ([64, 128] if taken else [])

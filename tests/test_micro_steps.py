@@ -166,6 +166,51 @@ def test_what_is_captured_sees_new_weights_and_learning_rates():
     assert torch.equal(loss, plain(model, ids, 100))
 
 
+@pytest.mark.gpu
+def test_a_real_capture_that_fails_leaves_torch_as_it_was(monkeypatch):
+    model = adapted("cuda")
+    optimizer = AdamW(adapter_parameters(model), 1e-2)
+    repeated = MicroSteps(model, optimizer)
+    ((ids,),) = batches("cuda", [[(2, 24)]])
+    work = repeated._work
+
+    def reads(*args, **options):
+        loss = work(*args, **options)
+        loss.item()
+        return loss
+
+    monkeypatch.setattr(repeated, "_work", reads)
+    stream = torch.cuda.current_stream()
+    repeated(ids, ids, 100)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        repeated(ids, ids, 100)
+    assert torch.cuda.current_stream() == stream and not repeated.graphs
+    sums = [p.grad.clone() for p in adapter_parameters(model)]
+    optimizer.zero_grad()
+    for _ in range(2):
+        plain(model, ids, 100)
+    for param, total in zip(adapter_parameters(model), sums, strict=True):
+        assert torch.equal(param.grad, total)
+    # And another one can capture.
+    other = MicroSteps(model, optimizer)
+    for _ in range(2):
+        other(ids, ids, 100)
+    assert other.graphs
+
+
+@pytest.mark.gpu
+def test_what_graphs_keep_does_not_count_as_free(monkeypatch):
+    monkeypatch.setattr(micro_steps, "free_memory", lambda device: 1 << 40)
+    model = adapted("cuda")
+    repeated = MicroSteps(model, AdamW(adapter_parameters(model), 1e-2))
+    ((ids,),) = batches("cuda", [[(4, 512)]])
+    for _ in range(2):
+        repeated(ids, ids, 100)
+    assert repeated.graphs and repeated._free() < 1 << 40
+    repeated.drop()
+    assert repeated._free() == 1 << 40
+
+
 @pytest.mark.parametrize("error", [RuntimeError("not while it captures"), OOM])
 def test_a_capture_that_fails_leaves_training_as_it_was(monkeypatch, error):
     model = adapted()
@@ -219,6 +264,14 @@ def adapt_head(model, optimizer):
     model.lm_head = LoRALinear(head, 4, 8)
 
 
+def freeze(model, optimizer):
+    adapter_parameters(model)[0].requires_grad_(False)
+
+
+def train_norm(model, optimizer):
+    model.model.norm.weight.requires_grad_()
+
+
 def evict_state(model, optimizer):
     optimizer.pager.evict(1 << 40)
 
@@ -233,6 +286,8 @@ def evict_state(model, optimizer):
         train_embedding,
         drop_out,
         adapt_head,
+        freeze,
+        train_norm,
         evict_state,
     ],
 )

@@ -13,6 +13,8 @@ from halfbyte.capture import Captured, Pool
 from halfbyte.ops import gemm_4bit
 from halfbyte.recording import record
 
+CPU = torch.device("cpu")
+
 
 def block(k: int, n: int) -> tuple[Linear4bit, Linear4bit]:
     up, down = Linear4bit(k, n), Linear4bit(n, k, bias=False)
@@ -113,7 +115,7 @@ def test_an_error_ends_the_recording():
 @torch.inference_mode()
 def test_who_captures_has_called_before_on_the_same_thread():
     x, calls = torch.ones(3), []
-    captured = Captured(lambda: (calls.append(1), x + 1)[1], torch.device("cpu"), Pool())
+    captured = Captured(lambda: (calls.append(1), x + 1)[1], CPU, Pool(CPU))
     assert torch.equal(captured(), x + 1)
 
     def elsewhere() -> bool:

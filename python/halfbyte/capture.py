@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from halfbyte.recording import Recording, record
 
 T = TypeVar("T")
+# All captures of a device share a stream.
+_CAPTURING = threading.Lock()
 
 
 class Captured(Generic[T]):
@@ -47,9 +50,10 @@ class Captured(Generic[T]):
 
 
 class Pool:
-    """Memory that CUDA graphs share which never run at the same time."""
+    """Memory of a device that CUDA graphs share which never run at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._handle: Any = None
 
@@ -59,14 +63,31 @@ class Pool:
             # Torch gives memory up with the last graph of its handle, which then takes no other.
             self._handle = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: torch may allocate on other threads meanwhile.
-        with (
-            _no_garbage_collection(),
-            torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"),
-        ):
-            results = work()
+        with _CAPTURING, torch.cuda.device(self.device), _no_garbage_collection():
+            results = self._capture(graph, work)
         self._graphs.add(graph)
         return graph, results
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], T]) -> T:
+        before = torch.cuda.current_stream()
+        try:
+            # Thread-local: torch may allocate on other threads meanwhile.
+            with torch.cuda.graph(
+                graph, self._handle, _stream(self.device), capture_error_mode="thread_local"
+            ):
+                return work()
+        except BaseException:
+            # Where a capture cannot even be ended torch stays on its stream and in its pool.
+            torch.cuda.set_stream(before)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(before.device_index, self._handle)
+            raise
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where work of a device is captured; torch's own is that of the first device alone."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

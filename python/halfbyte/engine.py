@@ -265,7 +265,7 @@ class Engine:
                 requests.append(self.submit(prompt, sampling, adapter))
         except BaseException:
             for request in requests:
-                request.cancelled = True
+                self._cancel(request)
             raise
         return requests
 

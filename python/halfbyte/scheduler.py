@@ -95,7 +95,7 @@ class Scheduler:
         self.prefixes = PrefixCache(cache.blocks)
         # One block more than a sequence can have, so that a table never ends in a block of its own.
         width = min(blocks_for(model.config.max_position_embeddings), self.prefixes.blocks) + 1
-        pool = Pool()
+        pool = Pool(cache.device)
         self.decode = DecodeStep(model, cache, max_batch, width, pool)
         self.prefill = Prefill(model, cache, width, pool)
         self.max_batch, self.max_waiting = max_batch, max_waiting

@@ -136,6 +136,17 @@ def _fits_tiles(state: QuantState) -> bool:
     return state.nested is not None and state.shape[1] % 256 == 0
 
 
+def _next(following: Sequence[tuple[Tensor, QuantState]], gated: bool, head: QuantState) -> _Next:
+    """What is moved ahead: weights that the kernel knows to address, or none."""
+    if not all(_takes(*weight, head) and _fits_tiles(weight[1]) for weight in following):
+        return _Next((), gated)
+    weights = [
+        _NextWeight(packed, state.absmax, state.nested.absmax, *state.shape)
+        for packed, state in following
+    ]
+    return _Next(weights, gated)
+
+
 def gemv_4bit_fused(
     x: Tensor,
     products: Sequence[Product],
@@ -171,14 +182,7 @@ def gemv_4bit_fused(
     if ranks and arrived is None:
         arrived = x.new_zeros(1, dtype=torch.int32)
     head = products[0].state
-    weights = [
-        _NextWeight(packed, state.absmax, state.nested.absmax, *state.shape)
-        for packed, state in following
-        if state.nested is not None and _takes(packed, state, head)
-    ]
-    if len(weights) < len(following):
-        weights = []
-    after = _Next(weights, following_gated)
+    after = _next(following, following_gated, head)
     room = torch.empty_like(x) if tiled else None
     _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, room, after)
     return outs

@@ -66,7 +66,9 @@ class MicroSteps:
         self._refused: set[tuple[int, ...]] = set()
         # Where graphs leave the gradients of parameters that get any.
         self._gradients: dict[Tensor, Tensor] = {}
-        self._pool = Pool()
+        self._pool = Pool(optimizer.pager.device)
+        # Bytes of the device that graphs keep for themselves.
+        self._held = 0
 
     def __call__(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
         """The loss over `num_items`, detached, after its backward.
@@ -86,6 +88,7 @@ class MicroSteps:
     def drop(self) -> None:
         """Let go of all graphs and of their memory."""
         self.graphs.clear()
+        self._held = 0
         torch.cuda.empty_cache()
 
     def _repeats(self, shape: tuple[int, ...]) -> bool:
@@ -101,9 +104,8 @@ class MicroSteps:
 
     def _has_room(self, shape: tuple[int, ...]) -> bool:
         """Whether to capture a shape: in place of one that comes far less often, if need be."""
-        pager = self.optimizer.pager
-        peak = pager.predictor.predict(self._longest)
-        if peak is None or free_memory(pager.device) <= 2 * SLACK * peak:
+        peak = self.optimizer.pager.predictor.predict(self._longest)
+        if peak is None or self._free() <= 2 * SLACK * peak:
             return False
         if len(self.graphs) >= MOST_GRAPHS:
             rarest = min(self.graphs, key=self._uses.__getitem__)
@@ -112,14 +114,24 @@ class MicroSteps:
             del self.graphs[rarest]
         return True
 
+    def _free(self) -> int:
+        """Bytes that are left for what is not replayed."""
+        return free_memory(self.optimizer.pager.device) - self._held
+
     def _run(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
         pager = self.optimizer.pager
         peak = pager.predictor.predict(ids.numel())
         # What graphs hold goes before the pager has to move state.
-        if self.graphs and peak is not None and free_memory(pager.device) < SLACK * peak:
+        if self.graphs and peak is not None and self._free() < SLACK * peak:
             self.drop()
         work = partial(self._work, num_items=num_items)
-        loss = pager.micro_step(work, ids, labels, model=self.model)
+        try:
+            loss = pager.micro_step(work, ids, labels, model=self.model)
+        except torch.OutOfMemoryError:
+            if not self.graphs:
+                raise
+            self.drop()
+            loss = pager.micro_step(work, ids, labels, model=self.model)
         if not self._gradients:
             self._gradients = {p: torch.empty(0) for p in pager.params if p.grad is not None}
         return loss
@@ -143,8 +155,10 @@ class MicroSteps:
             self.drop()
         except RuntimeError as error:
             self._most_tokens = 0
+            self.drop()
+            cause = error.__context__ or error
             warnings.warn(
-                f"MicroSteps: training goes on without CUDA graphs, as a capture failed: {error}",
+                f"MicroSteps: training goes on without CUDA graphs, as a capture failed: {cause}",
                 stacklevel=3,
             )
         return shape in self.graphs
@@ -175,7 +189,10 @@ class MicroSteps:
 
     def _capture(self, ids: Tensor, labels: Tensor) -> _Graph:
         inputs = ids.clone(), labels.clone(), ids.new_ones((), dtype=torch.float32)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(ids.device)
         graph, loss = self._pool.capture(partial(self._work, *inputs))
+        self._held += torch.cuda.memory_reserved(ids.device) - before
         return _Graph(graph, *inputs, loss)
 
 
@@ -199,7 +216,7 @@ class _Watch:
         self.pre_hooks = [m._forward_pre_hooks for m in modules]
         self.dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
         self.embeddings = [m for m in modules if isinstance(m, nn.Embedding)]
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.params = [(p, p.requires_grad) for p in model.parameters()]
 
     def sees_change(self) -> bool:
         before = (hook for hooks in self.pre_hooks if hooks for hook in hooks.values())
@@ -208,5 +225,8 @@ class _Watch:
             or not all(map(waits_for_update, before))
             or any(m.p > 0 and m.training for m in self.dropouts)
             or any(m.weight.requires_grad for m in self.embeddings)
-            or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.params)
+            or any(
+                p.requires_grad != was or p._backward_hooks or p._post_accumulate_grad_hooks
+                for p, was in self.params
+            )
         )
