@@ -48,6 +48,16 @@ def plain(model, ids, num_items):
     return loss.detach()
 
 
+def assert_plain_sums(model, optimizer, batches):
+    """The gradients are those that a plain loop over the batches adds up."""
+    sums = [p.grad.clone() for p in adapter_parameters(model)]
+    optimizer.zero_grad()
+    for ids in batches:
+        plain(model, ids, 100)
+    for param, total in zip(adapter_parameters(model), sums, strict=True):
+        assert torch.equal(param.grad, total)
+
+
 def train(optimizer, micro_step, steps):
     """Losses of all micro-batches; the optimizer steps after each list of them."""
     losses = []
@@ -95,12 +105,7 @@ def test_gradients_of_runs_and_replays_add_up():
     assert set(repeated.graphs) == {(2, 24)}
     for ids in (known, new, known):
         repeated(ids, ids, 100)
-    sums = [p.grad.clone() for p in adapter_parameters(model)]
-    optimizer.zero_grad()
-    for ids in (known, new, known):
-        plain(model, ids, 100)
-    for param, total in zip(adapter_parameters(model), sums, strict=True):
-        assert torch.equal(param.grad, total)
+    assert_plain_sums(model, optimizer, [known, new, known])
 
 
 @pytest.mark.gpu
@@ -185,12 +190,7 @@ def test_a_real_capture_that_fails_leaves_torch_as_it_was(monkeypatch):
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         repeated(ids, ids, 100)
     assert torch.cuda.current_stream() == stream and not repeated.graphs
-    sums = [p.grad.clone() for p in adapter_parameters(model)]
-    optimizer.zero_grad()
-    for _ in range(2):
-        plain(model, ids, 100)
-    for param, total in zip(adapter_parameters(model), sums, strict=True):
-        assert torch.equal(param.grad, total)
+    assert_plain_sums(model, optimizer, [ids, ids])
     # And another one can capture.
     other = MicroSteps(model, optimizer)
     for _ in range(2):
@@ -231,12 +231,7 @@ def test_a_capture_that_fails_leaves_training_as_it_was(monkeypatch, error):
             repeated(ids, ids, 100)
         assert repeated._most_tokens == 0
     repeated(ids, ids, 100)
-    sums = [p.grad.clone() for p in adapter_parameters(model)]
-    optimizer.zero_grad()
-    for _ in range(2):
-        plain(model, ids, 100)
-    for param, total in zip(adapter_parameters(model), sums, strict=True):
-        assert torch.equal(param.grad, total)
+    assert_plain_sums(model, optimizer, [ids, ids])
 
 
 def watch_module(model, optimizer):

@@ -658,15 +658,22 @@ def process(tmp_path, context: int, *options: str):
             running.kill()
 
 
+@contextmanager
+def begun(url: str, tokens: int):
+    """The lines of a reply of so many tokens, of which the first has come."""
+    body = {"model": "m", "prompt": "ab", "max_tokens": tokens, "stream": True}
+    body["logit_bias"] = {"1": -100}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        yield lines
+
+
 def test_the_process_drains_on_sigterm(tmp_path, folders):
     shutil.copytree(folders / "adapters" / "red", tmp_path / "red")
     damage_base(tmp_path / "red")
     with process(tmp_path, CONTEXT, "--adapter", f"red={tmp_path / 'red'}") as (running, url):
-        body = {"model": "m", "prompt": "ab", "max_tokens": 300, "stream": True}
-        body["logit_bias"] = {"1": -100}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
-            lines = stream.iter_lines()
-            next(lines)
+        with begun(url, 300) as lines:
             running.terminate()
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]", "what runs is finished"
@@ -679,11 +686,7 @@ def test_the_process_drains_on_sigterm(tmp_path, folders):
 
 def test_the_process_does_not_drain_for_ever(tmp_path):
     with process(tmp_path, 1 << 17, "--drain-timeout", "1", "--kv-gb", "2") as (running, url):
-        body = {"model": "m", "prompt": "ab", "max_tokens": 100_000, "stream": True}
-        body["logit_bias"] = {"1": -100}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
-            lines = stream.iter_lines()
-            next(lines)
+        with begun(url, 100_000) as lines:
             running.terminate()
             stopped = time.monotonic()
             with suppress(httpx.RemoteProtocolError):
@@ -695,11 +698,9 @@ def test_the_process_does_not_drain_for_ever(tmp_path):
 def wait_until_ready(url: str) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        try:
+        with suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready").status_code == 200:
                 return
-        except httpx.TransportError:
-            pass
         time.sleep(0.1)
     raise AssertionError("the server is not ready after a minute")
 

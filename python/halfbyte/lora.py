@@ -22,6 +22,7 @@ from halfbyte.fingerprint import fingerprint
 from halfbyte.linear import Linear4bit, is_plain
 from halfbyte.ops import lora_4bit
 from halfbyte.ops.gemv_4bit_fused import LowRank
+from halfbyte.tokenizer.folder import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -434,7 +435,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: no such file. Hint: expected a folder that PEFT or halfbyte saved"
         )
-    fields = _read_object(path)
+    fields = read_json(path)
     if fields.get("peft_type") != "LORA" or fields.get("r") is None:
         raise CheckpointError(
             f"{path}: expected peft_type LORA with a rank r, got peft_type "
@@ -446,16 +447,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if name in fields and not fits(fields[name]):
             raise CheckpointError(f"{path}: {name}: expected {expected}, got {fields[name]!r}")
     return fields
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(read, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(read).__name__}")
-    return read
 
 
 def _is_rank(value: Any) -> bool:
@@ -604,7 +595,7 @@ def _base_difference(
     if not path.exists():
         return None
     base_record = base_record or fingerprint(model)
-    stored = _read_object(path)
+    stored = read_json(path)
     differences = [
         f"{key}: trained on {stored[key]!r}, loaded on {base_record.get(key)!r}"
         for key in stored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from halfbyte.checkpoint.header import TORCH_DTYPES, read_header
 from halfbyte.checkpoint.source import Source, Staging, StoredTensor
 from halfbyte.errors import CheckpointError
 from halfbyte.tokenizer import Tokenizer
+from halfbyte.tokenizer.folder import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -68,22 +68,6 @@ class Folder(Source):
                 stacklevel=2,
             )
         return None
-
-
-def read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in `path`; `missing` if there is no such file and it may be absent.
-
-    Raises CheckpointError when the file is not a JSON object.
-    """
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _tensors(folder: Path) -> list[StoredTensor]:

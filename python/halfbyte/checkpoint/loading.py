@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from halfbyte import _core
 from halfbyte.checkpoint.bnb import companion_of, quantization_config
-from halfbyte.checkpoint.folder import PICKLE_HINT, PICKLES, Folder, read_json
+from halfbyte.checkpoint.folder import PICKLE_HINT, PICKLES, Folder
 from halfbyte.checkpoint.gguf import GGUF
 from halfbyte.checkpoint.header import TORCH_DTYPES
 from halfbyte.checkpoint.hub import HUB_ID, download, download_config
@@ -27,6 +27,7 @@ from halfbyte.linear import Linear4bit
 from halfbyte.models import Decoder, DecoderConfig
 from halfbyte.ops import QuantState, dequantize_4bit
 from halfbyte.ops.quant_state import BLOCKSIZES, QUANT_TYPES
+from halfbyte.tokenizer.folder import read_json
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

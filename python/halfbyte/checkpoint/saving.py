@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.bnb import is_skipped, new_quantization_config
-from halfbyte.checkpoint.folder import INDEX, SINGLE, read_json
+from halfbyte.checkpoint.folder import INDEX, SINGLE
 from halfbyte.checkpoint.layout import HEAD, linear_layers
 from halfbyte.checkpoint.loading import Settings, checked_device, load_source, open_source
 from halfbyte.errors import CheckpointError
@@ -24,6 +24,7 @@ from halfbyte.fingerprint import stored_state
 from halfbyte.linear import Linear4bit
 from halfbyte.models import Decoder
 from halfbyte.ops.quant_state import FILE_QUANT_TYPES
+from halfbyte.tokenizer.folder import read_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 # What we and transformers write into a model folder; `overwrite` deletes nothing else.

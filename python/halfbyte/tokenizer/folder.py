@@ -27,14 +27,17 @@ CONVERT_HINT = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, {} if there is no such file."""
-    if not path.exists():
-        return {}
+def read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in `path`; `missing` if there is no such file and it may be absent.
+
+    Raises CheckpointError when the file is not a JSON object.
+    """
+    if missing is not None and not path.exists():
+        return missing
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, got: {error}") from error
+        raise CheckpointError(f"{path}: expected JSON, got {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -68,7 +71,7 @@ def read_special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, st
     """
     given = {**config}
     if "added_tokens_decoder" not in config:
-        given |= read_json(folder / SPECIAL_TOKENS_MAP)
+        given |= read_json(folder / SPECIAL_TOKENS_MAP, missing={})
     extra = given.get("extra_special_tokens")
     if isinstance(extra, dict):
         given |= extra
@@ -108,7 +111,7 @@ def _listed_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedTo
     try:
         if listed is not None:
             return {int(key): AddedToken(**_flags(value)) for key, value in listed.items()}
-        plain = read_json(folder / ADDED_TOKENS)
+        plain = read_json(folder / ADDED_TOKENS, missing={})
         in_backend = {entry["content"] for entry in _backend_tokens(folder)}
         return {int(i): AddedToken(text) for text, i in plain.items() if text not in in_backend}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -116,7 +119,7 @@ def _listed_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedTo
 
 
 def _backend_tokens(folder: Path) -> list[dict[str, Any]]:
-    return read_json(folder / TOKENIZER).get("added_tokens", [])
+    return read_json(folder / TOKENIZER, missing={}).get("added_tokens", [])
 
 
 def _flags(entry: Mapping[str, Any]) -> dict[str, Any]:

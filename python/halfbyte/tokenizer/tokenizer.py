@@ -60,7 +60,7 @@ class Tokenizer:
         """
         folder = Path(path)
         backend = files.read_backend(folder)
-        config = files.read_json(folder / files.CONFIG)
+        config = files.read_json(folder / files.CONFIG, missing={})
         files.add_listed_tokens(backend, folder, config)
         special_tokens = files.read_special_tokens(folder, config)
         return cls(backend, special_tokens, files.read_chat_templates(folder, config), config)

@@ -253,7 +253,7 @@ def _step(run: Run, stop: StopRequest) -> bool:
         "tokens": run.tokens,
         "tokens_per_second": round(tokens / max(time.monotonic() - started, 1e-9), 1),
         "memory_gb": round(_peak_memory(run) / 1e9, 3),
-        **_paging(run),
+        **_on_device(run),
     }
     run.history.append(row)
     run.monitor.row(row)
@@ -264,12 +264,13 @@ def _peak_memory(run: Run) -> int:
     return max(peak_memory(run.world.device), run.optimizer.pager.peak_bytes())
 
 
-def _paging(run: Run) -> dict[str, Any]:
-    """What the pager did so far; nothing where all state lies in the device's own memory."""
+def _on_device(run: Run) -> dict[str, Any]:
+    """How many shapes are replayed, and what the pager did so far; nothing on a CPU."""
     if run.world.device.type != "cuda":
         return {}
     stats = run.optimizer.pager.stats()
     return {
+        "graphs": len(run.micro_steps.graphs),
         "state_on_host_gb": round(stats["host_bytes"] / 1e9, 3),
         "evicted_gb": round(sum(stats["evicted_bytes"].values()) / 1e9, 3),
         "offloaded_gb": round(stats["offloaded_bytes"] / 1e9, 3),

@@ -64,8 +64,8 @@ class MicroSteps:
         # How often shapes came, and those whose capture ran out of memory.
         self._uses: Counter[tuple[int, ...]] = Counter()
         self._refused: set[tuple[int, ...]] = set()
-        # Where graphs leave the gradients of parameters that get any.
-        self._gradients: dict[Tensor, Tensor] = {}
+        # Where graphs leave the gradients of parameters that get any; None until one is captured.
+        self._gradients: dict[Tensor, Tensor | None] = {}
         self._pool = Pool(optimizer.pager.device)
         # Bytes of the device that graphs keep for themselves.
         self._held = 0
@@ -81,8 +81,10 @@ class MicroSteps:
         shape = tuple(ids.shape)
         self._longest = max(self._longest, ids.numel())
         self._uses[shape] += 1
-        if self._repeats(shape) and self._is_captured(ids, labels):
-            return self._replay(ids, labels, num_items)
+        if self._repeats(shape):
+            self._place_gradients()
+            if self._is_captured(ids, labels):
+                return self._replay(ids, labels, num_items)
         return self._run(ids, labels, num_items)
 
     def drop(self) -> None:
@@ -133,7 +135,7 @@ class MicroSteps:
             self.drop()
             loss = pager.micro_step(work, ids, labels, model=self.model)
         if not self._gradients:
-            self._gradients = {p: torch.empty(0) for p in pager.params if p.grad is not None}
+            self._gradients = {p: None for p in pager.params if p.grad is not None}
         return loss
 
     def _work(self, ids: Tensor, labels: Tensor, num_items: Tensor | float) -> Tensor:
@@ -147,7 +149,6 @@ class MicroSteps:
         shape = tuple(ids.shape)
         if shape in self.graphs:
             return True
-        self._place_gradients()
         try:
             self.graphs[shape] = self._capture(ids, labels)
         except torch.OutOfMemoryError:  # nothing has run yet
@@ -164,7 +165,6 @@ class MicroSteps:
         return shape in self.graphs
 
     def _replay(self, ids: Tensor, labels: Tensor, num_items: float) -> Tensor:
-        self._place_gradients()
         graph = self.graphs[tuple(ids.shape)]
         graph.ids.copy_(ids)
         graph.labels.copy_(labels)
@@ -177,7 +177,7 @@ class MicroSteps:
         self.optimizer.pager.settle()
         fresh = []
         for param, place in self._gradients.items():
-            if place.shape != param.shape:
+            if place is None:
                 place = self._gradients[param] = torch.empty_like(param)
             if param.grad is None:
                 fresh.append(place)

@@ -617,11 +617,11 @@ struct Finish {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 b[i] = n + i < place.N ? widen(bias[n + i]) : 0.0f;
-            add4(v, b);
+            add_rounded<T>(v, b);
         }
         if (adapted && m < rows_x) {
             const float4 s = *reinterpret_cast<const float4*>(share);
-            add4(v, {s.x, s.y, s.z, s.w});
+            add_rounded<T>(v, {s.x, s.y, s.z, s.w});
         }
         if (place.gated) {
 #pragma unroll
@@ -630,12 +630,6 @@ struct Finish {
                 v[i] = silu<T>(gate) * up;
             }
         }
-    }
-
-    __device__ static void add4(float (&v)[4], const float (&more)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            v[i] = rounded<T>(v[i]) + more[i];
     }
 
     __device__ void store4(int m, int n, const float (&v)[4]) const {

@@ -77,11 +77,3 @@ struct RawB {
         }
     }
 };
-
-// `v` as an operation before this one has rounded it, and what stands beside it.
-template <typename T>
-__device__ void add_rounded(float (&v)[4], const float (&more)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        v[i] = rounded<T>(v[i]) + more[i];
-}

@@ -137,3 +137,11 @@ __device__ inline uint32_t add2<bf16>(uint32_t a, uint32_t b) {
     return narrow2<bf16>(__fadd_rn(low(a), low(b)), __fadd_rn(high(a), high(b)));
 #endif
 }
+
+// `v` as an operation before this one has rounded it, and what stands beside it.
+template <typename T>
+__device__ void add_rounded(float (&v)[4], const float (&more)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        v[i] = rounded<T>(v[i]) + more[i];
+}
