@@ -189,6 +189,8 @@ class MicroSteps:
 
     def _capture(self, ids: Tensor, labels: Tensor) -> _Graph:
         inputs = ids.clone(), labels.clone(), ids.new_ones((), dtype=torch.float32)
+        # A capture frees what has ended, which would hide some of what it takes.
+        torch.cuda.synchronize(ids.device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(ids.device)
         graph, loss = self._pool.capture(partial(self._work, *inputs))
