@@ -60,6 +60,7 @@ fn build() -> Result<(), String> {
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     write(&out.join("codebook.cuh"), &codebook::header())?;
+    write(&out.join("entry_tables.cuh"), &codebook::entry_tables())?;
     let mode = env::var("HALFBYTE_CUDA").unwrap_or_else(|_| "auto".to_string());
     match mode.as_str() {
         "0" => without_kernels(&out),

@@ -136,19 +136,19 @@ const fn rank(thresholds: &[f32; 255], x: f32) -> u8 {
 }
 
 /// A table of ranks by the leading bits of a float: at most two thresholds lie inside one bucket.
-pub struct Buckets {
+struct Buckets {
     /// Padded with infinity.
-    pub thresholds: [f32; 256],
+    thresholds: [f32; 256],
     /// Rank at the lower end of each bucket, of positive and of negative values.
-    pub ranks: [[u8; BUCKETS]; 2],
+    ranks: [[u8; BUCKETS]; 2],
 }
 
 /// 2^-23: below the smallest threshold that is not zero.
-pub const MAGNITUDE_MIN: u32 = 0x3400_0000;
+const MAGNITUDE_MIN: u32 = 0x3400_0000;
 const MAGNITUDE_MAX: u32 = 1.0f32.to_bits();
 /// Leaves six bits of the mantissa.
-pub const BUCKET_SHIFT: u32 = 17;
-pub const BUCKETS: usize = ((MAGNITUDE_MAX - MAGNITUDE_MIN) >> BUCKET_SHIFT) as usize + 1;
+const BUCKET_SHIFT: u32 = 17;
+const BUCKETS: usize = ((MAGNITUDE_MAX - MAGNITUDE_MIN) >> BUCKET_SHIFT) as usize + 1;
 
 const fn buckets(ascending: &[f32; 255]) -> Buckets {
     let mut thresholds = [f32::INFINITY; 256];
@@ -169,8 +169,8 @@ const fn buckets(ascending: &[f32; 255]) -> Buckets {
     Buckets { thresholds, ranks }
 }
 
-pub static BUCKETS_SIGNED: Buckets = buckets(&NEAREST_SIGNED);
-pub static BUCKETS_UNSIGNED: Buckets = buckets(&NEAREST_UNSIGNED);
+static BUCKETS_SIGNED: Buckets = buckets(&NEAREST_SIGNED);
+static BUCKETS_UNSIGNED: Buckets = buckets(&NEAREST_UNSIGNED);
 
 impl Buckets {
     #[inline(always)]
@@ -189,6 +189,13 @@ impl Buckets {
 #[inline(always)]
 pub fn encode_nearest(signed: bool, x: f32) -> u8 {
     if signed { BUCKETS_SIGNED.rank(x) } else { BUCKETS_UNSIGNED.rank(x) }
+}
+
+/// The nearest rule of first moments: a negative value never takes code 127, which is zero, so that codes keep the sign.
+#[inline(always)]
+pub fn encode_first_moment(x: f32) -> u8 {
+    let code = encode_nearest(true, x);
+    if x < 0.0 && DYNAMIC_SIGNED[usize::from(code)] == 0.0 { code - 1 } else { code }
 }
 
 /// The grid rule (nested absmax, signed map): `x` is snapped to 65,536 steps over [-1, 1], then the nearest entry

@@ -131,7 +131,7 @@ impl Nvcc {
         let mut inputs = format!("{} {archs:?} {FLAGS:?}\n", self.version);
         let headers =
             super::device_sources()?.into_iter().filter(|path| path.extension().is_some_and(|end| end == "cuh"));
-        for path in headers.chain([out.join("codebook.cuh"), PathBuf::from(source)]) {
+        for path in headers.chain([out.join("codebook.cuh"), out.join("entry_tables.cuh"), PathBuf::from(source)]) {
             inputs += &super::read(&path)?;
         }
         Ok(inputs)

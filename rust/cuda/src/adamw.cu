@@ -1,6 +1,7 @@
 // Bound by bytes, of device memory or of the bus: a page is updated where it lies. 28 B an fp32 parameter with fp32
 // moments, 16 B with 8-bit ones.
 #include "codes.cuh"
+#include "entries.cuh"
 #include "memory.cuh"
 
 constexpr int THREADS = 256;
@@ -8,7 +9,8 @@ constexpr int CTAS = 3; // of a multiprocessor
 constexpr int WARPS = THREADS / 32;
 constexpr int BLOCK = 256;
 constexpr int BLOCKS_PER_PAGE = 512;
-constexpr int SLICE = 32; // blocks that a CTA takes at a time, all of one page
+constexpr int SLICE = 32;          // blocks that a CTA takes at a time, all of one page
+constexpr int RUN = SLICE / WARPS; // of them a warp takes
 constexpr int SLICES = BLOCKS_PER_PAGE / SLICE;
 constexpr int PAGE_ELEMENTS = BLOCKS_PER_PAGE * BLOCK;
 constexpr int HALF = BLOCK / 2; // a lane holds four neighbours of each half of a block
@@ -46,77 +48,141 @@ struct Update {
     const float* grad_scale; // [1], null means 1
 };
 
-// Four elements from `first` on; zeros past the end.
+using Eight = float[2][4]; // of a lane: four neighbours of each half of a block
+
+__device__ inline void load4(const float* x, float (&v)[4]) {
+    const float4 four = __ldcs(reinterpret_cast<const float4*>(x));
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+}
+
 template <typename T>
-__device__ void load4(const T* x, int64_t first, int64_t n, bool vector, float (&v)[4]) {
-    if (vector && first + 4 <= n) {
-        if constexpr (sizeof(T) == 4) {
-            const float4 four = __ldcs(reinterpret_cast<const float4*>(x + first));
-            v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
-        } else {
-            const uint2 four = __ldcs(reinterpret_cast<const uint2*>(x + first));
-            v[0] = widen(T{uint16_t(four.x)}), v[1] = widen(T{uint16_t(four.x >> 16)});
-            v[2] = widen(T{uint16_t(four.y)}), v[3] = widen(T{uint16_t(four.y >> 16)});
+__device__ void load4(const T* x, float (&v)[4]) {
+    const uint2 four = __ldcs(reinterpret_cast<const uint2*>(x));
+    v[0] = low<T>(four.x), v[1] = high<T>(four.x), v[2] = low<T>(four.y), v[3] = high<T>(four.y);
+}
+
+__device__ inline void store4(float* x, const float (&v)[4]) {
+    __stcs(reinterpret_cast<float4*>(x), make_float4(v[0], v[1], v[2], v[3]));
+}
+
+template <typename T>
+__device__ void store4(T* x, const float (&v)[4]) {
+    __stcs(reinterpret_cast<uint2*>(x), make_uint2(narrow2<T>(v[0], v[1]), narrow2<T>(v[2], v[3])));
+}
+
+// A block of a parameter, as one lane of a warp has it.
+template <typename T>
+struct Weights {
+    T* param;
+    const T* grad;
+    int count;  // of elements from the lane's first one to the end of the block
+    bool whole; // all elements are there, and aligned
+    const Rule& rule;
+
+    __device__ Weights(const Target& t, int64_t first)
+        : param(static_cast<T*>(t.param) + first + 4 * lane_id()),
+          grad(static_cast<const T*>(t.grad) + first + 4 * lane_id()),
+          count(int(min(t.numel - first, int64_t(BLOCK))) - 4 * lane_id()), whole(t.vector && first + BLOCK <= t.numel),
+          rule(t.rule) {}
+
+    // Zeros past the end.
+    __device__ void load(Eight& p, Eight& g) const {
+        if (whole) {
+            load4(grad, g[0]), load4(param, p[0]);
+            load4(grad + HALF, g[1]), load4(param + HALF, p[1]);
+            return;
         }
-        return;
-    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        v[i] = first + i < n ? widen(x[first + i]) : 0.0f;
+        for (int i = 0; i < 8; ++i) {
+            const int at = i / 4 * HALF + i % 4;
+            g[i / 4][i % 4] = at < count ? widen(grad[at]) : 0.0f;
+            p[i / 4][i % 4] = at < count ? widen(param[at]) : 0.0f;
+        }
+    }
+
+    __device__ void store(const Eight& p) const {
+        if (whole) {
+            store4(param, p[0]), store4(param + HALF, p[1]);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (const int at = i / 4 * HALF + i % 4; at < count)
+                param[at] = narrow<T>(p[i / 4][i % 4]);
+    }
+};
+
+constexpr uint32_t power2(int exponent) { return uint32_t(exponent + 127) << 23; }
+
+// Between these magnitudes the compiler's own steps of an exact root and of a quotient by that root and eps meet
+// nothing subnormal or infinite: without its branches for that, eight elements go side by side.
+constexpr uint32_t LEAST_SQUARE = power2(-100), MOST_SQUARE = power2(60);
+constexpr uint32_t LEAST_DIVIDEND = power2(-75), MOST_DIVIDEND = power2(75);
+constexpr float MOST_EPS = 1e15f;
+
+__device__ inline float plain_root(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    const float root = __fmul_rn(x, r);
+    return __fmaf_rn(__fmaf_rn(-root, root, x), __fmul_rn(0.5f, r), root);
 }
 
-template <typename T>
-__device__ void store4(T* x, int64_t first, int64_t n, bool vector, const float (&v)[4]) {
-    if (vector && first + 4 <= n) {
-        if constexpr (sizeof(T) == 4)
-            __stcs(reinterpret_cast<float4*>(x + first), make_float4(v[0], v[1], v[2], v[3]));
-        else
-            __stcs(reinterpret_cast<uint2*>(x + first), make_uint2(narrow2<T>(v[0], v[1]), narrow2<T>(v[2], v[3])));
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (first + i < n)
-            x[first + i] = narrow<T>(v[i]);
+__device__ inline float plain_quotient(float a, float b) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+    r = __fmaf_rn(r, __fmaf_rn(-b, r, 1.0f), r);
+    const float quotient = __fmul_rn(a, r);
+    return __fmaf_rn(r, __fmaf_rn(-b, quotient, a), quotient);
 }
 
-__device__ inline void load4(const float* x, float (&v)[4]) { load4(x, 0, 4, true, v); }
-__device__ inline void store4(float* x, const float (&v)[4]) { store4(x, 0, 4, true, v); }
+__device__ inline uint32_t largest(const Eight& x) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        bits = max(bits, magnitude(x[i / 4][i % 4]));
+    return bits;
+}
+
+__device__ inline uint32_t smallest(const Eight& x) {
+    uint32_t bits = 0xffffffff;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        bits = min(bits, magnitude(x[i / 4][i % 4]));
+    return bits;
+}
 
 // fp32 moments: m [131072] | v [131072].
 struct Fp32 {
     struct Shared {};
-    struct Slice {
-        __device__ Slice(Shared&, uint8_t*, int) {}
+    struct Scales {
+        __device__ Scales(uint8_t*, int) {}
         __device__ void write() {}
     };
 
     __device__ static void fill(Shared&) {}
 
-    // One warp a block; `block` counts in the page, `first` is its first element of the parameter.
+    // One warp a block; `block` counts in the page.
     template <typename T>
-    __device__ static void step(Shared&, uint8_t* page, int block, const Target& t, int64_t first, float grad_scale) {
+    __device__ static void step(Shared&, Scales&, uint8_t* page, int block, const Weights<T>& w, float grad_scale) {
         float* const moment1 = reinterpret_cast<float*>(page) + block * BLOCK + 4 * lane_id();
         float* const moment2 = moment1 + PAGE_ELEMENTS;
-        T* const param = static_cast<T*>(t.param);
-        float m[2][4], v[2][4], g[2][4], p[2][4];
-        first += 4 * lane_id();
+        const Rule& r = w.rule;
+        Eight m, v, g, p;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             load4(moment1 + h * HALF, m[h]);
             load4(moment2 + h * HALF, v[h]);
-            load4(static_cast<const T*>(t.grad), first + h * HALF, t.numel, t.vector, g[h]);
-            load4(param, first + h * HALF, t.numel, t.vector, p[h]);
         }
+        w.load(p, g);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                update(t.rule, p[h][i], g[h][i] * grad_scale, m[h][i], v[h][i]);
+                update(r, p[h][i], g[h][i] * grad_scale, m[h][i], v[h][i]);
             store4(moment1 + h * HALF, m[h]);
             store4(moment2 + h * HALF, v[h]);
-            store4(param, first + h * HALF, t.numel, t.vector, p[h]);
         }
+        w.store(p);
     }
 
     __device__ static void update(const Rule& r, float& p, float g, float& m, float& v) {
@@ -130,121 +196,99 @@ struct Fp32 {
 // 8-bit moments: m [131072] | v [131072] | absmax_m [512] | absmax_v [512].
 struct Block8 {
     struct Shared {
-        float first[256], second[256];                       // the maps
-        float first_thresholds[256], second_thresholds[256]; // of their codes, padded with infinity
-        uint8_t ranks[3][BUCKETS];                           // of the thresholds, by the leading bits of a value
-        float absmax[2][SLICE];                              // of the slice in work
+        alignas(16) uint32_t first_entries[SIGNED_ENTRIES];
+        alignas(16) uint32_t second_entries[UNSIGNED_ENTRIES];
+        float first[256], second[256]; // the maps
     };
 
     __device__ static void fill(Shared& shared) {
-        const int i = threadIdx.x;
-        shared.first[i] = DYNAMIC_MAP[1][i];
-        shared.second[i] = DYNAMIC_MAP[0][i];
-        shared.first_thresholds[i] = i < 255 ? NEAREST_THRESHOLDS[1][i] : __int_as_float(0x7f800000);
-        shared.second_thresholds[i] = i < 255 ? NEAREST_THRESHOLDS[0][i] : __int_as_float(0x7f800000);
-        for (int row = 0; row < 3; ++row)
-            for (int j = i; j < BUCKETS; j += THREADS)
-                shared.ranks[row][j] = NEAREST_RANKS[row][j];
+        copy_entries(shared.first_entries, FIRST_MOMENT_ENTRIES[0]);
+        copy_entries(shared.second_entries, SECOND_MOMENT_ENTRIES[0]);
+        shared.first[threadIdx.x] = DYNAMIC_MAP[1][threadIdx.x];
+        shared.second[threadIdx.x] = DYNAMIC_MAP[0][threadIdx.x];
     }
 
-    // The slice's scales, read and written in one piece: single floats would waste the bus.
-    struct Slice {
-        Shared& shared;
-        float* scale;
+    // Of the blocks of a warp, the first moment's and then the second's, one a lane: single floats would waste the bus.
+    struct Scales {
+        float* at;
+        float value;
 
-        __device__ Slice(Shared& shared, uint8_t* page, int slice) : shared(shared) {
-            float* const scales = reinterpret_cast<float*>(page + 2 * PAGE_ELEMENTS);
-            const int moment = threadIdx.x / SLICE, i = threadIdx.x % SLICE;
-            scale = scales + moment * BLOCKS_PER_PAGE + slice * SLICE + i;
-            if (moment < 2)
-                shared.absmax[moment][i] = *scale;
-            __syncthreads();
+        __device__ Scales(uint8_t* page, int block)
+            : at(reinterpret_cast<float*>(page + 2 * PAGE_ELEMENTS) + lane_id() / RUN * BLOCKS_PER_PAGE + block +
+                 lane_id() % RUN) {
+            if (lane_id() < 2 * RUN)
+                value = *at;
         }
 
-        __device__ void write() {
-            __syncthreads();
-            const int moment = threadIdx.x / SLICE, i = threadIdx.x % SLICE;
-            if (moment < 2)
-                *scale = shared.absmax[moment][i];
-            __syncthreads();
+        __device__ void write() const {
+            if (lane_id() < 2 * RUN)
+                *at = value;
         }
     };
 
     template <typename T>
-    __device__ static void step(Shared& shared, uint8_t* page, int block, const Target& t, int64_t first,
+    __device__ static void step(const Shared& shared, Scales& scales, uint8_t* page, int block, const Weights<T>& w,
                                 float grad_scale) {
         uint32_t* const codes1 = reinterpret_cast<uint32_t*>(page + block * BLOCK) + lane_id();
         uint32_t* const codes2 = codes1 + PAGE_ELEMENTS / 4;
-        T* const param = static_cast<T*>(t.param);
-        float& absmax1 = shared.absmax[0][block % SLICE];
-        float& absmax2 = shared.absmax[1][block % SLICE];
-        const float old1 = absmax1, old2 = absmax2;
-        float m[2][4], v[2][4], g[2][4], p[2][4];
-        uint32_t packed1[2], packed2[2], bits1 = 0, bits2 = 0;
-        first += 4 * lane_id();
+        const Rule& r = w.rule;
+        Eight m, v, g, p;
+        uint32_t packed1[2], packed2[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             packed1[h] = __ldcs(codes1 + h * (HALF / 4));
             packed2[h] = __ldcs(codes2 + h * (HALF / 4));
-            load4(static_cast<const T*>(t.grad), first + h * HALF, t.numel, t.vector, g[h]);
-            load4(param, first + h * HALF, t.numel, t.vector, p[h]);
         }
+        w.load(p, g);
+        const float old1 = __shfl_sync(FULL_WARP, scales.value, block % RUN);
+        const float old2 = __shfl_sync(FULL_WARP, scales.value, block % RUN + RUN);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                m[h][i] = shared.first[packed1[h] >> 8 * i & 255] * old1;
-                v[h][i] = shared.second[packed2[h] >> 8 * i & 255] * old2;
-                update(t.rule, p[h][i], g[h][i] * grad_scale, m[h][i], v[h][i]);
-                if (first + h * HALF + i >= t.numel)
-                    m[h][i] = v[h][i] = 0.0f;
-                bits1 = max(bits1, magnitude(m[h][i]));
-                bits2 = max(bits2, magnitude(v[h][i]));
+                g[h][i] *= grad_scale;
+                m[h][i] = r.beta1 * (shared.first[packed1[h] >> 8 * i & 255] * old1) + r.one_minus_beta1 * g[h][i];
+                v[h][i] =
+                    r.beta2 * (shared.second[packed2[h] >> 8 * i & 255] * old2) + r.one_minus_beta2 * g[h][i] * g[h][i];
             }
-            store4(param, first + h * HALF, t.numel, t.vector, p[h]);
         }
-        const float new1 = __uint_as_float(lanes_max(bits1, 32));
-        const float new2 = __uint_as_float(lanes_max(bits2, 32));
+        uint32_t bits1 = largest(m), bits2 = largest(v);
+        const bool plain = w.whole && smallest(m) >= LEAST_DIVIDEND && bits1 <= MOST_DIVIDEND &&
+                           smallest(v) >= LEAST_SQUARE && bits2 <= MOST_SQUARE && r.eps <= MOST_EPS;
+        if (plain) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    p[h][i] = p[h][i] * r.decay - r.step_size * plain_quotient(m[h][i], plain_root(v[h][i]) + r.eps);
+        } else {
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (h * HALF + i >= w.count || magnitude(g[h][i]) >= 0x7f800000u)
+                        m[h][i] = v[h][i] = 0.0f; // a NaN or Inf gradient leaves the parameter alone
+                    else
+                        p[h][i] = p[h][i] * r.decay - r.step_size * (m[h][i] / (__fsqrt_rn(v[h][i]) + r.eps));
+            bits1 = largest(m), bits2 = largest(v);
+        }
+        w.store(p);
+        const float new1 = __uint_as_float(lanes_max(bits1, 32)), new2 = __uint_as_float(lanes_max(bits2, 32));
         const float reciprocal1 = 1.0f / divisor(new1), reciprocal2 = 1.0f / divisor(new2);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            uint32_t four1 = 0, four2 = 0;
+            uint32_t four1[4], four2[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                four1 |= encode_first(shared, m[h][i] * reciprocal1) << 8 * i;
-                four2 |= rank(shared.ranks[0], shared.second_thresholds, v[h][i] * reciprocal2) << 8 * i;
+                // The lowest code for NaN, and no -0, which is not negative.
+                four1[i] = signed_code(shared.first_entries, fmaxf(m[h][i] * reciprocal1, -1.0f) + 0.0f);
+                four2[i] = unsigned_code(shared.second_entries, v[h][i] * reciprocal2);
             }
-            __stcs(codes1 + h * (HALF / 4), four1);
-            __stcs(codes2 + h * (HALF / 4), four2);
+            __stcs(codes1 + h * (HALF / 4), top_bytes(four1));
+            __stcs(codes2 + h * (HALF / 4), top_bytes(four2));
         }
-        if (lane_id() == 0)
-            absmax1 = new1, absmax2 = new2;
-    }
-
-    // Number of thresholds below x, 0 for NaN: at most two lie inside one bucket.
-    __device__ static uint32_t rank(const uint8_t (&ranks)[BUCKETS], const float* thresholds, float x) {
-        const uint32_t bits = min(max(magnitude(x), MAGNITUDE_MIN), 0x3f800000u);
-        uint32_t rank = ranks[(bits - MAGNITUDE_MIN) >> BUCKET_SHIFT];
-        rank += x > thresholds[rank] ? 1 : 0;
-        rank += x > thresholds[rank] ? 1 : 0;
-        return x == x ? rank : 0;
-    }
-
-    // A negative moment never takes code 127, which is zero: codes keep the sign.
-    __device__ static uint32_t encode_first(const Shared& shared, float scaled) {
-        const uint32_t code = rank(shared.ranks[scaled < 0.0f ? 2 : 1], shared.first_thresholds, scaled);
-        return code == 127 && scaled < 0.0f ? 126 : code;
-    }
-
-    // A NaN or Inf gradient clears the moments and leaves the parameter alone.
-    __device__ static void update(const Rule& r, float& p, float g, float& m, float& v) {
-        if (magnitude(g) >= 0x7f800000u) {
-            m = v = 0.0f;
-            return;
-        }
-        m = r.beta1 * m + r.one_minus_beta1 * g;
-        v = r.beta2 * v + r.one_minus_beta2 * g * g;
-        p = p * r.decay - r.step_size * (m / (__fsqrt_rn(v) + r.eps));
+        if (lane_id() % RUN == block % RUN)
+            scales.value = lane_id() < RUN ? new1 : new2;
     }
 };
 
@@ -265,24 +309,24 @@ template <typename State>
 __device__ void step_slice(const Update& u, typename State::Shared& shared, uint32_t page, int slice,
                            float grad_scale) {
     uint8_t* const address = u.pages[page];
-    typename State::Slice scales(shared, address, slice);
+    const int run = slice * SLICE + threadIdx.x / 32 * RUN; // its first block
+    typename State::Scales scales(address, run);
     const uint32_t end = u.starts[u.params];
-    uint32_t block = page * BLOCKS_PER_PAGE + slice * SLICE + threadIdx.x / 32;
+    uint32_t block = page * BLOCKS_PER_PAGE + run;
     int param = param_of(u.starts, u.params, block);
-    for (int i = 0; i < SLICE / WARPS && block < end; ++i, block += WARPS) {
+    for (int i = run; i < run + RUN && block < end; ++i, ++block) {
         while (u.starts[param + 1] <= block)
             ++param;
-        const Target target = u.targets[param];
+        const Target& target = u.targets[param];
         if (target.grad == nullptr)
             continue;
         const int64_t first = int64_t(block - u.starts[param]) * BLOCK;
-        const int in_page = block % BLOCKS_PER_PAGE;
         if (target.dtype == 0)
-            State::template step<float>(shared, address, in_page, target, first, grad_scale);
+            State::step(shared, scales, address, i, Weights<float>(target, first), grad_scale);
         else if (target.dtype == 1)
-            State::template step<f16>(shared, address, in_page, target, first, grad_scale);
+            State::step(shared, scales, address, i, Weights<f16>(target, first), grad_scale);
         else
-            State::template step<bf16>(shared, address, in_page, target, first, grad_scale);
+            State::step(shared, scales, address, i, Weights<bf16>(target, first), grad_scale);
     }
     scales.write();
 }

@@ -1,18 +1,18 @@
 // Bound by bytes: 4 B read twice, 1 B written per block scale, 1/64 of the weights' own traffic.
 #include "codes.cuh"
+#include "entries.cuh"
 #include "memory.cuh"
 #include "overlap.cuh"
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
-constexpr int64_t CHUNK = 65536;      // scales whose sum is one term of the offset
-constexpr int LANES = 256;            // running sums of a chunk
-constexpr int ROWS = CHUNK / LANES;   // terms of a running sum
-constexpr int SHARE = 16;             // running sums of a CTA
-constexpr int CTAS = 2;               // a multiprocessor, where scales are encoded
-constexpr int NESTED = 256;           // scales that share one nested scale, a warp's work
-constexpr int PER_LANE = NESTED / 32; //
-constexpr int COPIED = 255 * 32;      // the thresholds, once for every bank of shared memory
+constexpr int64_t CHUNK = 65536;    // scales whose sum is one term of the offset
+constexpr int LANES = 256;          // running sums of a chunk
+constexpr int ROWS = CHUNK / LANES; // terms of a running sum
+constexpr int SHARE = 16;           // running sums of a CTA
+constexpr int CTAS = 2;             // a multiprocessor, where scales are encoded
+constexpr int NESTED = 256;         // scales that share one nested scale, a warp's work
+constexpr int PER_LANE = NESTED / 32;
 
 // The running sums of a chunk. One CTA takes SHARE of them: all threads fetch and widen their terms, which is what
 // takes longest, and half a warp adds them in order.
@@ -83,32 +83,24 @@ __device__ float mean(const double* lanes, int64_t blocks) {
     return blocks > 0 ? float(total / double(blocks)) : 0.0f;
 }
 
-// The grid rule. Threshold i of this lane is at 32 * i.
-__device__ uint32_t encode_grid(const float* thresholds, float x) {
-    uint32_t rank = 0;
-#pragma unroll
-    for (int half = 128; half > 0; half /= 2)
-        rank += x > thresholds[32 * (rank + half - 1)] ? half : 0;
-    return rank;
-}
-
 // The scales under one nested scale, by a warp.
 struct Group {
     int64_t first; // of this lane
+    int count;     // from there to the end
     float v[PER_LANE];
 
-    __device__ Group(const float* absmax, int64_t group, int64_t blocks) : first(group * NESTED + lane_id()) {
+    __device__ Group(const float* absmax, int64_t group, int64_t blocks)
+        : first(group * NESTED + lane_id()), count(min(blocks - first, int64_t(NESTED))) {
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j)
-            v[j] = first + 32 * j < blocks ? absmax[first + 32 * j] : 0.0f;
+            v[j] = 32 * j < count ? absmax[first + 32 * j] : 0.0f;
     }
 
-    __device__ void encode(uint8_t* codes, float* nested_absmax, int64_t blocks, float middle,
-                           const float* thresholds) {
+    __device__ void encode(uint8_t* codes, float* nested_absmax, float middle, const uint32_t* entries) {
         uint32_t bits = 0;
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) {
-            v[j] = first + 32 * j < blocks ? __fsub_rn(v[j], middle) : 0.0f;
+            v[j] = 32 * j < count ? __fsub_rn(v[j], middle) : 0.0f;
             bits = max(bits, magnitude(v[j]));
         }
         const float largest = __uint_as_float(lanes_max(bits, 32));
@@ -117,9 +109,11 @@ struct Group {
         const float reciprocal = __frcp_rn(largest);
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) {
-            const uint32_t code = encode_grid(thresholds, __fmul_rn(v[j], reciprocal));
-            if (first + 32 * j < blocks)
-                codes[first + 32 * j] = largest == 0.0f ? 0 : code;
+            // By the grid rule, whose first step is to add one; the lowest code for NaN, which zeros make.
+            const float scaled = fmaxf(__fmul_rn(v[j], reciprocal), -1.0f);
+            const uint32_t code = signed_code(entries, __fadd_rn(scaled, 1.0f) - 1.0f) >> 24;
+            if (32 * j < count)
+                codes[first + 32 * j] = code;
         }
     }
 };
@@ -131,19 +125,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
                           float* nested_absmax, // [ceil(blocks / NESTED)]
                           float* offset,        // [1]
                           int64_t blocks) {
-    __shared__ float thresholds[COPIED];
-#pragma unroll 8
-    for (int i = threadIdx.x; i < COPIED; i += THREADS)
-        thresholds[i] = GRID_THRESHOLDS[0][i / 32];
+    __shared__ __align__(16) uint32_t entries[SIGNED_ENTRIES];
+    copy_entries(entries, GRID_ENTRIES[0]);
     wait_for_previous_kernel();
     int64_t group = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
     Group next(absmax, group, blocks);
-    const float middle = mean(lanes, blocks); // all thresholds are there by its barriers
+    const float middle = mean(lanes, blocks); // all entries are there by its barriers
     if (blockIdx.x == 0 && threadIdx.x == 0)
         *offset = middle;
     for (; group * NESTED < blocks; group += gridDim.x * WARPS) {
         Group now = next;
         next = Group(absmax, group + gridDim.x * WARPS, blocks);
-        now.encode(codes, nested_absmax, blocks, middle, thresholds + lane_id());
+        now.encode(codes, nested_absmax, middle, entries);
     }
 }

@@ -20,6 +20,10 @@ __device__ inline float warp_sum(float value) {
 
 // Largest value among `group` neighbouring lanes (a power of two <= 32), in every lane.
 __device__ inline uint32_t lanes_max(uint32_t value, int group) {
+#if __CUDA_ARCH__ >= 800
+    if (group == 32)
+        return __reduce_max_sync(FULL_WARP, value);
+#endif
     for (int step = group / 2; step > 0; step /= 2)
         value = max(value, __shfl_xor_sync(FULL_WARP, value, step));
     return value;

@@ -1,7 +1,8 @@
 //! What can be known of the kernels without a GPU. A build without kernels has nothing to check and passes.
 
 use halfbyte_core::codebook::{
-    DYNAMIC_SIGNED, FP4, FP4_RANKS, INT4, INT4_RANKS, NEAREST_UNSIGNED, NF4, NF4_RANKS, encode_grid,
+    DYNAMIC_SIGNED, FP4, FP4_RANKS, INT4, INT4_RANKS, NEAREST_UNSIGNED, NF4, NF4_RANKS, encode_first_moment,
+    encode_grid, encode_nearest,
 };
 
 use halfbyte_core::DType;
@@ -224,16 +225,22 @@ fn launchers_and_kernels_agree_on_their_geometry() {
     }
 }
 
-/// The numbers of one row of a table of the printed header.
-fn row(name: &str, row: usize) -> Vec<f32> {
-    let header = include_str!(concat!(env!("OUT_DIR"), "/codebook.cuh"));
+/// One row of a table of the printed headers.
+fn printed<T>(name: &str, row: usize, number: impl Fn(&str) -> T) -> Vec<T> {
+    let header = concat!(
+        include_str!(concat!(env!("OUT_DIR"), "/codebook.cuh")),
+        include_str!(concat!(env!("OUT_DIR"), "/entry_tables.cuh"))
+    );
     let (_, table) = header.split_once(name).expect("the table is printed");
     let numbers = table.split('{').nth(2 + row).and_then(|row| row.split('}').next()).expect("the row is printed");
-    let number = |text: &str| match text.trim() {
+    numbers.split(',').map(|text| number(text.trim())).collect()
+}
+
+fn row(name: &str, row: usize) -> Vec<f32> {
+    printed(name, row, |text| match text {
         "__builtin_huge_valf()" => f32::INFINITY,
         text => text.trim_end_matches('f').parse().expect("a number"),
-    };
-    numbers.split(',').map(number).collect()
+    })
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -253,15 +260,35 @@ fn the_device_reads_the_same_codebooks() {
     assert_eq!(bits(&row("NEAREST_THRESHOLDS", 0)), bits(&NEAREST_UNSIGNED));
 }
 
+/// As of entries.cuh.
+fn lowered(x: f32) -> u32 {
+    let y = f64::from(x) * 2f64.powi(-103);
+    let y = if y.abs() < f64::from(f32::MIN_POSITIVE) { 0.0f32.copysign(x) } else { y as f32 };
+    y.to_bits()
+}
+
+/// As the device does it: a code is the top byte of a sum.
 #[test]
-fn thresholds_are_the_whole_grid_rule() {
-    let thresholds = row("GRID_THRESHOLDS", 0);
-    let near = thresholds.iter().flat_map(|t| [t.next_down(), *t, t.next_up()]);
-    let steps =
-        (0..=65536).map(|step| (step as f32 - 0.5) / 32767.5 - 1.0).flat_map(|x| [x.next_down(), x, x.next_up()]);
-    for x in near.chain(steps).chain([-1.5, -1.0, -0.0, 0.0, 1.0, 1.5, f32::NAN]) {
-        let rank = thresholds.iter().filter(|&&threshold| x > threshold).count();
-        assert_eq!(rank, usize::from(encode_grid(x)), "{x:e}");
+fn one_read_finds_a_code() {
+    let entries = |name| printed(name, 0, |text| text.parse::<u32>().expect("a number"));
+    let [first, second, grid] = ["FIRST_MOMENT_ENTRIES", "SECOND_MOMENT_ENTRIES", "GRID_ENTRIES"].map(entries);
+    let code = |entry: u32, bits: u32, shift: u32| (entry.wrapping_add(bits << (24 - shift)) >> 24) as u8;
+    let signed = |entries: &[u32], x: f32| {
+        let bits = lowered(x);
+        let ordered = bits ^ (bits as i32 >> 31) as u32;
+        code(entries[(ordered >> 17 & 0xfff) as usize], ordered, 17)
+    };
+    let unsigned = |x: f32| code(second[(lowered(x) >> 16) as usize], lowered(x), 16);
+
+    let near = |x: f32| [x.next_down(), x, x.next_up()];
+    let thresholds = [0, 1].map(|i| row("NEAREST_THRESHOLDS", i)).concat().into_iter().flat_map(near);
+    let steps = (0..=65536).map(|step| (step as f32 - 0.5) / 32767.5 - 1.0).flat_map(near);
+    let leading_bits = (0..=1.0f32.to_bits() >> 9).map(|bits| f32::from_bits(bits << 9));
+    let values = thresholds.chain(steps).chain(leading_bits).chain([f32::from_bits(1), 2f32.powi(-25)]);
+    for x in values.map(f32::abs).filter(|&x| x <= 1.0f32.next_up()).flat_map(|x| [x, -x]) {
+        assert_eq!(signed(&first, x + 0.0), encode_first_moment(x), "{x:e}");
+        assert_eq!(signed(&grid, (x + 1.0) - 1.0), encode_grid(x), "{x:e}");
+        assert_eq!(unsigned(x.abs().min(1.0)), encode_nearest(false, x.abs()), "{x:e}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! 8-bit moments in blocks, as bitsandbytes' AdamW8bit.
 
 use super::{BLOCK, Rule};
-use crate::codebook::{DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, encode_nearest};
+use crate::codebook::{DYNAMIC_SIGNED, DYNAMIC_UNSIGNED, encode_first_moment, encode_nearest};
 use crate::ops::quantize_4bit::{ABSMAX_MIN, absmax};
 use crate::tensor::Float;
 
@@ -49,10 +49,4 @@ fn requantize(values: &[f32], codes: &mut [u8], encode: impl Fn(f32) -> u8) -> f
         *code = encode(value * inverse);
     }
     absmax
-}
-
-/// Nearest, except that a negative value is never stored as zero.
-fn encode_first_moment(m: f32) -> u8 {
-    let code = encode_nearest(true, m);
-    if m < 0.0 && DYNAMIC_SIGNED[usize::from(code)] == 0.0 { code - 1 } else { code }
 }
