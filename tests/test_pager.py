@@ -36,7 +36,10 @@ def set_grads(params, step, shift=0, holes=False):
     for index, param in enumerate(params):
         grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
         if holes and grad.numel() > 300:
-            grad.view(-1)[[3, 299]] = torch.tensor([float("nan"), float("inf")]).to(grad)
+            flat = grad.view(-1)
+            flat[[3, 299]] = torch.tensor([float("nan"), float("inf")]).to(grad)
+            for first, factor in [(400, 0.0), (1000, 1e-20), (1600, 1e15)]:
+                flat[first : first + 100] *= factor
         if param.dim() == 2:
             grad = grad.t().contiguous().t()
         elif shift:
