@@ -89,7 +89,9 @@ def agree(found, expected):
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("m", [1, 8, 9, 16])
-@pytest.mark.parametrize("sizes, k", [((40, 96), 576), ((1000, 8), 896), ((68, 4), 4160)])
+@pytest.mark.parametrize(
+    "sizes, k", [((40, 96), 576), ((1000, 8), 896), ((8440, 8440, 80), 896), ((68, 4), 4160)]
+)
 def test_any_number_of_blocks_and_plain_scales(double_quant, m, sizes, k):
     x = random(m, k)
     products = [product(n, k, bias=True, double_quant=double_quant) for n in sizes]

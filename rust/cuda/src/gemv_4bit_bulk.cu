@@ -10,6 +10,8 @@
 // of 16 rows of W one after the other, and for a long K some panels together, slice by slice. The order of every sum
 // follows from K alone; thus a row of out depends neither on the other rows of x nor on the number of CTAs.
 //
+// A K of 1024 or less is work for four warps: where rows of W are many, warps take panels side by side.
+//
 // What is summed up may get a bias and an adapter's share and go through SwiGLU, each rounded as the operation of that
 // name rounds it. A launch of its own, in front of this one, makes the adapters' hidden values x A^T; it says when x is
 // there, so that the codes are multiplied meanwhile.
@@ -33,10 +35,13 @@ constexpr int QUAD = 4; // blocks of a slice that one warp multiplies
 constexpr int SUM_ROW = PANEL + 4;
 constexpr int HIDDEN_ROW = 2 * MAX_RANK + 8;
 
-// For TILE rows of x; the order of a row's sums is the same for all.
-template <int TILE>
+// For TILE rows of x and SIDE panels side by side, whose rows are one slice where there are several; the order of a
+// row's sums is the same for all.
+template <int TILE_, int SIDE_>
 struct Shared {
-    static constexpr int WARPS = 128 / TILE; // that multiply
+    static constexpr int TILE = TILE_, SIDE = SIDE_;
+    static constexpr int WARPS = 128 / TILE;         // that multiply
+    static constexpr int PANEL_WARPS = WARPS / SIDE; // one panel
     static constexpr int ALL_WARPS = WARPS + 4;
     static constexpr int STAGES = 32 / WARPS;
     static constexpr int SLICE = WARPS * QUAD;
@@ -59,6 +64,9 @@ struct Shared {
     __device__ static void multipliers_meet() { asm volatile("bar.sync 3, %0;" ::"n"(32 * WARPS) : "memory"); }
     __device__ static void barriers_ready() { asm volatile("bar.sync 2, 64;" ::: "memory"); }
 
+    // The codes of a panel of several, whose rows lie as in W: one behind the other.
+    __device__ uint8_t* panel(int stage, int side) { return codes[stage][0] + side * (sizeof(codes[0]) / SIDE); }
+
     using Stage = Turn<STAGES>;
     using Buffer = Turn<SUM_BUFFERS>;
 };
@@ -66,7 +74,7 @@ struct Shared {
 // Moves what the next launch reads first to L2.
 struct Prefetch {
     const Weights& ahead;
-    Place place;
+    Place<> place;
 
     __device__ void begin(const Walk&) const {}
     __device__ void begin_slice(const Walk&, int, int) const {}
@@ -90,7 +98,7 @@ template <typename Shared>
 struct Copy {
     Shared& shared;
     const Weights &weights, &ahead;
-    Place place;
+    Place<Shared::SIDE> place;
     const uint8_t* packed[2];
 
     __device__ void begin(const Walk&) const {}
@@ -110,22 +118,54 @@ struct Copy {
         const typename Shared::Stage stage(item.index);
         Barrier& full = shared.full[stage.place];
         shared.empty[stage.place].wait(stage.parity ^ 1);
+        if constexpr (Shared::SIDE == 1)
+            copy_rows(item, stage.place, full);
+        else
+            copy_halves(item, stage.place, full);
+        __syncwarp();
+    }
+
+    // Of half a panel, that are there.
+    __device__ int rows_of(const Item& item, int half, int side = 0) const {
+        return max(0, min(place.N - place.row(item.panel, half * HALF, side), HALF));
+    }
+
+    __device__ void copy_rows(const Item& item, int stage, Barrier& full) const {
         const int bytes = item.blocks * 32;
         int rows[2];
         for (int half = 0; half < 2; ++half)
-            rows[half] = max(0, min(place.N - place.row(item.panel, half * HALF), HALF));
+            rows[half] = rows_of(item, half);
         if (elected()) {
             full.arrive_expecting((rows[0] + rows[1]) * bytes);
             for (int half = 0; half < 2; ++half) {
                 const int64_t row_bytes = place.row_blocks * 32;
                 const uint8_t* from = packed[half] + place.row(item.panel, half * HALF) * row_bytes + item.block * 32;
-                uint8_t* to = shared.codes[stage.place][half * HALF];
+                uint8_t* to = shared.codes[stage][half * HALF];
 #pragma unroll 8
                 for (int r = 0; r < rows[half]; ++r, to += Shared::ROW_BYTES, from += row_bytes)
                     copy_bulk(to, from, bytes, full);
             }
         }
-        __syncwarp();
+    }
+
+    // Half panels in one piece each: rows of their own would take longer to ask for than to come.
+    __device__ void copy_halves(const Item& item, int stage, Barrier& full) const {
+        const int row_bytes = item.blocks * 32;
+        int rows = 0;
+#pragma unroll
+        for (int side = 0; side < Shared::SIDE; ++side)
+            rows += rows_of(item, 0, side) + rows_of(item, 1, side);
+        if (elected()) {
+            full.arrive_expecting(rows * row_bytes);
+#pragma unroll 1
+            for (int side = 0; side < Shared::SIDE; ++side)
+                for (int half = 0; half < 2; ++half)
+                    if (const int rows = rows_of(item, half, side); rows > 0) {
+                        const int64_t row = place.row(item.panel, half * HALF, side);
+                        uint8_t* to = shared.panel(stage, side) + half * HALF * row_bytes;
+                        copy_bulk(to, packed[half] + row * row_bytes, rows * row_bytes, full);
+                    }
+        }
     }
 };
 
@@ -193,7 +233,7 @@ struct DecodeScales {
     Shared& shared;
     const Products& products;
     const Table& table;
-    Place place;
+    Place<Shared::SIDE> place;
     const uint8_t* codes[2];
     const float* nested[2];
     float offset[2];
@@ -230,14 +270,15 @@ struct DecodeScales {
     }
 
     __device__ Raw read(const Item& item) const {
-        const int quad = min(lane_id() % QUADS * QUAD, (item.blocks - 1) / QUAD * QUAD), block = item.block + quad;
+        const int side = lane_id() % QUADS / Shared::PANEL_WARPS, warp = lane_id() % Shared::PANEL_WARPS;
+        const int quad = min(warp * QUAD, (item.blocks - 1) / QUAD * QUAD), block = item.block + quad;
         const uint32_t last = uint32_t(place.N) * place.row_blocks - 1;
         Raw raw;
         raw.index = item.index, raw.blocks = item.blocks - quad;
         raw.offset[0] = offset[0], raw.offset[1] = offset[1];
 #pragma unroll
         for (int i = 0; i < LOADS; ++i) {
-            const int half = i * ROWS / HALF, row = place.row(item.panel, i * ROWS) + lane_id() / QUADS;
+            const int half = i * ROWS / HALF, row = place.row(item.panel, i * ROWS, side) + lane_id() / QUADS;
             const uint32_t at = uint32_t(min(row, place.N - 1)) * place.row_blocks + block;
             raw.scales[i].read(codes[half], nested[half], at, last);
         }
@@ -290,10 +331,9 @@ __device__ inline void store_sums(float (*sums)[SUM_ROW], const float (&total)[4
         sums[m + 1][g] = total[1], sums[m + 1][g + 8] = total[3];
 }
 
-template <typename T, int TILE>
+template <typename T, typename S>
 struct Multiply {
-    static constexpr int TILES = TILE / MMA_ROWS;
-    using S = Shared<TILE>;
+    static constexpr int TILES = S::TILE / MMA_ROWS;
 
     S& shared;
     const Products& products;
@@ -319,12 +359,12 @@ struct Multiply {
     // Elements in the order in which the bytes of W feed the contraction; zeros where x has no row or block.
     __device__ void load_slice(int block, int blocks) const {
         const int g = lane_id() / 4;
-        const T* x = static_cast<const T*>(products.x) + int64_t(blockIdx.y * TILE + g) * products.weights.K;
-        x += (block + warp * QUAD) * 64 + lane_id() % 4 * 16;
+        const T* x = static_cast<const T*>(products.x) + int64_t(blockIdx.y * S::TILE + g) * products.weights.K;
+        x += (block + first()) * 64 + lane_id() % 4 * 16;
 #pragma unroll
         for (int n = 0; n < TILES; ++n, x += int64_t(MMA_ROWS) * products.weights.K) {
             const uint4* from = reinterpret_cast<const uint4*>(x);
-            const int there = n * MMA_ROWS + g < rows_x ? blocks - warp * QUAD : 0;
+            const int there = n * MMA_ROWS + g < rows_x ? blocks - first() : 0;
 #pragma unroll
             for (int j = 0; j < QUAD; ++j)
 #pragma unroll
@@ -335,17 +375,20 @@ struct Multiply {
 
     __device__ void run(const Item& item) const {
         const int g = lane_id() / 4, t = lane_id() % 4;
-        const bool works = warp * QUAD < item.blocks;
+        const bool works = first() < item.blocks;
         uint2 upper[QUAD], lower[QUAD]; // codes of rows g and g + 8
         float4 upper_scales, lower_scales;
         const typename S::Stage stage(item.index);
         shared.full[stage.place].wait(stage.parity);
         if (works) {
+            const int row_bytes = S::SIDE == 1 ? S::ROW_BYTES : item.blocks * 32;
             const uint8_t* from = &shared.codes[stage.place][g][warp * QUAD * 32 + t * 8];
+            if constexpr (S::SIDE > 1)
+                from = shared.panel(stage.place, warp / S::PANEL_WARPS) + g * row_bytes + first() * 32 + t * 8;
 #pragma unroll
             for (int j = 0; j < QUAD; ++j) {
                 upper[j] = *reinterpret_cast<const uint2*>(from + j * 32);
-                lower[j] = *reinterpret_cast<const uint2*>(from + 8 * S::ROW_BYTES + j * 32);
+                lower[j] = *reinterpret_cast<const uint2*>(from + 8 * row_bytes + j * 32);
             }
             upper_scales = *reinterpret_cast<const float4*>(&shared.scales[stage.place][g][warp * QUAD]);
             lower_scales = *reinterpret_cast<const float4*>(&shared.scales[stage.place][g + 8][warp * QUAD]);
@@ -370,6 +413,9 @@ struct Multiply {
         if (lane_id() == 0)
             shared.summed[buffer.place].arrive();
     }
+
+    // Of the warp's blocks in a slice of its panel.
+    __device__ int first() const { return (S::SIDE == 1 ? warp : warp % S::PANEL_WARPS) * QUAD; }
 
     __device__ void multiply_block(uint2 upper, uint2 lower, float up, float low, const uint4 (&b)[TILES][2],
                                    float (&total)[TILES][4]) const {
@@ -400,21 +446,21 @@ struct Multiply {
 // codes; it arrives for every item as they do. B of what comes next is on its way meanwhile.
 template <typename T, typename A>
 struct Adapt {
-    using S = Shared<MMA_ROWS>;
+    using S = Shared<MMA_ROWS, 1>;
 
     S& shared;
     const Products& products;
     int rows_x;
-    int last;    // of the CTA's panels, past it
-    Place place; // of the panel that is multiplied
-    int width;   // ranks of its part, to a multiple of 16
+    int last;      // of the CTA's panels, past it
+    Place<> place; // of the panel that is multiplied
+    int width;     // ranks of its part, to a multiple of 16
 
     static constexpr int STEPS = 4, RANKS = 16 * STEPS; // on their way at once
     static constexpr int TOGETHER = 6;                  // chunks of hidden values that are, too
 
     // Elements of B of one panel: of rows g and g + 8, each at 2 t and the next one, then at 8 more.
     struct Coming {
-        Place place;
+        Place<> place;
         int ranks[2];
         A elements[STEPS][4][2];
     } coming;
@@ -550,15 +596,13 @@ struct Adapt {
 // Adds the warps' sums in ascending order of K, and those of the slices; each of the FINISHERS of eight rows of x. A
 // lane has four rows of W and one of x; rows of x four apart, which two lanes beside each other have, lie in different
 // banks.
-template <typename T, int TILE>
+template <typename T, typename S>
 struct Finish {
-    using S = Shared<TILE>;
-
     S& shared;
     const Products& products;
     int which, rows_x;
     float factor;
-    Place place;
+    Place<S::SIDE> place;
     T* out;
     const T* bias;
     bool adapted;
@@ -573,13 +617,16 @@ struct Finish {
             read_part(m, r);
         const typename S::Buffer buffer(item.index);
         shared.summed[buffer.place].wait(buffer.parity);
-        const float4 sum = add(item, buffer.place, m, r);
-        if (item.is_last) {
-            float v[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
-            const int n = place.row(item.panel, r);
-            finish(shared.share[buffer.place][m % MMA_ROWS] + r, m, n, v);
-            if (!(place.gated && r >= HALF))
-                store4(m, n, v);
+#pragma unroll
+        for (int side = 0; side < S::SIDE; ++side) {
+            const float4 sum = add(item, buffer.place, side, m, r);
+            if (item.is_last) {
+                float v[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+                const int n = place.row(item.panel, r, side);
+                finish(shared.share[buffer.place][m % MMA_ROWS] + r, m, n, v);
+                if (!(place.gated && r >= HALF))
+                    store4(m, n, v);
+            }
         }
         __syncwarp();
         if (lane_id() == 0)
@@ -587,23 +634,23 @@ struct Finish {
     }
 
     __device__ void read_part(int m, int r) {
-        out = static_cast<T*>(products.out[place.part]) + int64_t(blockIdx.y * TILE + m) * place.N;
+        out = static_cast<T*>(products.out[place.part]) + int64_t(blockIdx.y * S::TILE + m) * place.N;
         bias = static_cast<const T*>(products.bias[place.part][r / HALF]);
         adapted = products.adapters[place.part][r / HALF].rank > 0;
     }
 
     // Sums of rows of x that are not there are never used.
-    __device__ float4 add(const Item& item, int buffer, int m, int r) const {
+    __device__ float4 add(const Item& item, int buffer, int side, int m, int r) const {
         float4& kept = *reinterpret_cast<float4*>(&shared.kept[item.place][m][r]);
         float4 sum = item.is_first ? make_float4(0, 0, 0, 0) : kept;
-        float4 v[S::WARPS];
+        const auto sums = shared.sums[buffer] + side * S::PANEL_WARPS;
+        float4 v[S::PANEL_WARPS];
 #pragma unroll
-        for (int warp = 0; warp < S::WARPS; ++warp)
-            v[warp] = warp * QUAD < item.blocks && m < rows_x
-                          ? *reinterpret_cast<const float4*>(&shared.sums[buffer][warp][m][r])
-                          : make_float4(0, 0, 0, 0);
+        for (int warp = 0; warp < S::PANEL_WARPS; ++warp)
+            v[warp] = warp * QUAD < item.blocks && m < rows_x ? *reinterpret_cast<const float4*>(&sums[warp][m][r])
+                                                              : make_float4(0, 0, 0, 0);
 #pragma unroll
-        for (int warp = 0; warp < S::WARPS; ++warp)
+        for (int warp = 0; warp < S::PANEL_WARPS; ++warp)
             sum.x += v[warp].x, sum.y += v[warp].y, sum.z += v[warp].z, sum.w += v[warp].w;
         if (!item.is_last)
             kept = sum;
@@ -665,9 +712,10 @@ __device__ void fill_tables(Shared& shared, const Codebook& codebook, const floa
         fill_eighth(shared.table, 1, threadIdx.x + i * THREADS, __float_as_uint(scales[i]));
 }
 
+// Where panels are side by side there are registers for scales of any place alone.
 template <typename Shared>
 __device__ void decode_scales(Shared& shared, const Products& products, const Table& table, const Walk& walk) {
-    const bool plain = products.weights.plain, aligned = walk.blocks % QUAD == 0;
+    const bool plain = products.weights.plain, aligned = Shared::SIDE == 1 && walk.blocks % QUAD == 0;
     if (plain && aligned)
         each_item(walk, DecodeScales<Shared, PlainScales<true>>{shared, products, table});
     else if (plain)
@@ -678,9 +726,9 @@ __device__ void decode_scales(Shared& shared, const Products& products, const Ta
         each_item(walk, DecodeScales<Shared, NestedScales<false>>{shared, products, table});
 }
 
-template <typename T, int TILE>
+template <typename T, int TILE, int SIDE>
 __device__ void gemv_bulk(const Products& products, const Weights& ahead, const Codebook& codebook, float gain) {
-    using S = Shared<TILE>;
+    using S = Shared<TILE, SIDE>;
     extern __shared__ uint4 dynamic[];
     S& shared = *reinterpret_cast<S*>(dynamic);
     let_next_kernel_start();
@@ -693,7 +741,7 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
         fill_tables<T>(shared, codebook, products.map, gain);
         S::all_ready();
         uint4 fragments[QUAD][TILE / MMA_ROWS][2];
-        each_item(walk, Multiply<T, TILE>{shared, products, table, warp, rows_x, fragments});
+        each_item(walk, Multiply<T, S>{shared, products, table, warp, rows_x, fragments});
     } else if (warp == S::WARPS) {
         each_item(walk, Copy<S>{shared, products.weights, ahead});
     } else if (warp == S::WARPS + 1) {
@@ -707,10 +755,10 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
             S::barriers_ready();
         }
         S::all_ready();
-        each_item(walk, Finish<T, TILE>{shared, products, which, rows_x, 1.0f / gain});
+        each_item(walk, Finish<T, S>{shared, products, which, rows_x, 1.0f / gain});
     } else {
         S::all_ready();
-        if constexpr (TILE == MMA_ROWS) {
+        if constexpr (TILE == MMA_ROWS && SIDE == 1) {
             if (products.ranks > 0 && products.adapters_fp32)
                 each_item(walk, Adapt<T, float>{shared, products, rows_x});
             else if (products.ranks > 0)
@@ -719,33 +767,39 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
     }
 }
 
-#define HAS_FORM(tile, warps, shared_bytes)                                                                            \
-    static_assert(Shared<tile>::WARPS == warps && sizeof(Shared<tile>) == shared_bytes, "as the launcher's");
+#define HAS_FORM(tile, side, warps, shared_bytes)                                                                      \
+    static_assert(Shared<tile, side>::WARPS == warps && sizeof(Shared<tile, side>) == shared_bytes,                    \
+                  "as the launcher's");
 
 #else
 
-#define HAS_FORM(tile, warps, shared_bytes)
+#define HAS_FORM(tile, side, warps, shared_bytes)
 
-template <typename T, int TILE>
+template <typename T, int TILE, int SIDE>
 __device__ void gemv_bulk(const Products&, const Weights&, const Codebook&, float) {}
 
 #endif
 
 // x, packed, A and plain scales 16-byte aligned, or nested ones with one map for all and codes 4-byte aligned, blocks
 // of 64, K % 64 == 0, every N * K a multiple of 256 and below 2^38; unused parts begin past the last panel; grid (any,
-// tiles of x); with adapters at most MMA_ROWS rows of x.
-#define GEMV_4BIT_BULK(T, dtype, tile, warps, shared_bytes)                                                            \
-    HAS_FORM(tile, warps, shared_bytes)                                                                                \
-    extern "C" __global__ void __launch_bounds__(32 * (warps + 4), 1) gemv_4bit_bulk_##tile##_##dtype(                 \
-        const __grid_constant__ Products products, const __grid_constant__ Weights ahead,                              \
-        const __grid_constant__ Codebook codebook, float gain) {                                                       \
-        gemv_bulk<T, tile>(products, ahead, codebook, gain);                                                           \
+// tiles of x); with adapters at most MMA_ROWS rows of x and no panels side by side; beside each other those of a K that
+// PANEL_WARPS cover.
+#define GEMV_4BIT_BULK(T, name, tile, side, warps, shared_bytes)                                                       \
+    HAS_FORM(tile, side, warps, shared_bytes)                                                                          \
+    extern "C" __global__ void __launch_bounds__(32 * (warps + 4), 1)                                                  \
+        gemv_4bit_bulk_##name(const __grid_constant__ Products products, const __grid_constant__ Weights ahead,        \
+                              const __grid_constant__ Codebook codebook, float gain) {                                 \
+        gemv_bulk<T, tile, side>(products, ahead, codebook, gain);                                                     \
     }
 
-GEMV_4BIT_BULK(f16, f16, 8, 16, 179136)
-GEMV_4BIT_BULK(f16, f16, 16, 8, 188896)
-GEMV_4BIT_BULK(bf16, bf16, 8, 16, 179136)
-GEMV_4BIT_BULK(bf16, bf16, 16, 8, 188896)
+GEMV_4BIT_BULK(f16, 8_f16, 8, 1, 16, 179136)
+GEMV_4BIT_BULK(f16, 16_f16, 16, 1, 8, 188896)
+GEMV_4BIT_BULK(bf16, 8_bf16, 8, 1, 16, 179136)
+GEMV_4BIT_BULK(bf16, 16_bf16, 16, 1, 8, 188896)
+GEMV_4BIT_BULK(f16, 8_short_f16, 8, 4, 16, 179136)
+GEMV_4BIT_BULK(f16, 16_short_f16, 16, 2, 8, 188896)
+GEMV_4BIT_BULK(bf16, 8_short_bf16, 8, 4, 16, 179136)
+GEMV_4BIT_BULK(bf16, 16_short_bf16, 16, 2, 8, 188896)
 
 constexpr int HIDDEN_THREADS = CHUNK / 16;
 

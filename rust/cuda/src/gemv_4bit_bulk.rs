@@ -2,7 +2,7 @@ use std::ffi::c_void;
 use std::ptr;
 
 use halfbyte_core::codebook::{FP4, INT4, NF4};
-use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, GemvShape, MAX_GROUP};
 use halfbyte_core::ops::gemv_4bit_fused::{Adapter, CHUNK, Gemv4bitFused, Next, NextWeight};
 use halfbyte_core::{Absmax, DType, Error, QuantType, Result, TensorMut};
 
@@ -11,11 +11,15 @@ use crate::gemm_4bit;
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 
 /// The products in each form, and the adapters' hidden values; by x's dtype.
-const KERNELS: [&str; 6] = [
+const KERNELS: [&str; 10] = [
     "gemv_4bit_bulk_8_f16",
     "gemv_4bit_bulk_8_bf16",
     "gemv_4bit_bulk_16_f16",
     "gemv_4bit_bulk_16_bf16",
+    "gemv_4bit_bulk_8_short_f16",
+    "gemv_4bit_bulk_8_short_bf16",
+    "gemv_4bit_bulk_16_short_f16",
+    "gemv_4bit_bulk_16_short_bf16",
     "gemv_4bit_hidden_f16",
     "gemv_4bit_hidden_bf16",
 ];
@@ -43,19 +47,31 @@ const MOST_ROWS: usize = 1 << 30;
 #[derive(Debug, PartialEq)]
 pub(crate) struct Form {
     pub tile: usize,
+    /// panels that are taken side by side, so that all warps work where K is short
+    pub side: usize,
+    /// panels of each multiprocessor, at least: of fewer, the last turn is too uneven
+    pub panels: usize,
     /// that multiply
     pub warps: usize,
     /// bytes
     pub shared: usize,
 }
 
-pub(crate) const FORMS: [Form; 2] =
-    [Form { tile: 8, warps: 16, shared: 179136 }, Form { tile: 16, warps: 8, shared: 188896 }];
+pub(crate) const FORMS: [Form; 4] = [
+    Form { tile: 8, side: 1, panels: 0, warps: 16, shared: 179136 },
+    Form { tile: 16, side: 1, panels: 0, warps: 8, shared: 188896 },
+    Form { tile: 8, side: 4, panels: 4, warps: 16, shared: 179136 },
+    Form { tile: 16, side: 2, panels: 8, warps: 8, shared: 188896 },
+];
 
 impl Form {
-    /// The one that takes `m` rows at once, or the widest.
-    fn of(m: usize) -> usize {
-        FORMS.iter().position(|form| m <= form.tile).unwrap_or(FORMS.len() - 1)
+    /// The one that takes all rows of x at once, or the widest; `n` rows of all weights.
+    fn of(GemvShape { m, n, k }: GemvShape, adapted: bool, multiprocessors: usize) -> usize {
+        let tile = if m <= FORMS[0].tile { FORMS[0].tile } else { FORMS[1].tile };
+        // One warp has the adapters' part of one panel at a time.
+        let short = |form: &Form| !adapted && k <= form.slice() / form.side * BLOCKSIZE;
+        let suits = |form: &Form| n >= form.panels * multiprocessors * PANEL && (form.side == 1 || short(form));
+        FORMS.iter().rposition(|form| form.tile == tile && suits(form)).unwrap_or(0)
     }
 
     /// Blocks of a slice.
@@ -202,7 +218,7 @@ impl Weights {
 
     /// One to four weights, or pairs of them where gated; and the CTAs for them.
     fn new(given: &[Weight], k: usize, gated: bool, form: &Form, multiprocessors: usize) -> (Self, usize) {
-        let (rows, parts) = (if gated { HALF } else { PANEL }, parts(given, gated));
+        let (rows, parts) = (form.side * if gated { HALF } else { PANEL }, parts(given, gated));
         let (mut weights, blocks, mut panels) = (Self::none(), k / BLOCKSIZE, 0);
         (weights.k, weights.gated, weights.plain) = (k as i32, gated, given[0].nested.is_null());
         weights.slice = blocks.div_ceil(blocks.div_ceil(form.slice())).next_multiple_of(QUAD) as i32;
@@ -223,13 +239,13 @@ impl Weights {
     }
 
     fn next(next: &Next<'_>, form: &Form, multiprocessors: usize) -> Self {
-        // The wide form computes till its end: what is moved meanwhile costs as much as it saves.
+        // A wide tile is computed till its end: what is moved meanwhile costs as much as it saves.
         if form.tile > FORMS[0].tile {
             return Self::none();
         }
         let given: Vec<_> = next.weights().map(Weight::from).collect();
         let Some(first) = next.weights().next() else { return Self::none() };
-        let (mut weights, ctas) = Self::new(&given, first.k, next.gated, form, multiprocessors);
+        let (mut weights, ctas) = Self::new(&given, first.k, next.gated, &FORMS[0], multiprocessors);
         let item = PANEL * weights.slice as usize * BLOCKSIZE / 2;
         weights.early = (EARLY_BYTES / (ctas * item)) as i32;
         weights
@@ -322,11 +338,16 @@ fn offset_of(product: &Gemv4bit<'_>) -> f32 {
     }
 }
 
+/// Of all products together.
+fn shape_of(given: &[&Gemv4bit<'_>]) -> GemvShape {
+    GemvShape { n: given.iter().map(|product| product.shape.n).sum(), ..given[0].shape }
+}
+
 /// `products` as `fits` has seen them.
 pub(crate) fn launch(launcher: &Launcher, products: &[Gemv4bit<'_>]) -> Result<()> {
     let (limits, head) = (launcher.limits(), &products[0]);
-    let form = Form::of(head.shape.m);
     let given: Vec<_> = products.iter().collect();
+    let form = Form::of(shape_of(&given), false, limits.multiprocessors);
     let (products, ctas) = Products::new(&given, false, &FORMS[form], limits.multiprocessors);
     launch_products(launcher, head, form, products, ctas, Weights::none())
 }
@@ -352,7 +373,7 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
         let (expected, got) = ("none beside adapters but for 64 rows of x at most and capability 9.0", "one");
         return Err(Error::Argument { op: "gemv_4bit_fused", name: "workspace", expected, got: got.to_string() });
     }
-    let form = Form::of(head.shape.m);
+    let form = Form::of(shape_of(&given), ranks > 0, limits.multiprocessors);
     let (products, ctas) = Products::new(&given, fused.gated, &FORMS[form], limits.multiprocessors);
     let products = products.fused(fused);
     if ranks > 0 {
@@ -405,12 +426,40 @@ mod tests {
     #[test]
     fn every_form_is_compiled_with_what_the_launcher_asks_for() {
         let source = include_str!("gemv_4bit_bulk.cu");
-        for (i, Form { tile, warps, shared }) in FORMS.iter().enumerate() {
+        for (i, Form { tile, side, warps, shared, .. }) in FORMS.iter().enumerate() {
             for (dtype, name) in ["f16", "bf16"].into_iter().enumerate() {
-                let compiled = format!("GEMV_4BIT_BULK({name}, {name}, {tile}, {warps}, {shared})");
+                let kernel = KERNELS[2 * i + dtype].trim_start_matches("gemv_4bit_bulk_");
+                let short = if *side > 1 { "_short" } else { "" };
+                assert_eq!(kernel, format!("{tile}{short}_{name}"));
+                let compiled = format!("GEMV_4BIT_BULK({name}, {kernel}, {tile}, {side}, {warps}, {shared})");
                 assert!(source.contains(&compiled), "{compiled}");
-                assert_eq!(KERNELS[2 * i + dtype], format!("gemv_4bit_bulk_{tile}_{name}"));
             }
         }
+    }
+
+    #[test]
+    fn panels_go_side_by_side_where_rows_are_short_and_many() {
+        let side = |m, n, k| FORMS[Form::of(GemvShape { m, n, k }, false, 132)].side;
+        assert_eq!([1, 8, 9, 16, 40].map(|m| side(m, 151_936, 896)), [4, 4, 2, 2, 2]);
+        assert_eq!([64, 1024, 1088, 8192].map(|k| side(1, 151_936, k)), [4, 4, 1, 1]);
+        assert_eq!([64, 1024, 1088, 8192].map(|k| side(9, 151_936, k)), [2, 2, 1, 1]);
+        assert_eq!([4864, 8447, 8448].map(|n| side(1, n, 896)), [1, 1, 4]);
+        assert_eq!([8448, 16_895, 16_896].map(|n| side(9, n, 896)), [1, 1, 2]);
+        assert_eq!(FORMS[Form::of(GemvShape { m: 1, n: 151_936, k: 896 }, true, 132)], FORMS[0]);
+    }
+
+    #[test]
+    fn panels_side_by_side_count_as_one() {
+        let none = ptr::null();
+        let weight = |n| Weight { packed: none, codes: none, nested: none, n };
+        let shares = |given: &[Weight], gated, form| {
+            let (weights, ctas) = Weights::new(given, 896, gated, &FORMS[form], 132);
+            (ctas, weights.share, weights.rest, weights.first_panel[1], weights.slice)
+        };
+        assert_eq!(shares(&[weight(151_936)], false, 0), (132, 71, 124, 9496, 16));
+        assert_eq!(shares(&[weight(151_936)], false, 2), (132, 17, 130, 2374, 16));
+        assert_eq!(shares(&[weight(151_936)], false, 3), (132, 35, 128, 4748, 16));
+        assert_eq!(shares(&[weight(8452), weight(65)], false, 2), (132, 1, 3, 133, 16));
+        assert_eq!(shares(&[weight(4868), weight(4868)], true, 2), (132, 1, 21, 153, 16));
     }
 }

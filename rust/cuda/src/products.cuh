@@ -121,7 +121,8 @@ __device__ void each_item(const Walk& walk, Job&& job) {
     job.end();
 }
 
-// Where a panel lies; what a part says stays in registers.
+// Where a panel lies; what a part says stays in registers. SIDE panels that are taken side by side count as one.
+template <int SIDE = 1>
 struct Place {
     int part, begin = 0, end = 0; // panels of the part
     int N, row_blocks;
@@ -144,9 +145,9 @@ struct Place {
         return true;
     }
 
-    // The row of its weight that row `r` of a panel is.
-    __device__ int row(int panel, int r) const {
-        return (panel - begin) * (gated ? HALF : PANEL) + (gated ? r % HALF : r);
+    // The row of its weight that row `r` of a panel is, `side` of those side by side.
+    __device__ int row(int panel, int r, int side = 0) const {
+        return ((panel - begin) * SIDE + side) * (gated ? HALF : PANEL) + (gated ? r % HALF : r);
     }
 };
 
