@@ -8,6 +8,9 @@ from torch import Tensor
 from halfbyte import _core
 from halfbyte.ops.library import define
 
+# What our loops on the CPU have vectors for; the rest is torch's there.
+VECTORS = (torch.float32, torch.bfloat16)
+
 
 def _rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
@@ -54,13 +57,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """q and k rotated: `x * cos + x.roll(head_dim / 2, -1) * sin`; differentiable in both.
 
     q: [B, T, heads, head_dim], k: [B, T, kv_heads, head_dim], of any strides; cos, sin:
-    [B or 1, T, 1, head_dim], the first half of sin negated; one dtype, fp32, fp16 or bf16. Equal to
-    torch's own result to the bit.
+    [B or 1, T, 1, head_dim], the first half of sin negated; one dtype, fp32, fp16 or bf16 (on the
+    CPU also fp64). Equal to torch's own result to the bit.
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    if q.is_cpu:
-        # The same bits, by loops of torch that use vectors.
+    if q.is_cpu and (q.dtype not in VECTORS or torch.compiler.is_compiling()):
         half = q.shape[-1] // 2
         return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
     q, k = _heads(q), _heads(k)

@@ -109,17 +109,17 @@ impl Backend for CpuBackend {
     }
 
     fn rms_norm(&self, args: RmsNorm<'_>) -> Result<()> {
-        args.run_on_cpu();
+        args.run_on_cpu(self.simd);
         Ok(())
     }
 
     fn rms_norm_backward(&self, args: RmsNormBackward<'_>) -> Result<()> {
-        args.run_on_cpu();
+        args.run_on_cpu(self.simd);
         Ok(())
     }
 
     fn rope(&self, args: Rope<'_>) -> Result<()> {
-        args.run_on_cpu();
+        args.run_on_cpu(self.simd);
         Ok(())
     }
 
@@ -129,7 +129,7 @@ impl Backend for CpuBackend {
     }
 
     fn swiglu_backward(&self, args: SwigluBackward<'_>) -> Result<()> {
-        args.run_on_cpu();
+        args.run_on_cpu(self.simd);
         Ok(())
     }
 

@@ -104,6 +104,42 @@ impl Simd {
     }
 }
 
+/// A function of plain loops that the compiler turns into the vectors of a level: `scalar` and `vector` are its body, made
+/// of functions that are always inlined.
+macro_rules! at_level {
+    (
+        fn $name:ident<$($generic:ident: $bound:ident),*>($($arg:ident: $type:ty),* $(,)?) {
+            scalar: $scalar:expr,
+            vector: $vector:expr $(,)?
+        }
+    ) => {
+        fn $name<$($generic: $bound),*>(simd: $crate::simd::Simd, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+            unsafe fn avx512<$($generic: $bound),*>($($arg: $type),*) {
+                $vector
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn avx2<$($generic: $bound),*>($($arg: $type),*) {
+                $vector
+            }
+
+            match simd {
+                // SAFETY: the level was detected.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Simd::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::simd::Simd::Avx2 => unsafe { avx2($($arg),*) },
+                _ => $scalar,
+            }
+        }
+    };
+}
+pub(crate) use at_level;
+
 /// The features of this processor that matter here, by the names of the instruction sets.
 pub fn cpu_features() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]

@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::{cast, normal};
-use half::bf16;
+use common::{Bits, assert_siblings_equal, bits, cast, normal};
+use half::{bf16, f16};
 use halfbyte_core::ops::rms_norm::{RmsNorm, RmsNormBackward, SLICES, WeightGradient};
 use halfbyte_core::{Backend, CpuBackend, TensorMut, TensorRef};
 
@@ -53,6 +53,31 @@ fn gradients_of_a_row() {
     for (got, expected) in grad_x.iter().chain(&grad_weight).zip(expected.iter().chain(&[3.0 * root, 4.0 * root])) {
         assert!((got - expected).abs() < 1e-6, "{got} {expected}");
     }
+}
+
+fn siblings_agree<T: Bits>() {
+    for columns in [1, 15, 48, 576, 1030] {
+        let all = |seed| cast::<T>(&normal(3 * columns, seed));
+        let (x, residual, grad, weight) = (all(1), all(2), all(3), cast::<T>(&normal(columns, 4)));
+        let [x, residual, grad, weight] = [&x, &residual, &grad, &weight].map(|values| TensorRef::from_slice(values));
+        assert_siblings_equal(&format!("{columns} columns"), |backend| {
+            let [mut sum, mut out, mut grad_x] = [(); 3].map(|()| cast::<T>(&vec![f32::NAN; 3 * columns]));
+            let residual_and_sum = (residual, TensorMut::from_slice(&mut sum));
+            let args = RmsNorm::new(x, Some(residual_and_sum), weight, TensorMut::from_slice(&mut out), EPS);
+            backend.rms_norm(args.unwrap()).unwrap();
+            let target = TensorMut::from_slice(&mut grad_x);
+            let args = RmsNormBackward::new(grad, x, weight, Some(residual), target, None, EPS);
+            backend.rms_norm_backward(args.unwrap()).unwrap();
+            [bits(&sum), bits(&out), bits(&grad_x)]
+        });
+    }
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    siblings_agree::<f32>();
+    siblings_agree::<f16>();
+    siblings_agree::<bf16>();
 }
 
 #[test]

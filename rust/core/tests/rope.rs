@@ -2,13 +2,17 @@
 
 mod common;
 
-use common::normal;
+use common::{assert_siblings_equal, normal};
 use halfbyte_core::ops::rope::{Angles, Heads, Rope, RopeShape};
 use halfbyte_core::{Backend, CpuBackend, TensorMut, TensorRef};
 
 const SHAPE: RopeShape = RopeShape { batch: 2, tokens: 3, head_dim: 4 };
 
 fn rotated(q: &[f32], k: &[f32], angles: &[f32], inverse: bool) -> (Vec<f32>, Vec<f32>) {
+    rotated_by(&CpuBackend::new(), q, k, angles, inverse)
+}
+
+fn rotated_by(backend: &CpuBackend, q: &[f32], k: &[f32], angles: &[f32], inverse: bool) -> (Vec<f32>, Vec<f32>) {
     let cos: Vec<f32> = angles.iter().flat_map(|a| [a.cos(), (2.0 * a).cos(), a.cos(), (2.0 * a).cos()]).collect();
     let sin: Vec<f32> = angles.iter().flat_map(|a| [-a.sin(), -(2.0 * a).sin(), a.sin(), (2.0 * a).sin()]).collect();
     let angles = Angles { cos: TensorRef::from_slice(&cos), sin: TensorRef::from_slice(&sin) };
@@ -16,7 +20,7 @@ fn rotated(q: &[f32], k: &[f32], angles: &[f32], inverse: bool) -> (Vec<f32>, Ve
     let (mut q_out, mut k_out) = (vec![f32::NAN; q.len()], vec![f32::NAN; k.len()]);
     let targets = (TensorMut::from_slice(&mut q_out), TensorMut::from_slice(&mut k_out));
     let args = Rope::new(heads(q, 2), heads(k, 1), angles, targets.0, targets.1, SHAPE, inverse);
-    CpuBackend::new().rope(args.unwrap()).unwrap();
+    backend.rope(args.unwrap()).unwrap();
     (q_out, k_out)
 }
 
@@ -31,6 +35,14 @@ fn halves_turn_by_their_tokens_angle_and_back() {
     let back = rotated(&q_out, &k_out, &[0.0, 0.5, -2.0], true);
     for (back, original) in back.0.iter().chain(&back.1).zip(q.iter().chain(&k)) {
         assert!((back - original).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    let (q, k) = (normal(48, 1), normal(24, 2));
+    for inverse in [false, true] {
+        assert_siblings_equal("rope", |backend| rotated_by(backend, &q, &k, &[0.1, 0.5, -2.0], inverse));
     }
 }
 

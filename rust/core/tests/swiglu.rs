@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::normal;
+use common::{backends, normal};
 use halfbyte_core::ops::swiglu::{Rows, Swiglu, SwigluBackward};
 use halfbyte_core::{Backend, CpuBackend, TensorMut, TensorRef};
 
@@ -17,24 +17,28 @@ fn halves(both: &[f32]) -> [Rows<'_>; 2] {
 
 #[test]
 fn product_and_gradients_of_halves() {
+    backends().iter().for_each(check_halves);
+}
+
+fn check_halves(backend: &CpuBackend) {
     let (both, grad) = (normal(20, 1), normal(10, 2));
     let ([gate, up], mut out) = (halves(&both), vec![f32::NAN; 10]);
     let args = Swiglu::new(gate, up, TensorMut::from_slice(&mut out), 2, 5);
-    CpuBackend::new().swiglu(args.unwrap()).unwrap();
+    backend.swiglu(args.unwrap()).unwrap();
     let mut grads = [vec![f32::NAN; 20], vec![f32::NAN; 20]];
     for (grads, interleaved) in grads.iter_mut().zip([false, true]) {
         let target = TensorMut::from_slice(grads);
         let args = SwigluBackward::new(TensorRef::from_slice(&grad), gate, up, target, interleaved, 2, 5);
-        CpuBackend::new().swiglu_backward(args.unwrap()).unwrap();
+        backend.swiglu_backward(args.unwrap()).unwrap();
     }
     let close = |got: f32, expected: f64| assert!((f64::from(got) - expected).abs() < 1e-6, "{got} {expected}");
-    for (i, (out, grad)) in out.iter().zip(grad).enumerate() {
+    for (i, (out, grad)) in out.iter().zip(&grad).enumerate() {
         let (row, column) = (i / 5, i % 5);
         let (gate, up) = (f64::from(both[row * 10 + column]), f64::from(both[row * 10 + 5 + column]));
         close(*out, silu(gate) * up);
         let slope = (silu(gate + 1e-5) - silu(gate - 1e-5)) / 2e-5;
-        close(grads[0][i], f64::from(grad) * up * slope);
-        close(grads[0][10 + i], f64::from(grad) * silu(gate));
+        close(grads[0][i], f64::from(*grad) * up * slope);
+        close(grads[0][10 + i], f64::from(*grad) * silu(gate));
         assert_eq!(grads[1][row * 10 + column], grads[0][i]);
         assert_eq!(grads[1][row * 10 + 5 + column], grads[0][10 + i]);
     }

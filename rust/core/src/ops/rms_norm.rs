@@ -16,6 +16,7 @@
 use crate::check::arg;
 use crate::error::{Error, Result};
 use crate::parallel;
+use crate::simd::{Simd, at_level};
 use crate::tensor::{DType, Float, TensorMut, TensorRef, with_float};
 
 const OP: &str = "rms_norm";
@@ -148,33 +149,53 @@ fn rows_of_chunk(columns: usize) -> usize {
 }
 
 impl RmsNorm<'_> {
-    pub(crate) fn run_on_cpu(self) {
+    pub(crate) fn run_on_cpu(self, simd: Simd) {
         with_float!(self.x.dtype(), T => match self.weight.dtype() {
-            DType::F32 => self.run::<T, f32>(),
-            _ => self.run::<T, T>(),
+            DType::F32 => self.run::<T, f32>(simd),
+            _ => self.run::<T, T>(simd),
         })
     }
 
-    fn run<T: Float, W: Float>(self) {
+    fn run<T: Float, W: Float>(self, simd: Simd) {
         let (x, weight, eps): (&[T], &[W], _) = (self.x.as_slice(), self.weight.as_slice(), self.eps);
         let step = rows_of_chunk(weight.len()) * weight.len();
         let count = x.len().div_ceil(step);
         let out = self.out.into_slice::<T>().chunks_mut(step);
         match self.residual {
-            None => parallel::for_each(x.chunks(step).zip(out), count, |(x, out)| norm_rows(x, weight, out, eps)),
+            None => parallel::for_each(x.chunks(step).zip(out), count, |(x, out)| norm(simd, x, weight, out, eps)),
             Some((residual, sum)) => {
                 let sums = residual.as_slice::<T>().chunks(step).zip(sum.into_slice::<T>().chunks_mut(step));
                 parallel::for_each(x.chunks(step).zip(sums).zip(out), count, |((x, (residual, sum)), out)| {
-                    for ((sum, x), residual) in sum.iter_mut().zip(x).zip(residual) {
-                        *sum = T::from_f32(x.to_f32() + residual.to_f32());
-                    }
-                    norm_rows(sum, weight, out, eps);
+                    add(simd, x, residual, sum);
+                    norm(simd, sum, weight, out, eps);
                 });
             }
         }
     }
 }
 
+at_level! {
+    fn norm<T: Float, W: Float>(x: &[T], weight: &[W], out: &mut [T], eps: f32) {
+        scalar: norm_rows(x, weight, out, eps),
+        vector: norm_rows(x, weight, out, eps),
+    }
+}
+
+at_level! {
+    fn add<T: Float>(x: &[T], residual: &[T], sum: &mut [T]) {
+        scalar: add_all(x, residual, sum),
+        vector: add_all(x, residual, sum),
+    }
+}
+
+#[inline(always)]
+fn add_all<T: Float>(x: &[T], residual: &[T], sum: &mut [T]) {
+    for ((sum, x), residual) in sum.iter_mut().zip(x).zip(residual) {
+        *sum = T::from_f32(x.to_f32() + residual.to_f32());
+    }
+}
+
+#[inline(always)]
 fn norm_rows<T: Float, W: Float>(x: &[T], weight: &[W], out: &mut [T], eps: f32) {
     for (x, out) in x.chunks(weight.len()).zip(out.chunks_mut(weight.len())) {
         let root = reciprocal_root(x, eps);
@@ -184,16 +205,18 @@ fn norm_rows<T: Float, W: Float>(x: &[T], weight: &[W], out: &mut [T], eps: f32)
     }
 }
 
+#[inline(always)]
 fn reciprocal_root<T: Float>(row: &[T], eps: f32) -> f32 {
-    let squares = lane_sum(row.len(), |i| row[i].to_f32() * row[i].to_f32());
-    1.0 / (squares / row.len() as f32 + eps).sqrt()
+    1.0 / (dot(row, row) / row.len() as f32 + eps).sqrt()
 }
 
+#[inline(always)]
 fn normed<T: Float>(x: T, root: f32) -> f32 {
     rounded::<T>(x.to_f32() * root)
 }
 
 /// What is left of a value once it has been stored as T.
+#[inline(always)]
 fn rounded<T: Float>(value: f32) -> f32 {
     T::from_f32(value).to_f32()
 }
@@ -201,21 +224,21 @@ fn rounded<T: Float>(value: f32) -> f32 {
 const LANES: usize = 16;
 const PIECE: usize = 1024;
 
-/// In pieces of 1024 terms, whose sums are added in ascending order: lane l of 16 adds the terms l, l + 16, ...
+/// The sum of products, in pieces of 1024, whose sums are added in ascending order: lane l of 16 adds the terms l,
+/// l + 16, ...
 #[inline(always)]
-fn lane_sum(count: usize, term: impl Fn(usize) -> f32) -> f32 {
+fn dot<A: Float, B: Float>(a: &[A], b: &[B]) -> f32 {
     let mut total = 0.0;
-    for first in (0..count).step_by(PIECE) {
+    for (a, b) in a.chunks(PIECE).zip(b.chunks(PIECE)) {
         let mut lanes = [0.0f32; LANES];
-        let end = count.min(first + PIECE);
-        let whole = first + (end - first) / LANES * LANES;
-        for i in (first..whole).step_by(LANES) {
-            for (lane, sum) in lanes.iter_mut().enumerate() {
-                *sum += term(i + lane);
+        let whole = a.len() / LANES * LANES;
+        for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
+            for ((sum, a), b) in lanes.iter_mut().zip(a).zip(b) {
+                *sum += a.to_f32() * b.to_f32();
             }
         }
-        for (sum, i) in lanes.iter_mut().zip(whole..end) {
-            *sum += term(i);
+        for ((sum, a), b) in lanes.iter_mut().zip(&a[whole..]).zip(&b[whole..]) {
+            *sum += a.to_f32() * b.to_f32();
         }
         total += lanes.iter().sum::<f32>();
     }
@@ -223,14 +246,14 @@ fn lane_sum(count: usize, term: impl Fn(usize) -> f32) -> f32 {
 }
 
 impl RmsNormBackward<'_> {
-    pub(crate) fn run_on_cpu(self) {
+    pub(crate) fn run_on_cpu(self, simd: Simd) {
         with_float!(self.grad.dtype(), T => match self.weight.dtype() {
-            DType::F32 => self.run::<T, f32>(),
-            _ => self.run::<T, T>(),
+            DType::F32 => self.run::<T, f32>(simd),
+            _ => self.run::<T, T>(simd),
         })
     }
 
-    fn run<T: Float, W: Float>(self) {
+    fn run<T: Float, W: Float>(self, simd: Simd) {
         let (grad, x): (&[T], &[T]) = (self.grad.as_slice(), self.x.as_slice());
         let (weight, eps): (&[W], _) = (self.weight.as_slice(), self.eps);
         let columns = weight.len();
@@ -241,30 +264,53 @@ impl RmsNormBackward<'_> {
         let step = rows_of_chunk(columns) * columns;
         let chunks = grad.chunks(step).zip(x.chunks(step)).zip(self.grad_x.into_slice::<T>().chunks_mut(step));
         parallel::for_each(chunks.enumerate(), x.len().div_ceil(step), |(chunk, ((grad, x), grad_x))| {
+            let mut scaled = vec![0.0; columns];
             let rows = grad.chunks(columns).zip(x.chunks(columns)).zip(grad_x.chunks_mut(columns));
             for (row, ((grad, x), grad_x)) in rows.enumerate() {
                 let first = chunk * step + row * columns;
-                row_gradient(grad, x, weight, stream.map(|stream| &stream[first..first + columns]), grad_x, eps);
+                let stream = stream.map(|stream| &stream[first..first + columns]);
+                gradient(simd, grad, x, weight, stream, grad_x, &mut scaled, eps);
             }
         });
     }
 }
 
+at_level! {
+    fn gradient<T: Float, W: Float>(
+        grad: &[T],
+        x: &[T],
+        weight: &[W],
+        stream: Option<&[T]>,
+        grad_x: &mut [T],
+        scaled: &mut [f32],
+        eps: f32,
+    ) {
+        scalar: row_gradient(grad, x, weight, stream, grad_x, scaled, eps),
+        vector: row_gradient(grad, x, weight, stream, grad_x, scaled, eps),
+    }
+}
+
+/// `scaled`: scratch for a row.
+#[inline(always)]
 fn row_gradient<T: Float, W: Float>(
     grad: &[T],
     x: &[T],
     weight: &[W],
     stream: Option<&[T]>,
     grad_x: &mut [T],
+    scaled: &mut [f32],
     eps: f32,
 ) {
+    for ((scaled, grad), weight) in scaled.iter_mut().zip(grad).zip(weight) {
+        *scaled = rounded::<T>(grad.to_f32() * weight.to_f32());
+    }
     let root = reciprocal_root(x, eps);
-    let scaled = |i: usize| rounded::<T>(grad[i].to_f32() * weight[i].to_f32());
-    let slope = lane_sum(x.len(), |i| scaled(i) * x[i].to_f32());
-    let shrink = slope / x.len() as f32 * root * root * root;
-    for (i, out) in grad_x.iter_mut().enumerate() {
-        let by_stream = stream.map_or(0.0, |stream| stream[i].to_f32());
-        *out = T::from_f32(rounded::<T>(scaled(i) * root - x[i].to_f32() * shrink) + by_stream);
+    let shrink = dot(scaled, x) / x.len() as f32 * root * root * root;
+    for ((out, scaled), x) in grad_x.iter_mut().zip(scaled.iter()).zip(x) {
+        *out = T::from_f32(scaled * root - x.to_f32() * shrink);
+    }
+    for (out, stream) in grad_x.iter_mut().zip(stream.unwrap_or_default()) {
+        *out = T::from_f32(out.to_f32() + stream.to_f32());
     }
 }
 

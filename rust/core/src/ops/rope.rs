@@ -11,6 +11,7 @@
 use crate::check::arg;
 use crate::error::{Error, Result};
 use crate::parallel;
+use crate::simd::{Simd, at_level};
 use crate::tensor::{Float, TensorMut, TensorRef, with_float};
 
 const OP: &str = "rope";
@@ -109,11 +110,11 @@ impl Heads<'_> {
 }
 
 impl Rope<'_> {
-    pub(crate) fn run_on_cpu(self) {
-        with_float!(self.q.span.dtype(), T => self.run::<T>())
+    pub(crate) fn run_on_cpu(self, simd: Simd) {
+        with_float!(self.q.span.dtype(), T => self.run::<T>(simd))
     }
 
-    fn run<T: Float>(self) {
+    fn run<T: Float>(self, simd: Simd) {
         let stride = self.angle_stride();
         let (cos, sin): (&[T], &[T]) = (self.angles.cos.as_slice(), self.angles.sin.as_slice());
         let (shape, inverse) = (self.shape, self.inverse);
@@ -132,16 +133,25 @@ impl Rope<'_> {
                     let [by_batch, by_token, by_head] = heads.strides;
                     let first = batch * by_batch + token * by_token + head * by_head;
                     let x = &x[first..first + shape.head_dim];
-                    rotate(x, &cos[angles.clone()], &sin[angles.clone()], out, inverse);
+                    rotate(simd, x, &cos[angles.clone()], &sin[angles.clone()], out, inverse);
                 }
             });
         }
     }
 }
 
-fn rotate<T: Float>(x: &[T], cos: &[T], sin: &[T], out: &mut [T], inverse: bool) {
+at_level! {
+    fn rotate<T: Float>(x: &[T], cos: &[T], sin: &[T], out: &mut [T], inverse: bool) {
+        scalar: rotate_head(x, cos, sin, out, inverse),
+        vector: rotate_head(x, cos, sin, out, inverse),
+    }
+}
+
+#[inline(always)]
+fn rotate_head<T: Float>(x: &[T], cos: &[T], sin: &[T], out: &mut [T], inverse: bool) {
     let half = x.len() / 2;
     let ((x, y), (first, second)) = (x.split_at(half), out.split_at_mut(half));
+    let (y, cos, sin, second) = (&y[..half], &cos[..half], &sin[..half], &mut second[..half]);
     let product = |a: T, b: f32| T::from_f32(a.to_f32() * b).to_f32();
     for i in 0..half {
         let (cos, sin) = (cos[i].to_f32(), if inverse { -sin[i].to_f32() } else { sin[i].to_f32() });

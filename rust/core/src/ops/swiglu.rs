@@ -11,7 +11,7 @@
 use crate::check::arg;
 use crate::error::{Error, Result};
 use crate::parallel;
-use crate::simd::Simd;
+use crate::simd::{Simd, at_level};
 use crate::tensor::{Float, TensorMut, TensorRef, with_float};
 
 const OP: &str = "swiglu";
@@ -119,38 +119,30 @@ impl Swiglu<'_> {
         let rows = self.out.into_slice::<T>().chunks_mut(columns).enumerate();
         parallel::for_each(rows, self.rows, |(row, out)| {
             let (gate, up) = (&gate[row * self.gate.stride..], &up[row * self.up.stride..]);
-            match simd {
-                // SAFETY: the level was detected.
-                #[cfg(target_arch = "x86_64")]
-                Simd::Avx512 => unsafe { avx512(gate, up, out) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Simd::Avx2 => unsafe { avx2(gate, up, out) },
-                _ => product(gate, up, out, f32::exp),
-            }
+            product(simd, gate, up, out);
         });
     }
 }
 
+at_level! {
+    fn product<T: Float>(gate: &[T], up: &[T], out: &mut [T]) {
+        scalar: product_of_row(gate, up, out, f32::exp),
+        vector: product_of_row(gate, up, out, exp),
+    }
+}
+
 #[inline(always)]
-fn product<T: Float>(gate: &[T], up: &[T], out: &mut [T], exp: impl Fn(f32) -> f32) {
+fn product_of_row<T: Float>(gate: &[T], up: &[T], out: &mut [T], exp: impl Fn(f32) -> f32) {
     for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
         let gate = gate.to_f32();
-        let silu = gate * (1.0 / (1.0 + exp(-gate)));
+        let silu = gate * sigmoid(gate, &exp);
         *out = T::from_f32(T::from_f32(silu).to_f32() * up.to_f32());
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn avx512<T: Float>(gate: &[T], up: &[T], out: &mut [T]) {
-    product(gate, up, out, exp);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<T: Float>(gate: &[T], up: &[T], out: &mut [T]) {
-    product(gate, up, out, exp);
+#[inline(always)]
+fn sigmoid(x: f32, exp: impl Fn(f32) -> f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
 }
 
 /// e^x within two roundings, in operations that vectors have: 2^n e^r, with the polynomial of Cephes' expf for e^r.
@@ -182,29 +174,50 @@ fn exp(x: f32) -> f32 {
 }
 
 impl SwigluBackward<'_> {
-    pub(crate) fn run_on_cpu(self) {
-        with_float!(self.gate.span.dtype(), T => self.run::<T>())
+    pub(crate) fn run_on_cpu(self, simd: Simd) {
+        with_float!(self.gate.span.dtype(), T => self.run::<T>(simd))
     }
 
-    fn run<T: Float>(self) {
-        let (columns, (stride, to_up)) = (self.columns, self.grad_strides());
+    fn run<T: Float>(self, simd: Simd) {
+        let (rows, columns) = (self.rows, self.columns.max(1));
         let (gate, up): (&[T], &[T]) = (self.gate.span.as_slice(), self.up.span.as_slice());
-        let (grad, grads): (&[T], &mut [T]) = (self.grad.as_slice(), self.grads.into_slice());
-        for row in 0..self.rows {
-            for column in 0..columns {
-                let gate = gate[row * self.gate.stride + column].to_f32();
-                let up = up[row * self.up.stride + column].to_f32();
-                let (grad, s) = (grad[row * columns + column].to_f32(), sigmoid(gate));
-                let at = row * stride + column;
-                grads[at] = T::from_f32(grad * up * s * (1.0 + gate * (1.0 - s)));
-                grads[at + to_up] = T::from_f32(grad * T::from_f32(gate * s).to_f32());
-            }
+        let (gate, up) = (gate.chunks(self.gate.stride.max(1)), up.chunks(self.up.stride.max(1)));
+        let inputs = self.grad.as_slice::<T>().chunks(columns).zip(gate).zip(up);
+        let grads: &mut [T] = self.grads.into_slice();
+        let work = |(((grad, gate), up), (of_gate, of_up))| gradients(simd, grad, gate, up, of_gate, of_up);
+        if self.halves {
+            let grads = grads.chunks_mut(2 * columns).map(|both| both.split_at_mut(columns));
+            parallel::for_each(inputs.zip(grads), rows, work);
+        } else {
+            let (of_gate, of_up) = grads.split_at_mut(rows * self.columns);
+            parallel::for_each(inputs.zip(of_gate.chunks_mut(columns).zip(of_up.chunks_mut(columns))), rows, work);
         }
     }
 }
 
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+at_level! {
+    fn gradients<T: Float>(grad: &[T], gate: &[T], up: &[T], of_gate: &mut [T], of_up: &mut [T]) {
+        scalar: gradients_of_row(grad, gate, up, of_gate, of_up, f32::exp),
+        vector: gradients_of_row(grad, gate, up, of_gate, of_up, exp),
+    }
+}
+
+#[inline(always)]
+fn gradients_of_row<T: Float>(
+    grad: &[T],
+    gate: &[T],
+    up: &[T],
+    of_gate: &mut [T],
+    of_up: &mut [T],
+    exp: impl Fn(f32) -> f32,
+) {
+    let inputs = grad.iter().zip(gate).zip(up);
+    for (((grad, gate), up), (of_gate, of_up)) in inputs.zip(of_gate.iter_mut().zip(of_up)) {
+        let (grad, gate, up) = (grad.to_f32(), gate.to_f32(), up.to_f32());
+        let s = sigmoid(gate, &exp);
+        *of_gate = T::from_f32(grad * up * s * (1.0 + gate * (1.0 - s)));
+        *of_up = T::from_f32(grad * T::from_f32(gate * s).to_f32());
+    }
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]
