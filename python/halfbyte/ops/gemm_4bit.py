@@ -98,12 +98,10 @@ def _code_rows(x: Tensor, n: int, nested: bool, blocksize: int) -> tuple[int, in
 
     Where tensor cores multiply them, eight rows cost a GPU what one does, sixteen not much more.
     Kernels for more exist for compute capability 9.0; elsewhere a further pass over the codes has
-    to do. The kernel for rows of W that are not aligned takes four times as long as dequantizing.
+    to do.
     """
     if not x.is_cuda:
         return 32, 0
-    if x.shape[1] % 32:
-        return 0, 0
     k, found = x.shape[1], capability(x.get_device())
     if blocksize != 64 or k % 64 or n * k % 256 or x.dtype == torch.float32:
         return 8, 0

@@ -135,8 +135,45 @@ __device__ void gemv_units(const T* x,            // [rows_x, K], K % 32 == 0, 1
     reduce_and_store(acc, out, rows_x, N, m0, n0);
 }
 
-// Any K, any alignment, blocks that straddle rows: one warp a row of W, one weight a lane.
-template <typename T>
+// What follows takes any K, any alignment, and blocks that straddle rows. A lane has a word of eight codes, of which the
+// first and the last of a row may hold codes of its neighbours: x is zero there.
+constexpr int CODES = 8;           // of a word
+constexpr int ANY_WARPS = CODES;   // of a CTA
+constexpr int ANY_ROWS_A_WARP = 4; // so many rows apart that their words begin alike
+constexpr int ANY_ROWS = ANY_WARPS * ANY_ROWS_A_WARP;
+
+// Where element p of x lies in shared memory: words of neighbouring lanes then lie in different banks.
+__device__ constexpr int spread(int p) { return p + p / CODES; }
+
+// Words of a row that M rows of x are kept for at a time.
+__device__ constexpr int words_at_once(int M) { return M == 1 ? 512 : 128; }
+
+// The i-th word of all codes; zeros past the last byte.
+__device__ inline uint32_t load_word(const uint8_t* packed, int64_t i, int64_t bytes, bool is_aligned) {
+    const uint8_t* const from = packed + i * 4;
+    const int64_t left = bytes - i * 4;
+    if (is_aligned && left >= 4)
+        return *reinterpret_cast<const uint32_t*>(from);
+    uint32_t word = 0;
+    for (int byte = 0; byte < min(left, int64_t(4)); ++byte)
+        word |= uint32_t(from[byte]) << 8 * byte;
+    return word;
+}
+
+// M rows of x from element `first` - CODES on, as fp32, zeros outside of the row.
+template <int M, typename T, int COUNT>
+__device__ void keep_x(const T* x, int64_t first, int64_t rows, int64_t K, float (&kept)[M][COUNT]) {
+    constexpr int ELEMENTS = CODES * (words_at_once(M) + 1);
+    __syncthreads(); // all have read what was here
+    for (int i = threadIdx.x; i < M * ELEMENTS; i += 32 * ANY_WARPS) {
+        const int m = i / ELEMENTS, p = i % ELEMENTS;
+        const int64_t k = first + p - CODES;
+        kept[m][spread(p)] = m < rows && k >= 0 && k < K ? widen(x[m * K + k]) : 0.0f;
+    }
+    __syncthreads();
+}
+
+template <int M, typename T>
 __device__ void gemv_any(const T* x,            // [rows_x, K]
                          const uint8_t* packed, // [ceil(N * K / 2)]
                          const Absmax& absmax,  // [ceil(N * K / blocksize)]
@@ -144,44 +181,83 @@ __device__ void gemv_any(const T* x,            // [rows_x, K]
                          int64_t rows_x, int64_t N, int64_t K,
                          int log2_blocksize, // 5..12
                          int quant_type) {   // row of the codebook tables
-    constexpr int M = 8;
-    const int64_t n = int64_t(blockIdx.x) * MAX_WARPS + threadIdx.x / 32, m0 = first_x<M>();
-    if (n >= N || m0 >= rows_x)
+    constexpr int WORDS = words_at_once(M), ROWS = ANY_ROWS_A_WARP;
+    __shared__ float kept[M][spread(CODES * (WORDS + 1))];
+    const int64_t m0 = first_x<M>(), rows = min(rows_x - m0, int64_t(M));
+    if (m0 >= rows_x)
         return;
-    const int64_t tile = min(rows_x - m0, int64_t(M));
-    x += m0 * K, out += m0 * N + n;
-    float acc[M] = {};
-    for (int64_t k = lane_id(); k < K; k += 32) {
-        const int64_t i = n * K + k;
-        const uint32_t code = packed[i / 2] >> nibble_shift(i % 2) & 15;
-        const float scale = decode_scale(absmax, load_scale(absmax, i >> log2_blocksize));
-        const float w = __fmul_rn(CODEBOOK_4BIT[quant_type][code], scale);
+    const float entry = CODEBOOK_4BIT[quant_type][lane_id() % 16];
+    const bool is_aligned = reinterpret_cast<uintptr_t>(packed) % 4 == 0;
+    const int64_t n0 = int64_t(blockIdx.x) * ANY_ROWS + threadIdx.x / 32, n = min(n0, N - 1), bytes = (N * K + 1) / 2;
+    const int shift = n * K % CODES; // codes of its first word that are not the row's
+    const int64_t words = (shift + K + CODES - 1) / CODES, most = (K + 2 * (CODES - 1)) / CODES;
+    int64_t first[ROWS];
 #pragma unroll
-        for (int m = 0; m < M; ++m)
-            if (m < tile)
-                acc[m] = __fmaf_rn(w, widen(x[m * K + k]), acc[m]);
+    for (int r = 0; r < ROWS; ++r)
+        first[r] = (n + r * CODES < N ? n + r * CODES : n) * K / CODES;
+    float acc[ROWS][M] = {};
+    for (int64_t begin = 0; begin < most; begin += WORDS) {
+        keep_x<M>(x + m0 * K, begin * CODES, rows, K, kept);
+        for (int word = 0; word < WORDS && begin + word < words; word += 32) {
+            const int mine = word + lane_id();
+            const bool inside = begin + mine < words;
+            const int64_t at = inside ? begin + mine : words - 1;
+            uint32_t codes[ROWS];
+            RawScale scale[ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                codes[r] = load_word(packed, first[r] + at, bytes, is_aligned);
+                scale[r] = load_scale(absmax, (first[r] + at) * CODES >> log2_blocksize);
+            }
+            float sum[ROWS][M] = {};
+            const int from = mine * CODES + CODES - shift;
+#pragma unroll
+            for (int i = 0; i < CODES; ++i) {
+                float v[M];
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+                    v[m] = kept[m][spread(from + i)];
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    const float w = lookup16(entry, codes[r] >> nibble_shift(i));
+#pragma unroll
+                    for (int m = 0; m < M; ++m)
+                        sum[r][m] = __fmaf_rn(w, v[m], sum[r][m]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                const float factor = decode_scale(absmax, scale[r]);
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+                    acc[r][m] = inside ? __fmaf_rn(factor, sum[r][m], acc[r][m]) : acc[r][m];
+            }
+        }
     }
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-        const float sum = warp_sum(acc[m]);
-        if (lane_id() == 0 && m < tile)
-            out[m * N] = narrow<T>(sum);
-    }
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            const float all = warp_sum(acc[r][m]);
+            if (lane_id() == 0 && m < rows && n0 + r * CODES < N)
+                out[(m0 + m) * N + n0 + r * CODES] = narrow<T>(all);
+        }
 }
 
-#define GEMV_4BIT(name, body, T)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS)                                                       \
+#define GEMV_4BIT(name, body, warps, T)                                                                                \
+    extern "C" __global__ void __launch_bounds__(32 * warps)                                                           \
         gemv_4bit_##name(const T* x, const uint8_t* packed, Absmax absmax, T* out, int64_t rows_x, int64_t N,          \
                          int64_t K, int log2_blocksize, int quant_type) {                                              \
         body(x, packed, absmax, out, rows_x, N, K, log2_blocksize, quant_type);                                        \
     }
 
 #define GEMV_4BIT_DTYPE(T, dtype)                                                                                      \
-    GEMV_4BIT(m1_##dtype, gemv_units<1>, T)                                                                            \
-    GEMV_4BIT(m2_##dtype, gemv_units<2>, T)                                                                            \
-    GEMV_4BIT(m4_##dtype, gemv_units<4>, T)                                                                            \
-    GEMV_4BIT(m8_##dtype, gemv_units<8>, T)                                                                            \
-    GEMV_4BIT(any_##dtype, gemv_any, T)
+    GEMV_4BIT(m1_##dtype, gemv_units<1>, MAX_WARPS, T)                                                                           \
+    GEMV_4BIT(m2_##dtype, gemv_units<2>, MAX_WARPS, T)                                                                           \
+    GEMV_4BIT(m4_##dtype, gemv_units<4>, MAX_WARPS, T)                                                                           \
+    GEMV_4BIT(m8_##dtype, gemv_units<8>, MAX_WARPS, T)                                                                           \
+    GEMV_4BIT(any_m1_##dtype, gemv_any<1>, ANY_WARPS, T)                                                               \
+    GEMV_4BIT(any_m8_##dtype, gemv_any<8>, ANY_WARPS, T)
 
 GEMV_4BIT_DTYPE(float, f32)
 GEMV_4BIT_DTYPE(f16, f16)

@@ -6,8 +6,8 @@ use crate::gemv_4bit_bulk;
 use crate::gemv_4bit_mma;
 use crate::launch::{Dim, Family, Geometry, Launcher, extent, family};
 
-/// By variant (1, 2, 4, 8 rows of x at a time; any layout), then by dtype.
-const KERNELS: [&str; 15] = [
+/// By variant (1, 2, 4, 8 rows of x at a time; of any layout 1 or 8), then by dtype.
+const KERNELS: [&str; 18] = [
     "gemv_4bit_m1_f32",
     "gemv_4bit_m1_f16",
     "gemv_4bit_m1_bf16",
@@ -20,14 +20,20 @@ const KERNELS: [&str; 15] = [
     "gemv_4bit_m8_f32",
     "gemv_4bit_m8_f16",
     "gemv_4bit_m8_bf16",
-    "gemv_4bit_any_f32",
-    "gemv_4bit_any_f16",
-    "gemv_4bit_any_bf16",
+    "gemv_4bit_any_m1_f32",
+    "gemv_4bit_any_m1_f16",
+    "gemv_4bit_any_m1_bf16",
+    "gemv_4bit_any_m8_f32",
+    "gemv_4bit_any_m8_f16",
+    "gemv_4bit_any_m8_bf16",
 ];
 pub(crate) static FAMILY: Family = family!("gemv_4bit", &KERNELS);
 
 pub(crate) const MAX_WARPS: usize = 4;
 pub(crate) const UNIT: usize = 32;
+pub(crate) const ANY_WARPS: usize = 8;
+/// Rows of W of a CTA that takes any layout.
+pub(crate) const ANY_ROWS: usize = 32;
 /// Past this a unit's index does not fit the fast kernels' 32 bits.
 const MOST_WEIGHTS: usize = 1 << 36;
 
@@ -41,7 +47,8 @@ struct Variant {
 /// Which of the two sums a row gets, and in what order, depends on K and on alignment, never on M.
 fn variant(m: usize, k: usize, vector: bool) -> Variant {
     if !vector {
-        return Variant { index: 4, tile: (8, MAX_WARPS), warps: MAX_WARPS };
+        let (index, tile) = if m == 1 { (4, 1) } else { (5, 8) };
+        return Variant { index, tile: (tile, ANY_ROWS), warps: ANY_WARPS };
     }
     let warps = k.div_ceil(UNIT * 32).clamp(1, MAX_WARPS);
     let (index, tile) = match m {
