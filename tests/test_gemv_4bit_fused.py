@@ -90,10 +90,12 @@ def agree(found, expected):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("m", [1, 8, 9, 16])
 @pytest.mark.parametrize(
-    "sizes, k", [((40, 96), 576), ((1000, 8), 896), ((8440, 8440, 80), 896), ((68, 4), 4160)]
+    "sizes, k", [((40, 96), 576), ((1000, 8), 896), (("many", "many", 80), 896), ((68, 4), 4160)]
 )
 def test_any_number_of_blocks_and_plain_scales(double_quant, m, sizes, k):
-    x = random(m, k)
+    # Two of these are enough for panels side by side.
+    many = 64 * torch.cuda.get_device_properties(0).multi_processor_count
+    x, sizes = random(m, k), [many if n == "many" else n for n in sizes]
     products = [product(n, k, bias=True, double_quant=double_quant) for n in sizes]
     assert fuses(x, products)
     following = [(p.packed, p.state) for p in products]
@@ -221,9 +223,9 @@ def test_each_product_has_a_rank_of_its_own(m, ranks):
 @pytest.mark.parametrize("m", [7, 16, 64])
 def test_adapters_of_other_rows_change_nothing(m):
     """Adapters lie side by side: a row's own is what is left where the others' factors are 0."""
-    x, plain = random(m, 1024), product(200, 1024)
+    x, plain = random(m, 4096), product(200, 4096)
     skip_unless_fused(x, [plain])
-    of_all = product(200, 1024, rank=64, rows=m).adapter
+    of_all = product(200, 4096, rank=64, rows=m).adapter
     place = torch.arange(64, device="cuda") // 16
     rows = torch.arange(m, device="cuda") % 5
     factors = of_all.factors * (place == rows[:, None])

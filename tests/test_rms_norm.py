@@ -108,6 +108,14 @@ def test_nan_and_inf_stay_in_their_row(device, columns):
     assert out[2, -1].isnan() and bool((out[2, :-1] == 0).all())
 
 
+def test_second_derivatives_are_refused(device):
+    x = torch.randn(2, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(8, device=device, dtype=torch.bfloat16)
+    (grad,) = torch.autograd.grad(rms_norm(x, weight, 1e-5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_no_rows(device):
     x = torch.empty(0, 16, device=device, requires_grad=True)
     weight = torch.ones(16, device=device, requires_grad=True)

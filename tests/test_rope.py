@@ -78,6 +78,33 @@ def test_gradients_of_other_strides(device):
     assert k.grad is None or not k.grad.any()
 
 
+def test_second_derivatives(device):
+    def second(turn):
+        q = values(1, 3, 2, 8, dtype=torch.float32, device=device).requires_grad_()
+        k = values(1, 3, 1, 8, dtype=torch.float32, device=device, seed=1).requires_grad_()
+        loss = sum(x.pow(3).sum() for x in turn(q, k)) + q.square().sum() * k.square().sum()
+        grads = torch.autograd.grad(loss, [q, k], create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in grads), [q, k])
+
+    cos, sin = angles(1, 3, 8, torch.float32, device)
+    ours = second(lambda q, k: rope(q, k, cos, sin))
+    torch.testing.assert_close(
+        ours, second(lambda q, k: (rotate(q, cos, sin), rotate(k, cos, sin)))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_transforms_of_torch_see_its_own_arithmetic():
+    q, k = (values(4, 1, 3, 2, 8, dtype=torch.float32, device="cpu", seed=s) for s in (0, 1))
+    cos, sin = angles(1, 3, 8, torch.float32, "cpu")
+    together = torch.vmap(lambda q, k: rope(q, k, cos, sin)[0])(q, k)
+    assert torch.equal(
+        together, torch.stack([rope(*pair, cos, sin)[0] for pair in zip(q, k, strict=True)])
+    )
+    _, tangent = torch.func.jvp(lambda q: rope(q, k[0], cos, sin)[0], (q[0],), (q[1],))
+    torch.testing.assert_close(tangent, rotate(q[1], cos, sin))
+
+
 def test_no_tokens_and_nan(device):
     cos, sin = angles(1, 0, 64, torch.float32, device)
     q = torch.empty(2, 0, 4, 64, device=device)

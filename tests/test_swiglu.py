@@ -92,6 +92,15 @@ def test_extremes_are_torchs(device):
         torch.testing.assert_close(swiglu(gate, up), expected, equal_nan=True)
 
 
+def test_second_derivatives_are_refused(device):
+    gate, up = (torch.randn(2, 8, device=device, dtype=torch.bfloat16) for _ in range(2))
+    (grad,) = torch.autograd.grad(
+        swiglu(gate.requires_grad_(), up).square().sum(), gate, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_nothing(device):
     assert swiglu(torch.empty(0, 8, device=device)).shape == (0, 4)
     empty = torch.empty(3, 0, device=device, requires_grad=True)

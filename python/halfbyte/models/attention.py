@@ -13,7 +13,6 @@ from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.ops import rope
 
-
 # Tokens from which torch's gradient of attention in 16 bits is as fast on a CPU as that in fp32: it
 # takes larger blocks then.
 SHORT = 192
@@ -82,10 +81,10 @@ def _mask(window: int | None, positions: Tensor, keys: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, span: Span, dropout_p: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v for q [B, T, heads, D], k and v [B, S, kv_heads, D]."""
-    is_short = q.shape[1] < SHORT or not torch.is_grad_enabled()
-    if q.is_cpu and q.dtype in (torch.float16, torch.bfloat16) and is_short:
-        # torch's kernel for fp32 is the faster one there.
-        return attend(q.float(), k.float(), v.float(), span, dropout_p).to(q.dtype)
+    if q.is_cpu and q.dtype in (torch.float16, torch.bfloat16):
+        if q.shape[1] < SHORT or not torch.is_grad_enabled():
+            # torch's kernel for fp32 is the faster one there.
+            return attend(q.float(), k.float(), v.float(), span, dropout_p).to(q.dtype)
     groups = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if groups > 1 and span.mask is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from halfbyte import _core
@@ -85,6 +86,7 @@ class _RmsNorm(torch.autograd.Function):
         return _norm(x, weight, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         of_weight = ctx.needs_input_grad[1]
@@ -103,6 +105,7 @@ class _AddRmsNorm(torch.autograd.Function):
         return out, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         total, weight = ctx.saved_tensors
         of_weight = ctx.needs_input_grad[2]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from halfbyte import _core
-from halfbyte.ops.library import define
+from halfbyte.ops.library import define, is_transformed
 
 # What our loops on the CPU have vectors for; the rest is torch's there.
 VECTORS = (torch.float32, torch.bfloat16)
@@ -37,15 +37,17 @@ class _Rope(torch.autograd.Function):
     """The gradient of a rotation is the rotation back."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotate(q, k, cos, sin, False)
+        ctx.inverse = inverse
+        return _rotate(_heads(q), _heads(k), cos, sin, inverse)
 
     @staticmethod
-    def backward(ctx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        heads = _heads(grad_q), _heads(grad_k)
-        return *_rotate(*heads, cos, sin, True), None, None
+    def backward(ctx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grads = _Rope.apply(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse)
+        return *grads, None, None, None
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -62,10 +64,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    if q.is_cpu and (q.dtype not in VECTORS or torch.compiler.is_compiling()):
+    if q.is_cpu and (q.dtype not in VECTORS or is_transformed()):
         half = q.shape[-1] // 2
         return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
-    q, k = _heads(q), _heads(k)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rope.apply(q, k, cos, sin)
-    return _rotate(q, k, cos, sin, False)
+        return _Rope.apply(q, k, cos, sin, False)
+    return _rotate(_heads(q), _heads(k), cos, sin, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from halfbyte import _core
@@ -46,6 +47,7 @@ class _Swiglu(torch.autograd.Function):
         return _forward(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         grads = _backward(grad.contiguous(), *ctx.saved_tensors, False)
         return grads[0], grads[1]
@@ -60,6 +62,7 @@ class _SwigluOfHalves(torch.autograd.Function):
         return _forward(*both.chunk(2, dim=-1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         halves = both.chunk(2, dim=-1)

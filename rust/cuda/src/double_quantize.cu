@@ -109,8 +109,9 @@ struct Group {
         const float reciprocal = __frcp_rn(largest);
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) {
-            // By the grid rule, whose first step is to add one; the lowest code for NaN, which zeros make.
-            const float scaled = fmaxf(__fmul_rn(v[j], reciprocal), -1.0f);
+            // By the grid rule, whose first step is to add one; the lowest code for NaN, which zeros make, the highest
+            // for the infinity that what has no reciprocal makes.
+            const float scaled = fminf(fmaxf(__fmul_rn(v[j], reciprocal), -1.0f), 1.0f);
             const uint32_t code = signed_code(entries, __fadd_rn(scaled, 1.0f) - 1.0f) >> 24;
             if (32 * j < count)
                 codes[first + 32 * j] = code;

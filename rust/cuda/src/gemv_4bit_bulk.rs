@@ -380,7 +380,9 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     let products = products.fused(fused);
     if ranks > 0 {
         let chunks = head.shape.k.div_ceil(CHUNK);
-        let kernel = 2 * (FORMS.len() + usize::from(are_many(ranks * chunks, limits.multiprocessors))) + dtype(head);
+        let many = fused.adapters().any(|adapter| adapter.factors.is_some())
+            || are_many(ranks * chunks, limits.multiprocessors);
+        let kernel = 2 * (FORMS.len() + usize::from(many)) + dtype(head);
         let grid = (extent(ranks), extent(chunks), 1);
         let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared: 0, overlaps: true };
         launcher.launch(&FAMILY, KERNELS[kernel], geometry, args![products])?;
@@ -389,9 +391,10 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     launch_products(launcher, head, form, products, ctas, next)
 }
 
-/// Whether so many CTAs for hidden values had better be small ones. It does not depend on the rows of x, nor may it: each
-/// row's bits are its own. Measured on an H200: 96 are faster as `few` from 4 rows of x on and equal before, 128 and 384
-/// slower at one row.
+/// Whether so many CTAs for hidden values had better be small ones, which add in another order. It does not depend on the
+/// rows of x, nor may it: each row's bits are its own. Where each has an adapter of several, which come and go, CTAs are
+/// always small. Measured on an H200: 96 are faster as `few` from 4 rows of x on and equal before, 128 and 384 slower at
+/// one row.
 fn are_many(ctas: usize, multiprocessors: usize) -> bool {
     ctas > multiprocessors * 3 / 4
 }

@@ -181,7 +181,8 @@ impl SwigluBackward<'_> {
     fn run<T: Float>(self, simd: Simd) {
         let (rows, columns) = (self.rows, self.columns.max(1));
         let (gate, up): (&[T], &[T]) = (self.gate.span.as_slice(), self.up.span.as_slice());
-        let (gate, up) = (gate.chunks(self.gate.stride.max(1)), up.chunks(self.up.stride.max(1)));
+        // The stride of a single row may be anything.
+        let (gate, up) = (gate.chunks(self.gate.stride.max(columns)), up.chunks(self.up.stride.max(columns)));
         let inputs = self.grad.as_slice::<T>().chunks(columns).zip(gate).zip(up);
         let grads: &mut [T] = self.grads.into_slice();
         let work = |(((grad, gate), up), (of_gate, of_up))| gradients(simd, grad, gate, up, of_gate, of_up);
