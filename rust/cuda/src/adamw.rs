@@ -112,7 +112,10 @@ impl Table {
             Moments::Block8 => 1,
         };
         let host_ctas = slices(&on_host).min(HOST_CTAS[kernel]);
-        let most = CTAS_PER_MULTIPROCESSOR * launcher.limits().multiprocessors;
+        let limits = launcher.limits();
+        // 64 KiB of shared memory, which is all that capability 7.5 has, are enough for two with tables.
+        let side_by_side = if limits.capability < (8, 0) { 2 } else { CTAS_PER_MULTIPROCESSOR };
+        let most = side_by_side * limits.multiprocessors;
         let ctas = host_ctas + slices(&on_device).min(most - host_ctas);
         if ctas == 0 {
             return Ok(());
