@@ -277,9 +277,8 @@ def test_launches_meet_and_leave_zeros_behind(m):
         gemv_4bit_fused(x, products, gated, arrived=arrived.float())
 
 
-@pytest.mark.parametrize("rank", [16, 128])
-def test_a_row_does_not_depend_on_the_others(rank):
-    x, products, gated = case(8, rank)
+def test_a_row_does_not_depend_on_the_others():
+    x, products, gated = case(8)
     (whole,) = gemv_4bit_fused(x, products, gated)
     for row in range(8):
         (found,) = gemv_4bit_fused(x[row : row + 1], products, gated)

@@ -801,30 +801,7 @@ GEMV_4BIT_BULK(f16, 16_short_f16, 16, 2, 8, 188896)
 GEMV_4BIT_BULK(bf16, 8_short_bf16, 8, 4, 16, 179136)
 GEMV_4BIT_BULK(bf16, 16_short_bf16, 16, 2, 8, 188896)
 
-constexpr int HIDDEN_THREADS = CHUNK / 16, HIDDEN_WARPS = HIDDEN_THREADS / 32;
-constexpr int STEP = 32; // elements of K: eight of a lane, two mmas
-constexpr int STEPS = CHUNK / HIDDEN_WARPS / STEP;
-
-// Of one hidden value, by warps.
-using HiddenSums = float[MMA_ROWS][HIDDEN_WARPS];
-
-// By one of all threads that have waited for x.
-__device__ inline void announce_x(const Products& products) {
-    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
-        announce_end(products.arrived);
-}
-
-// What one chunk of K gives to one hidden value, for every row of x.
-__device__ inline void store_hidden(const Products& products, const HiddenSums& sums) {
-    __syncthreads();
-    if (const int m = threadIdx.x; m < products.rows_x) {
-        float sum = 0;
-#pragma unroll
-        for (int warp = 0; warp < HIDDEN_WARPS; ++warp)
-            sum += sums[m][warp];
-        products.hidden[(int64_t(blockIdx.y) * products.rows_x + m) * products.ranks + blockIdx.x] = sum;
-    }
-}
+constexpr int HIDDEN_THREADS = CHUNK / 16;
 
 // sum + the products of eight values each.
 template <typename T>
@@ -837,110 +814,62 @@ __device__ float dot8(float sum, const Raw8<T>& a, const Raw8<T>& b) {
     return sum;
 }
 
-// Of many hidden values, for which CTAs that need little have room side by side. A's elements are rounded to x's dtype,
-// as the layer uses them; they are here before x is.
-struct OfMany {
-    HiddenSums sums;
-
-    template <typename T, typename A>
-    __device__ void make(const Products& products, const Adapter& adapter) {
-        const int r = blockIdx.x - adapter.column, K = products.weights.K;
-        const int first = blockIdx.y * CHUNK + threadIdx.x * 16;
-        const bool reads = first < K;
-        const A* a = static_cast<const A*>(adapter.a) + int64_t(r) * K + first;
-        const T* x = static_cast<const T*>(products.x) + first;
-        Raw8<T> of_a[2]{};
+// What one chunk of K gives to one hidden value, for every row of x. A's elements are rounded to x's dtype, as the
+// layer uses them; they are here before x is.
+template <typename T, typename A>
+__device__ void make_hidden(const Products& products, const Adapter& adapter) {
+    __shared__ float sums[MMA_ROWS][HIDDEN_THREADS / 32];
+    const int r = blockIdx.x - adapter.column, K = products.weights.K, first = blockIdx.y * CHUNK + threadIdx.x * 16;
+    const bool reads = first < K;
+    const A* a = static_cast<const A*>(adapter.a) + int64_t(r) * K + first;
+    const T* x = static_cast<const T*>(products.x) + first;
+    Raw8<T> of_a[2]{};
+    for (int i = 0; i < 2; ++i)
+        if (reads) {
+            float v[8];
+            load8(a + i * 8, v);
+            of_a[i].pack(v);
+        }
+    wait_for_previous_kernel();
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
+        announce_end(products.arrived);
+#pragma unroll 2
+    for (int m = 0; m < products.rows_x; ++m) {
+        float dot = 0;
+#pragma unroll
         for (int i = 0; i < 2; ++i)
             if (reads) {
-                float v[8];
-                load8(a + i * 8, v);
-                of_a[i].pack(v);
+                Raw8<T> of_x;
+                of_x.load(x + int64_t(m) * K + i * 8);
+                of_a[i].stay_packed();
+                dot = dot8(dot, of_a[i], of_x);
             }
-        wait_for_previous_kernel();
-        announce_x(products);
-#pragma unroll 2
-        for (int m = 0; m < products.rows_x; ++m) {
-            float dot = 0;
+        dot = warp_sum(dot);
+        if (lane_id() == 0)
+            sums[m][threadIdx.x / 32] = dot;
+    }
+    __syncthreads();
+    if (const int m = threadIdx.x; m < products.rows_x) {
+        float sum = 0;
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                if (reads) {
-                    Raw8<T> of_x;
-                    of_x.load(x + int64_t(m) * K + i * 8);
-                    of_a[i].stay_packed();
-                    dot = dot8(dot, of_a[i], of_x);
-                }
-            dot = warp_sum(dot);
-            if (lane_id() == 0)
-                sums[m][threadIdx.x / 32] = dot;
-        }
-        store_hidden(products, sums);
+        for (int warp = 0; warp < HIDDEN_THREADS / 32; ++warp)
+            sum += sums[m][warp];
+        products.hidden[(int64_t(blockIdx.y) * products.rows_x + m) * products.ranks + blockIdx.x] = sum;
     }
-};
+}
 
-// Of few, which nobody waits long for: all rows of x come at once, and every column of an mma is this hidden value.
-struct OfFew {
-    HiddenSums sums;
-    uint4 of_x[STEPS][HIDDEN_THREADS], of_a[HIDDEN_WARPS][STEPS][STEP / 8];
-
-    template <typename T, typename A>
-    __device__ void make(const Products& products, const Adapter& adapter) {
-        const int r = blockIdx.x - adapter.column, K = products.weights.K, warp = threadIdx.x / 32;
-        const int first = blockIdx.y * CHUNK + warp * STEPS * STEP, steps = min(STEPS, (K - first) / STEP);
-        const A* a = static_cast<const A*>(adapter.a) + int64_t(r) * K + first;
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (const int at = i * 32 + lane_id(); at * 8 < steps * STEP) {
-                float v[8];
-                load8(a + at * 8, v);
-                Raw8<T> raw;
-                raw.pack(v);
-                of_a[warp][at / 4][at % 4] = raw.words;
-            }
-        __syncwarp();
-        wait_for_previous_kernel();
-        announce_x(products);
-        const int g = lane_id() / 4, t = lane_id() % 4;
-        const T* x = static_cast<const T*>(products.x) + int64_t(g) * K + first + t * 8;
-        if (g < products.rows_x)
-#pragma unroll 4
-            for (int step = 0; step < steps; ++step)
-                copy_own(&of_x[step][threadIdx.x], x + step * STEP);
-        wait_for_own();
-        float even[4] = {}, odd[4] = {};
-#pragma unroll 2
-        for (int step = 0; step < steps; ++step) {
-            const uint4 of_row = of_x[step][threadIdx.x], b = of_a[warp][step][t];
-            multiply_add(T{}, even, {of_row.x, 0, of_row.y, 0}, b.x, b.y);
-            multiply_add(T{}, odd, {of_row.z, 0, of_row.w, 0}, b.z, b.w);
-        }
-        if (t == 0)
-            sums[g][warp] = even[0] + odd[0];
-        store_hidden(products, sums);
-    }
-
-    // What a thread copies it alone reads, so that no other has to know.
-    __device__ static void copy_own(uint4* to, const void* from) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-    }
-
-    __device__ static void wait_for_own() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-};
-
-// x and A 16-byte aligned, K % 32 == 0, at most MMA_ROWS rows of x; grid (hidden values, chunks). Registers for one CTA
+// x and A 16-byte aligned, K % 16 == 0, at most MMA_ROWS rows of x; grid (hidden values, chunks). Registers for one CTA
 // beside one of the products.
-#define GEMV_4BIT_HIDDEN(Hidden, name, T, dtype)                                                                       \
+#define GEMV_4BIT_HIDDEN(T, dtype)                                                                                     \
     extern "C" __global__ void __launch_bounds__(HIDDEN_THREADS, 16)                                                   \
-        gemv_4bit_hidden_##name##_##dtype(const __grid_constant__ Products products) {                                 \
-        __shared__ Hidden hidden;                                                                                      \
+        gemv_4bit_hidden_##dtype(const __grid_constant__ Products products) {                                          \
         let_next_kernel_start();                                                                                       \
         const Adapter& adapter = adapter_of(products, blockIdx.x);                                                     \
         if (products.adapters_fp32)                                                                                    \
-            hidden.make<T, float>(products, adapter);                                                                  \
+            make_hidden<T, float>(products, adapter);                                                                  \
         else                                                                                                           \
-            hidden.make<T, T>(products, adapter);                                                                      \
+            make_hidden<T, T>(products, adapter);                                                                      \
     }
 
-GEMV_4BIT_HIDDEN(OfFew, few, f16, f16)
-GEMV_4BIT_HIDDEN(OfFew, few, bf16, bf16)
-GEMV_4BIT_HIDDEN(OfMany, many, f16, f16)
-GEMV_4BIT_HIDDEN(OfMany, many, bf16, bf16)
+GEMV_4BIT_HIDDEN(f16, f16)
+GEMV_4BIT_HIDDEN(bf16, bf16)

@@ -11,7 +11,7 @@ use crate::gemm_4bit;
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 
 /// The products in each form, and the adapters' hidden values; by x's dtype.
-const KERNELS: [&str; 12] = [
+const KERNELS: [&str; 10] = [
     "gemv_4bit_bulk_8_f16",
     "gemv_4bit_bulk_8_bf16",
     "gemv_4bit_bulk_16_f16",
@@ -20,10 +20,8 @@ const KERNELS: [&str; 12] = [
     "gemv_4bit_bulk_8_short_bf16",
     "gemv_4bit_bulk_16_short_f16",
     "gemv_4bit_bulk_16_short_bf16",
-    "gemv_4bit_hidden_few_f16",
-    "gemv_4bit_hidden_few_bf16",
-    "gemv_4bit_hidden_many_f16",
-    "gemv_4bit_hidden_many_bf16",
+    "gemv_4bit_hidden_f16",
+    "gemv_4bit_hidden_bf16",
 ];
 pub(crate) static FAMILY: Family = family!("gemv_4bit_bulk", &KERNELS);
 
@@ -379,24 +377,12 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     let (products, ctas) = Products::new(&given, fused.gated, &FORMS[form], limits.multiprocessors);
     let products = products.fused(fused);
     if ranks > 0 {
-        let chunks = head.shape.k.div_ceil(CHUNK);
-        let many = fused.adapters().any(|adapter| adapter.factors.is_some())
-            || are_many(ranks * chunks, limits.multiprocessors);
-        let kernel = 2 * (FORMS.len() + usize::from(many)) + dtype(head);
-        let grid = (extent(ranks), extent(chunks), 1);
+        let grid = (extent(ranks), extent(head.shape.k.div_ceil(CHUNK)), 1);
         let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared: 0, overlaps: true };
-        launcher.launch(&FAMILY, KERNELS[kernel], geometry, args![products])?;
+        launcher.launch(&FAMILY, KERNELS[2 * FORMS.len() + dtype(head)], geometry, args![products])?;
     }
     let next = Weights::next(&fused.next, &FORMS[form], limits.multiprocessors);
     launch_products(launcher, head, form, products, ctas, next)
-}
-
-/// Whether so many CTAs for hidden values had better be small ones, which add in another order. It does not depend on the
-/// rows of x, nor may it: each row's bits are its own. Where each has an adapter of several, which come and go, CTAs are
-/// always small. Measured on an H200: 96 are faster as `few` from 4 rows of x on and equal before, 128 and 384 slower at
-/// one row.
-fn are_many(ctas: usize, multiprocessors: usize) -> bool {
-    ctas > multiprocessors * 3 / 4
 }
 
 fn launch_products(
