@@ -705,6 +705,35 @@ def wait_until_ready(url: str) -> None:
     raise AssertionError("the server is not ready after a minute")
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("port", 65536),
+        ("max_batch", 33),
+        ("max_waiting", -1),
+        ("request_timeout", float("nan")),
+        ("drain_timeout", -1),
+        ("api_key", ""),
+        ("adapter_root", Path("no/such/folder")),
+    ],
+)
+def test_settings_that_cannot_be_are_said_before_the_model_is_loaded(field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected .*, got"):
+        ServeConfig(name="x", **{field: value})
+
+
+def test_a_port_that_is_taken_ends_the_process_before_it_loads():
+    code = "import sys; from halfbyte.serve import ServeConfig, serve\n"
+    code += "serve(lambda: print('loads', flush=True), ServeConfig('x', port=int(sys.argv[1])))"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-c", code, port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode > 0 and done.stdout == "", done.stderr
+    logged = [json.loads(line) for line in done.stderr.splitlines()]
+    assert any(line["level"] == "ERROR" and port in line["message"] for line in logged)
+
+
 def test_without_its_extra_the_server_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("halfbyte.serve")]:
         monkeypatch.delitem(sys.modules, name)
