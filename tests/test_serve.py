@@ -260,7 +260,15 @@ def test_logprobs(client):
     shown = [e for c in stream if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert [e.logprob for e in shown] == [e.logprob for e in entries]
     plain = client.completions.create(model="tiny", prompt="abc", logprobs=1, **GREEDY)
-    assert len(plain.choices[0].logprobs.token_logprobs) == 12
+    logprobs = plain.choices[0].logprobs
+    assert len(logprobs.token_logprobs) == 12
+    lengths = [len(token) for token in logprobs.tokens]
+    assert logprobs.text_offset == [sum(lengths[:i]) for i in range(12)]
+    stream = client.completions.create(
+        model="tiny", prompt="abc", logprobs=1, stream=True, **GREEDY
+    )
+    shown = [o for c in stream if c.choices[0].logprobs for o in c.choices[0].logprobs.text_offset]
+    assert shown == logprobs.text_offset
 
 
 def test_many_at_once(server, client):
@@ -322,6 +330,9 @@ def test_json_replies(server, client):
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user", "text": "hi"}]}, "messages: expected content .* 'user'"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"0.content: expected str or list\[Part"),
+        ({"stop": [1]}, r"^stop: expected str or list\[str\]$"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "at most 512 tokens"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -341,6 +352,16 @@ def test_bad_requests_are_named(url, change, message):
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
     assert re.search(message, error["message"]), error
+
+
+@pytest.mark.parametrize("method, path", [("GET", "/v1/chat/completions"), ("POST", "/v1/nope")])
+def test_what_no_route_takes_has_the_shape_of_an_error(server, url, method, path):
+    answers = server[0].metrics.requests
+    response = httpx.request(method, url + path)
+    counted = answers.labels(response.status_code)._value.get()
+    error = response.json()["error"]
+    assert response.status_code == (405 if method == "GET" else 404) and counted >= 1
+    assert f"{method} {path}: " in error["message"] and error["type"] == "invalid_request_error"
 
 
 EDGES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from itertools import accumulate
 from typing import Any
 
 from halfbyte.reply import Reply, TokenLogprobs
@@ -27,8 +28,9 @@ class Answer:
         }
         if adapter is not None:
             self.head["adapter_generation"] = adapter.generation
-        # Log-probabilities that chunks have shown already, for each choice.
-        self.shown = [0] * len(requests)
+        # Log-probabilities that chunks have shown already, for each choice, and what their tokens
+        # have of text.
+        self.shown, self.length = [0] * len(requests), [0] * len(requests)
 
     prefix: str
     kind: str
@@ -143,9 +145,11 @@ class TextAnswer(Answer):
         if entries is None:
             return None
         tops = [{self._text(token): logprob for token, logprob in e.top} for e in entries]
+        tokens = [self._text(entry.token) for entry in entries]
+        *offsets, self.length[choice] = accumulate(map(len, tokens), initial=self.length[choice])
         return {
-            "tokens": [self._text(entry.token) for entry in entries],
+            "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": tops,
-            "text_offset": [],
+            "text_offset": offsets,
         }
