@@ -668,7 +668,7 @@ def process(tmp_path, context: int, *options: str):
     """`halfbyte serve` of a tiny model; yields the process and its address."""
     folder = tiny_folder(tmp_path / "model", max_position_embeddings=context)
     port = free_port()
-    words = [sys.executable, "-m", "halfbyte.cli", "serve", folder, "--device", "cpu", *options]
+    words = [sys.executable, "-m", "halfbyte", "serve", folder, "--device", "cpu", *options]
     command = [*map(str, words), "--port", str(port), "--name", "m", "--dtype", "float32"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         try:

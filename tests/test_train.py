@@ -1174,7 +1174,7 @@ def test_torchrun_starts_the_command_line(tmp_path, base):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launchers = {"one": ([sys.executable], "4"), "two": (torchrun, "2")}
     for name, (launcher, batch) in launchers.items():
-        words = [*launcher, "-m", "halfbyte.cli", "finetune", base, data, *options.split(), batch]
+        words = [*launcher, "-m", "halfbyte", "finetune", base, data, *options.split(), batch]
         command = [*map(str, words), "--output-dir", str(tmp_path / name)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
