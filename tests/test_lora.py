@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -377,6 +378,7 @@ def test_merge_keeps_the_delta_and_can_use_the_original():
 
 
 @pytest.mark.parametrize("kwargs, word", [({"r": 0}, "r"), ({"lora_dropout": 1.0}, "lora_dropout"),
+                                          ({"lora_alpha": math.nan}, "lora_alpha"),
                                           ({"bias": "some"}, "bias")])  # fmt: skip
 def test_bad_config(kwargs, word):
     with pytest.raises(ValueError, match=f"LoraConfig: {word}"):

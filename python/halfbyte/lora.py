@@ -55,6 +55,10 @@ class LoraConfig:
     def __post_init__(self):
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"LoraConfig: r: expected a positive int, got {self.r!r}")
+        if not (isinstance(self.lora_alpha, int | float) and math.isfinite(self.lora_alpha)):
+            raise ValueError(
+                f"LoraConfig: lora_alpha: expected a finite number, got {self.lora_alpha!r}"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoraConfig: lora_dropout: expected [0, 1), got {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
