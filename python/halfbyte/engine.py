@@ -6,7 +6,15 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -551,8 +559,9 @@ def tokenizer_of(model: Decoder, purpose: str) -> Any:
 def checked_prompt(model: Decoder, prompt: Any) -> list[int]:
     """The ids of a prompt given as text or ids; the bos token stands for an empty one."""
     if isinstance(prompt, str):
-        prompt = tokenizer_of(model, "prompt").encode(prompt, add_special_tokens=True)
-    ids = [int(token) for token in prompt]
+        ids = tokenizer_of(model, "prompt").encode(prompt, add_special_tokens=True)
+    else:
+        ids = _ids_of(prompt)
     config = model.config
     if not ids:
         bos = config.bos_token_id
@@ -561,7 +570,7 @@ def checked_prompt(model: Decoder, prompt: Any) -> list[int]:
         ids = [bos]
     for token in ids:
         if not 0 <= token < config.vocab_size:
-            raise ValueError(f"prompt: expected ids below {config.vocab_size}, got {token}")
+            raise ValueError(f"prompt: expected ids in 0 to {config.vocab_size - 1}, got {token}")
     if len(ids) > config.max_position_embeddings:
         raise ContextLengthError(
             f"prompt: expected at most {config.max_position_embeddings} tokens "
@@ -570,12 +579,26 @@ def checked_prompt(model: Decoder, prompt: Any) -> list[int]:
     return ids
 
 
+def _ids_of(prompt: Any) -> list[int]:
+    """Raises TypeError for what is no sequence of whole numbers."""
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+        raise TypeError(
+            f"prompt: expected text or token ids, got {type(prompt).__name__}. "
+            "Hint: halfbyte.chat takes messages, model.tokenizer.chat_ids makes ids of them"
+        )
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    for token in ids:
+        if not isinstance(token, Integral):
+            raise TypeError(f"prompt: expected token ids, got {token!r} among them")
+    return [int(token) for token in ids]
+
+
 def is_batch(prompts: Any) -> bool:
     """Whether this is a list of prompts, not one."""
     if isinstance(prompts, Tensor):
         if prompts.dim() not in (1, 2):
             raise ValueError(f"ids: expected a tensor [T] or [B, T], got {list(prompts.shape)}")
         return prompts.dim() == 2
-    return (
-        not isinstance(prompts, str) and len(prompts) > 0 and not isinstance(prompts[0], Integral)
-    )
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sized):
+        return False
+    return len(prompts) > 0 and not isinstance(prompts[0], Integral)  # type: ignore[index]
