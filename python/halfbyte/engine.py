@@ -174,6 +174,7 @@ class Engine:
             self._scheduler = Scheduler(model, cache, max_batch, max_waiting)
         # Prefixes of other generations are not found, also those that running requests leave.
         self._generation = 0
+        self._closed = False
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._driver: threading.Thread | None = None
@@ -191,6 +192,7 @@ class Engine:
         Raises CheckpointError for files that do not fit, ValueError where the model carries an
         adapter of its own.
         """
+        self._check_open()
         decode = self._scheduler.decode
         adapter = decode.adapters.read(name, folder)
         with self._lock, torch.inference_mode():
@@ -209,10 +211,18 @@ class Engine:
             decode.rearrange()
 
     def close(self) -> None:
-        """End all requests and give the model back as it was before it got adapters."""
+        """End all requests and give the model back as it was before it got adapters.
+
+        Nothing runs afterwards: a request for an adapter would be answered by the model alone.
+        """
         with self._lock:
+            self._closed = True
             self._scheduler.abandon(None)
             self._scheduler.decode.adapters.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine was closed. Hint: make a new one")
 
     def generate(
         self,
@@ -285,11 +295,13 @@ class Engine:
     ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
-        Raises RuntimeError for a model that is `stale`, ValueError for token ids that it does not
-        have, for a least length where every id ends the reply and for a JSON schema that is not
-        supported, ContextLengthError for a prompt longer than the model's context or the cache,
-        AdapterNotFoundError, QueueFullError, ImportError where an extra is missing.
+        Raises RuntimeError after `close` and for a model that is `stale`, ValueError for token ids
+        that it does not have, for a least length where every id ends the reply and for a JSON
+        schema that is not supported, ContextLengthError for a prompt longer than the model's
+        context or the cache, AdapterNotFoundError, QueueFullError, ImportError where an extra is
+        missing.
         """
+        self._check_open()
         if self.stale:
             raise RuntimeError(
                 "the model's weights were moved or its layers exchanged after the engine was made. "
