@@ -171,6 +171,7 @@ ERRORS = {
     ),
     "missing data": (["finetune", "BASE", "nothing.jsonl", "--output-dir", "OUT"], "nothing.jsonl"),
     "what is wrong without a model": (["chat", "nowhere", "--top-p", "2"], "top_p: expected"),
+    "what is in the way of a merge": (["merge", "nowhere", "nothing", "DATA"], "got a file of"),
     "missing adapter": (["merge", "BASE", "nothing", "OUT"], "adapter_config.json"),
 }
 

@@ -354,8 +354,10 @@ def merge(
     trained through.
     """
     from halfbyte import checkpoint, lora
+    from halfbyte.checkpoint.saving import check_target
 
     dtype_ = _torch_dtype(dtype)
+    check_target(out.expanduser().resolve(), overwrite, model)
     where = {"dtype": dtype_, "device": device}
     merged = checkpoint.load(
         model, quant_type=_none(quant_type), double_quant=double_quant, **where
