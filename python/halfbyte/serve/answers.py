@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from itertools import accumulate
 from typing import Any
 
 from halfbyte.reply import Reply, TokenLogprobs
 from halfbyte.scheduler import Request
-from halfbyte.tokenizer import Tokenizer
+from halfbyte.tokenizer import Detokenizer, Tokenizer
 
 # Ours, then OpenAI's: it knows no limit but one of length.
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
@@ -28,9 +27,8 @@ class Answer:
         }
         if adapter is not None:
             self.head["adapter_generation"] = adapter.generation
-        # Log-probabilities that chunks have shown already, for each choice, and what their tokens
-        # have of text.
-        self.shown, self.length = [0] * len(requests), [0] * len(requests)
+        # Log-probabilities that chunks have shown already, for each choice.
+        self.shown = [0] * len(requests)
 
     prefix: str
     kind: str
@@ -122,6 +120,11 @@ class ChatAnswer(Answer):
 class TextAnswer(Answer):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
+    def __init__(self, model: str, requests: list[Request], tokenizer: Tokenizer) -> None:
+        super().__init__(model, requests, tokenizer)
+        self.detokenizers = [Detokenizer(tokenizer) for _ in requests]
+        self.lengths = [0] * len(requests)
+
     def _whole(self, choice: int, reply: Reply) -> dict[str, Any]:
         text = reply.text.given if reply.text else ""
         return self._entry(choice, text, self._reason(choice))
@@ -145,11 +148,15 @@ class TextAnswer(Answer):
         if entries is None:
             return None
         tops = [{self._text(token): logprob for token, logprob in e.top} for e in entries]
-        tokens = [self._text(entry.token) for entry in entries]
-        *offsets, self.length[choice] = accumulate(map(len, tokens), initial=self.length[choice])
         return {
-            "tokens": tokens,
+            "tokens": [self._text(entry.token) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": tops,
-            "text_offset": offsets,
+            "text_offset": [self._offset(choice, entry.token) for entry in entries],
         }
+
+    def _offset(self, choice: int, token: int) -> int:
+        """Where the next token of a choice begins in its text."""
+        begins = self.lengths[choice]
+        self.lengths[choice] += len(self.detokenizers[choice].push(token))
+        return begins
