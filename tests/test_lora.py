@@ -274,6 +274,12 @@ def damage(path, **changes):
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
 
 
+def test_a_runs_folder_is_not_its_adapter_but_names_it(tmp_path):
+    lora.save_adapter(lora.inject(decoder(), LoraConfig(r=2)), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="no such file.* saved, such as .*adapter$"):
+        lora.load_adapter(decoder(), tmp_path)
+
+
 def test_damaged_adapters(tmp_path):
     model = lora.inject(decoder(), LoraConfig(r=2))
     lora.save_adapter(model, tmp_path)

@@ -436,8 +436,11 @@ def load_adapter(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.exists():
+        # A run's folder holds its adapter beside checkpoints and metrics.
+        inside = folder / "adapter"
+        hint = f", such as {inside}" if (inside / CONFIG_FILE).exists() else ""
         raise CheckpointError(
-            f"{path}: no such file. Hint: expected a folder that PEFT or halfbyte saved"
+            f"{path}: no such file. Hint: expected a folder that PEFT or halfbyte saved{hint}"
         )
     fields = read_json(path)
     if fields.get("peft_type") != "LORA" or fields.get("r") is None:
