@@ -172,6 +172,13 @@ def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
     engine.close()
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert list(pieces) == [] and pieces.finish_reason == "cancelled"
+    for work in (
+        lambda: engine.generate([1, 2], adapter="one"),
+        lambda: engine.load_adapter("two", folders["two"]),
+    ):
+        with pytest.raises(RuntimeError, match="the engine was closed. Hint: make a new one"):
+            work()
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 @pytest.mark.gpu

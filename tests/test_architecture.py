@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "python" / "halfbyte"
 # From the top to the bottom. A module may import any level below its own, and its own level
 # without a circle; a folder counts as one module.
 LEVELS = [
-    {"__init__"},
+    {"__init__", "__main__"},
     {"cli", "demo", "doctor"},
     {"chat", "serve"},
     {"train", "generate"},

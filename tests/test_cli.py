@@ -53,6 +53,12 @@ def test_version_and_help():
         assert run(command, "--help").exit_code == 0
 
 
+def test_python_runs_the_package():
+    command = [sys.executable, "-m", "halfbyte", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Usage: python -m halfbyte" in done.stdout, done.stderr
+
+
 def test_quantize_writes_what_load_writes(base, tmp_path):
     out = tmp_path / "out"
     result = run(
@@ -86,9 +92,11 @@ def test_every_option_explains_itself(settings):
     assert cli._field_help(settings).keys() >= names
 
 
-def test_words_that_stand_for_python_values():
+@pytest.mark.parametrize("none, false", [("none", "false"), ("None", "False")])
+def test_words_that_stand_for_python_values(none, false):
+    """As the command line writes them, and as the help, which is the settings' own, does."""
     given = {p.name: p.default for p in cli._parameters(TrainConfig)}
-    given |= {"model": "m", "data": "d", "quant_type": "none", "resume": "false"}
+    given |= {"model": "m", "data": "d", "quant_type": none, "resume": false}
     config = cli._train_config(given)
     assert config.quant_type is None and config.resume is False
     assert config.target_modules == "all-linear" and config.report_to == "none"
@@ -162,6 +170,8 @@ ERRORS = {
         "device: expected cpu or cuda, got gpu",
     ),
     "missing data": (["finetune", "BASE", "nothing.jsonl", "--output-dir", "OUT"], "nothing.jsonl"),
+    "what is wrong without a model": (["chat", "nowhere", "--top-p", "2"], "top_p: expected"),
+    "what is in the way of a merge": (["merge", "nowhere", "nothing", "DATA"], "got a file of"),
     "missing adapter": (["merge", "BASE", "nothing", "OUT"], "adapter_config.json"),
 }
 

@@ -98,7 +98,8 @@ def test_line_that_is_no_json_is_one_bad_row(tmp_path):
     path.write_text('{"text": "a"}\n{"text": \n{"text": "b"}\n')
     first, bad, last = read_rows(path)
     assert (first, last) == ({"text": "a"}, {"text": "b"})
-    assert isinstance(bad, Malformed) and "line 2 is not JSON" in bad.reason
+    assert isinstance(bad, Malformed)
+    assert bad.reason == "line 2 is not JSON (Expecting value at column 9)"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,8 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.jsonl does not exist"):
         read_rows(tmp_path / "nothing.jsonl")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_rows(tmp_path)
 
 
 def test_parquet(tmp_path):
@@ -301,7 +304,7 @@ def test_detect_format(row, name):
 def test_detect_format_says_what_it_saw():
     with pytest.raises(DataError, match=r"\['question', 'reply'\].*dataset_format"):
         detect_format([{"question": "x", "reply": "y"}])
-    with pytest.raises(DataError, match="none of the first"):
+    with pytest.raises(DataError, match="none of the first 1 rows"):
         detect_format(["x"])
 
 

@@ -209,8 +209,15 @@ def test_closing_a_stream_ends_it(byte_tokenizer):
 def test_prompts_are_checked(model):
     with pytest.raises(ContextLengthError, match="at most 64 tokens .*, got 65"):
         generate(model, [1] * 65)
-    with pytest.raises(ValueError, match="ids below 260, got 260"):
-        generate(model, [3, 260])
+    for token in (260, -1):
+        with pytest.raises(ValueError, match=f"ids in 0 to 259, got {token}"):
+            generate(model, [3, token])
+    message = {"role": "user", "content": "hi"}
+    for wrong, kind in ((None, "NoneType"), (message, "dict"), ([message], "dict"), (3, "int")):
+        with pytest.raises(TypeError, match=f"prompt: expected text or token ids, got {kind}"):
+            generate(model, wrong)
+    with pytest.raises(TypeError, match="expected token ids, got 1.5 among them"):
+        generate(model, [1, 1.5])
     with pytest.raises(ValueError, match=r"tensor \[T\] or \[B, T\]"):
         generate(model, torch.zeros(1, 1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="model.tokenizer is None"):

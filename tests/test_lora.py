@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -273,6 +274,12 @@ def damage(path, **changes):
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
 
 
+def test_a_runs_folder_is_not_its_adapter_but_names_it(tmp_path):
+    lora.save_adapter(lora.inject(decoder(), LoraConfig(r=2)), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="no such file.* saved, such as .*adapter$"):
+        lora.load_adapter(decoder(), tmp_path)
+
+
 def test_damaged_adapters(tmp_path):
     model = lora.inject(decoder(), LoraConfig(r=2))
     lora.save_adapter(model, tmp_path)
@@ -377,6 +384,7 @@ def test_merge_keeps_the_delta_and_can_use_the_original():
 
 
 @pytest.mark.parametrize("kwargs, word", [({"r": 0}, "r"), ({"lora_dropout": 1.0}, "lora_dropout"),
+                                          ({"lora_alpha": math.nan}, "lora_alpha"),
                                           ({"bias": "some"}, "bias")])  # fmt: skip
 def test_bad_config(kwargs, word):
     with pytest.raises(ValueError, match=f"LoraConfig: {word}"):

@@ -260,7 +260,18 @@ def test_logprobs(client):
     shown = [e for c in stream if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert [e.logprob for e in shown] == [e.logprob for e in entries]
     plain = client.completions.create(model="tiny", prompt="abc", logprobs=1, **GREEDY)
-    assert len(plain.choices[0].logprobs.token_logprobs) == 12
+    logprobs = plain.choices[0].logprobs
+    assert len(logprobs.token_logprobs) == 12
+    assert len(logprobs.text_offset) == 12
+    for offset, token in zip(logprobs.text_offset, logprobs.tokens, strict=True):
+        # Bytes that turn out to be no character are given with the next one that is.
+        rest = plain.choices[0].text[offset:].lstrip("\ufffd")
+        assert "\ufffd" in token or rest.startswith(token)
+    stream = client.completions.create(
+        model="tiny", prompt="abc", logprobs=1, stream=True, **GREEDY
+    )
+    shown = [o for c in stream if c.choices[0].logprobs for o in c.choices[0].logprobs.text_offset]
+    assert shown == logprobs.text_offset
 
 
 def test_many_at_once(server, client):
@@ -322,6 +333,9 @@ def test_json_replies(server, client):
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "user", "text": "hi"}]}, "messages: expected content .* 'user'"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"0.content: expected str or list\[Part"),
+        ({"stop": [1]}, r"^stop: expected str or list\[str\]$"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "at most 512 tokens"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -341,6 +355,16 @@ def test_bad_requests_are_named(url, change, message):
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
     assert re.search(message, error["message"]), error
+
+
+@pytest.mark.parametrize("method, path", [("GET", "/v1/chat/completions"), ("POST", "/v1/nope")])
+def test_what_no_route_takes_has_the_shape_of_an_error(server, url, method, path):
+    answers = server[0].metrics.requests
+    response = httpx.request(method, url + path)
+    counted = answers.labels(response.status_code)._value.get()
+    error = response.json()["error"]
+    assert response.status_code == (405 if method == "GET" else 404) and counted >= 1
+    assert f"{method} {path}: " in error["message"] and error["type"] == "invalid_request_error"
 
 
 EDGES = [
@@ -647,7 +671,7 @@ def process(tmp_path, context: int, *options: str):
     """`halfbyte serve` of a tiny model; yields the process and its address."""
     folder = tiny_folder(tmp_path / "model", max_position_embeddings=context)
     port = free_port()
-    words = [sys.executable, "-m", "halfbyte.cli", "serve", folder, "--device", "cpu", *options]
+    words = [sys.executable, "-m", "halfbyte", "serve", folder, "--device", "cpu", *options]
     command = [*map(str, words), "--port", str(port), "--name", "m", "--dtype", "float32"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         try:
@@ -703,6 +727,35 @@ def wait_until_ready(url: str) -> None:
                 return
         time.sleep(0.1)
     raise AssertionError("the server is not ready after a minute")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("port", 65536),
+        ("max_batch", 33),
+        ("max_waiting", -1),
+        ("request_timeout", float("nan")),
+        ("drain_timeout", -1),
+        ("api_key", ""),
+        ("adapter_root", Path("no/such/folder")),
+    ],
+)
+def test_settings_that_cannot_be_are_said_before_the_model_is_loaded(field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected .*, got"):
+        ServeConfig(name="x", **{field: value})
+
+
+def test_a_port_that_is_taken_ends_the_process_before_it_loads():
+    code = "import sys; from halfbyte.serve import ServeConfig, serve\n"
+    code += "serve(lambda: print('loads', flush=True), ServeConfig('x', port=int(sys.argv[1])))"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-c", code, port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode > 0 and done.stdout == "", done.stderr
+    logged = [json.loads(line) for line in done.stderr.splitlines()]
+    assert any(line["level"] == "ERROR" and port in line["message"] for line in logged)
 
 
 def test_without_its_extra_the_server_says_what_to_install(monkeypatch):

@@ -224,6 +224,11 @@ def test_an_added_token_with_another_id_is_refused(tmp_path):
         Tokenizer.from_folder(folder)
 
 
+def test_text_that_is_no_unicode_is_said_to_be_none(byte_level):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        byte_level.encode("a\ud800")
+
+
 def test_a_special_token_is_never_added_to_the_vocabulary(tmp_path):
     config = {"pad_token": "[PAD]", "eos_token": "</s>"}
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, tokenizer_config=config))

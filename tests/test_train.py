@@ -142,6 +142,7 @@ def test_defaults_are_those_of_qlora():
         (dict(gradient_checkpointing="false"), TypeError, "gradient_checkpointing: expected True"),
         (dict(resume=3.5), TypeError, 'resume: expected "auto"'),
         (dict(num_epochs=0), ValueError, "num_epochs: 0 leaves nothing"),
+        (dict(lora_alpha=0), ValueError, "lora_alpha: 0 leaves nothing"),
     ],
 )
 def test_settings_that_cannot_be(changes, error, message):
@@ -411,12 +412,33 @@ def test_a_file_without_rows_is_named(tmp_path):
 
 
 def test_no_usable_rows(tmp_path):
-    with pytest.raises(DataError, match="no usable row"):
+    with pytest.raises(DataError, match="^data: no usable row"):
         finetune(config(tmp_path, data=[{"input_ids": [3]}]))
+    with pytest.raises(DataError, match="^eval data: cannot tell the row format"):
+        finetune(config(tmp_path, eval_data=[{"a": 1}]))
     with pytest.raises(DataError, match="the data holds no rows"):
         finetune(config(tmp_path, data=[]))
     with pytest.raises(DataError, match="the eval data holds no rows"):
         finetune(config(tmp_path, eval_data=[]))
+
+
+class Columns(list):
+    """Rows that, as a datasets.Dataset does, give a dict of columns for a slice."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            return {name: [row[name] for row in found] for name in found[0]}
+        return found
+
+
+def test_rows_may_be_any_iterable_of_dicts(tmp_path):
+    losses = finetune(config(tmp_path / "list", max_steps=1)).losses
+    for name, rows in {"data set": Columns(ROWS), "generator": (row for row in ROWS)}.items():
+        assert finetune(config(tmp_path / name, data=rows, max_steps=1)).losses == losses, name
+    for wrong in (3, {"text": ["a"]}):
+        with pytest.raises(TypeError, match="data: expected a file or rows, got (int|dict)"):
+            finetune(config(tmp_path, data=wrong))
 
 
 def test_rows_longer_than_the_model(tmp_path):
@@ -1174,7 +1196,7 @@ def test_torchrun_starts_the_command_line(tmp_path, base):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launchers = {"one": ([sys.executable], "4"), "two": (torchrun, "2")}
     for name, (launcher, batch) in launchers.items():
-        words = [*launcher, "-m", "halfbyte.cli", "finetune", base, data, *options.split(), batch]
+        words = [*launcher, "-m", "halfbyte", "finetune", base, data, *options.split(), batch]
         command = [*map(str, words), "--output-dir", str(tmp_path / name)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

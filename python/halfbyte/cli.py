@@ -94,7 +94,8 @@ DType = Annotated[str, typer.Option(help="bfloat16, float16 or float32: what is 
 
 
 def _none(value: str | None) -> str | None:
-    return None if value == "none" else value
+    """None for the word, also as Python and the settings' help write it."""
+    return None if value in ("none", "None") else value
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -185,7 +186,7 @@ def _number_or_none(kind: type) -> Callable[[str], Any]:
     """Reads a number, or the word none for a setting whose default is a number."""
 
     def number(word: str) -> Any:
-        return None if word == "none" else kind(word)
+        return None if _none(word) is None else kind(word)
 
     return number
 
@@ -215,7 +216,9 @@ def finetune(**options: Any) -> None:
 def _train_config(options: dict[str, Any]) -> TrainConfig:
     """The words of the command line as TrainConfig takes them."""
     options["quant_type"] = _none(options["quant_type"])
-    options["resume"] = {"true": True, "false": False}.get(options["resume"], options["resume"])
+    options["resume"] = {"true": True, "false": False}.get(
+        options["resume"].lower(), options["resume"]
+    )
     for name in ("target_modules", "report_to"):
         if len(options[name]) == 1:
             (options[name],) = options[name]
@@ -248,13 +251,15 @@ def chat(
     from halfbyte.chat import Conversation, repl
     from halfbyte.kv_cache import check_kv_dtype
 
+    # What can be wrong without a model is said before it is loaded.
     check_kv_dtype(kv_dtype)
+    settings = Sampling(**sampling)
     decoder = checkpoint.load(
         model, _none(quant_type), double_quant, dtype=_torch_dtype(dtype), device=device
     )
     if adapter is not None:
         lora.load_adapter(decoder, adapter)
-    repl(Conversation(decoder, system, Sampling(**sampling), kv_dtype), raw)
+    repl(Conversation(decoder, system, settings, kv_dtype), raw)
 
 
 @app.command()
@@ -349,8 +354,10 @@ def merge(
     trained through.
     """
     from halfbyte import checkpoint, lora
+    from halfbyte.checkpoint.saving import check_target
 
     dtype_ = _torch_dtype(dtype)
+    check_target(out.expanduser().resolve(), overwrite, model)
     where = {"dtype": dtype_, "device": device}
     merged = checkpoint.load(
         model, quant_type=_none(quant_type), double_quant=double_quant, **where

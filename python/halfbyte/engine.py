@@ -6,7 +6,15 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -166,6 +174,7 @@ class Engine:
             self._scheduler = Scheduler(model, cache, max_batch, max_waiting)
         # Prefixes of other generations are not found, also those that running requests leave.
         self._generation = 0
+        self._closed = False
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._driver: threading.Thread | None = None
@@ -183,6 +192,7 @@ class Engine:
         Raises CheckpointError for files that do not fit, ValueError where the model carries an
         adapter of its own.
         """
+        self._check_open()
         decode = self._scheduler.decode
         adapter = decode.adapters.read(name, folder)
         with self._lock, torch.inference_mode():
@@ -201,10 +211,18 @@ class Engine:
             decode.rearrange()
 
     def close(self) -> None:
-        """End all requests and give the model back as it was before it got adapters."""
+        """End all requests and give the model back as it was before it got adapters.
+
+        Nothing runs afterwards: a request for an adapter would be answered by the model alone.
+        """
         with self._lock:
+            self._closed = True
             self._scheduler.abandon(None)
             self._scheduler.decode.adapters.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine was closed. Hint: make a new one")
 
     def generate(
         self,
@@ -277,11 +295,13 @@ class Engine:
     ) -> Request:
         """Queue one prompt; the request is worked on when someone waits for it.
 
-        Raises RuntimeError for a model that is `stale`, ValueError for token ids that it does not
-        have, for a least length where every id ends the reply and for a JSON schema that is not
-        supported, ContextLengthError for a prompt longer than the model's context or the cache,
-        AdapterNotFoundError, QueueFullError, ImportError where an extra is missing.
+        Raises RuntimeError after `close` and for a model that is `stale`, ValueError for token ids
+        that it does not have, for a least length where every id ends the reply and for a JSON
+        schema that is not supported, ContextLengthError for a prompt longer than the model's
+        context or the cache, AdapterNotFoundError, QueueFullError, ImportError where an extra is
+        missing.
         """
+        self._check_open()
         if self.stale:
             raise RuntimeError(
                 "the model's weights were moved or its layers exchanged after the engine was made. "
@@ -551,8 +571,9 @@ def tokenizer_of(model: Decoder, purpose: str) -> Any:
 def checked_prompt(model: Decoder, prompt: Any) -> list[int]:
     """The ids of a prompt given as text or ids; the bos token stands for an empty one."""
     if isinstance(prompt, str):
-        prompt = tokenizer_of(model, "prompt").encode(prompt, add_special_tokens=True)
-    ids = [int(token) for token in prompt]
+        ids = tokenizer_of(model, "prompt").encode(prompt, add_special_tokens=True)
+    else:
+        ids = _ids_of(prompt)
     config = model.config
     if not ids:
         bos = config.bos_token_id
@@ -561,7 +582,7 @@ def checked_prompt(model: Decoder, prompt: Any) -> list[int]:
         ids = [bos]
     for token in ids:
         if not 0 <= token < config.vocab_size:
-            raise ValueError(f"prompt: expected ids below {config.vocab_size}, got {token}")
+            raise ValueError(f"prompt: expected ids in 0 to {config.vocab_size - 1}, got {token}")
     if len(ids) > config.max_position_embeddings:
         raise ContextLengthError(
             f"prompt: expected at most {config.max_position_embeddings} tokens "
@@ -570,12 +591,26 @@ def checked_prompt(model: Decoder, prompt: Any) -> list[int]:
     return ids
 
 
+def _ids_of(prompt: Any) -> list[int]:
+    """Raises TypeError for what is no sequence of whole numbers."""
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+        raise TypeError(
+            f"prompt: expected text or token ids, got {type(prompt).__name__}. "
+            "Hint: halfbyte.chat takes messages, model.tokenizer.chat_ids makes ids of them"
+        )
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+    for token in ids:
+        if not isinstance(token, Integral):
+            raise TypeError(f"prompt: expected token ids, got {token!r} among them")
+    return [int(token) for token in ids]
+
+
 def is_batch(prompts: Any) -> bool:
     """Whether this is a list of prompts, not one."""
     if isinstance(prompts, Tensor):
         if prompts.dim() not in (1, 2):
             raise ValueError(f"ids: expected a tensor [T] or [B, T], got {list(prompts.shape)}")
         return prompts.dim() == 2
-    return (
-        not isinstance(prompts, str) and len(prompts) > 0 and not isinstance(prompts[0], Integral)
-    )
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sized):
+        return False
+    return len(prompts) > 0 and not isinstance(prompts[0], Integral)  # type: ignore[index]

@@ -55,6 +55,10 @@ class LoraConfig:
     def __post_init__(self):
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"LoraConfig: r: expected a positive int, got {self.r!r}")
+        if not (isinstance(self.lora_alpha, int | float) and math.isfinite(self.lora_alpha)):
+            raise ValueError(
+                f"LoraConfig: lora_alpha: expected a finite number, got {self.lora_alpha!r}"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoraConfig: lora_dropout: expected [0, 1), got {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
@@ -432,8 +436,11 @@ def load_adapter(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.exists():
+        # A run's folder holds its adapter beside checkpoints and metrics.
+        inside = folder / "adapter"
+        hint = f", such as {inside}" if (inside / CONFIG_FILE).exists() else ""
         raise CheckpointError(
-            f"{path}: no such file. Hint: expected a folder that PEFT or halfbyte saved"
+            f"{path}: no such file. Hint: expected a folder that PEFT or halfbyte saved{hint}"
         )
     fields = read_json(path)
     if fields.get("peft_type") != "LORA" or fields.get("r") is None:

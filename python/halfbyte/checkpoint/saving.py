@@ -240,7 +240,7 @@ def _shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[str]]
 @contextlib.contextmanager
 def _aside(target: Path, overwrite: bool, source: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder to write into, which becomes `target` when the block ends well."""
-    _check_target(target, overwrite, source)
+    check_target(target, overwrite, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not beside an empty folder that exists: it may be a mount point, which nothing can replace.
     parent = target if _is_empty(target) else target.parent
@@ -259,7 +259,8 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
 
-def _check_target(target: Path, overwrite: bool, source: str | os.PathLike[str]) -> None:
+def check_target(target: Path, overwrite: bool, source: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError where `save` would, for whoever has much to do before it."""
     if not target.exists() or _is_empty(target):
         return
     if not target.is_dir():

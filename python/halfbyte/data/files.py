@@ -35,7 +35,8 @@ def read_rows(path: str | Path) -> list[Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"data file {path} {what}")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
     kind = "".join((suffixes[:-1] if zipped else suffixes)[-1:])
@@ -71,7 +72,7 @@ def _read_lines(lines: TextIO | list[str]) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
             yield Malformed(f"line {number} {_why_not(error)}")
 
@@ -79,7 +80,8 @@ def _read_lines(lines: TextIO | list[str]) -> Iterator[Any]:
 def _why_not(error: ValueError | RecursionError) -> str:
     """Why json cannot read a text; its own words only where they help."""
     if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON ({error.msg} at line {error.lineno}, column {error.colno})"
+        line = f"line {error.lineno}, " if "\n" in error.doc else ""
+        return f"is not JSON ({error.msg} at {line}column {error.colno})"
     if isinstance(error, RecursionError):
         return "is nested too deeply"
     return "holds a number of too many digits"

@@ -197,7 +197,8 @@ def detect_format(rows: Sequence[Any]) -> str:
     """
     first = [row for row in rows[:ROWS_LOOKED_AT] if isinstance(row, dict)]
     if not first:
-        raise DataError(f"none of the first {ROWS_LOOKED_AT} rows is an object with named columns")
+        count = min(len(rows), ROWS_LOOKED_AT)
+        raise DataError(f"none of the first {count} rows is an object with named columns")
     found = Counter(name for name in map(_format_of, first) if name is not None)
     unknown = len(first) - found.total()
     if len(found) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.reply import Reply, TokenLogprobs
 from halfbyte.scheduler import Request
-from halfbyte.tokenizer import Tokenizer
+from halfbyte.tokenizer import Detokenizer, Tokenizer
 
 # Ours, then OpenAI's: it knows no limit but one of length.
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
@@ -120,6 +120,11 @@ class ChatAnswer(Answer):
 class TextAnswer(Answer):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
+    def __init__(self, model: str, requests: list[Request], tokenizer: Tokenizer) -> None:
+        super().__init__(model, requests, tokenizer)
+        self.detokenizers = [Detokenizer(tokenizer) for _ in requests]
+        self.lengths = [0] * len(requests)
+
     def _whole(self, choice: int, reply: Reply) -> dict[str, Any]:
         text = reply.text.given if reply.text else ""
         return self._entry(choice, text, self._reason(choice))
@@ -147,5 +152,11 @@ class TextAnswer(Answer):
             "tokens": [self._text(entry.token) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": tops,
-            "text_offset": [],
+            "text_offset": [self._offset(choice, entry.token) for entry in entries],
         }
+
+    def _offset(self, choice: int, token: int) -> int:
+        """Where the next token of a choice begins in its text."""
+        begins = self.lengths[choice]
+        self.lengths[choice] += len(self.detokenizers[choice].push(token))
+        return begins

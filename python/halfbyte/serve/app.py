@@ -9,11 +9,13 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
@@ -102,10 +104,24 @@ class Service:
         try:
             return kind.model_validate_json(b"".join(received))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            message = f"{where}: {first['msg']}" if where else first["msg"]
-            raise ApiError(400, message, param=where or None) from None
+            where, why = _complaint(error)
+            raise ApiError(400, f"{where}: {why}" if where else why, param=where or None) from None
+
+
+def _complaint(error: ValidationError) -> tuple[str, str]:
+    """The first field that is wrong, and why; of one that may be of several kinds, all of them."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    path = list(takewhile(lambda part: not _is_kind(part), errors[0]["loc"]))
+    at = len(path)
+    tried = [e["loc"][at] for e in errors if e["loc"][:at] == tuple(path) and len(e["loc"]) > at]
+    kinds = [str(kind) for kind in dict.fromkeys(tried) if _is_kind(kind)]
+    why = f"expected {' or '.join(kinds)}" if kinds else errors[0]["msg"]
+    return ".".join(map(str, path)), why
+
+
+def _is_kind(part: int | str) -> bool:
+    """Whether a part of an error's place is one of a union's kinds, which no field is called."""
+    return part == "str" or "[" in str(part)
 
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
@@ -116,7 +132,16 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="halfbyte", docs_url=None, redoc_url=None, openapi_url=None)
     for method, path, handler in ROUTES:
         app.router.add_route(path, partial(_guarded, service, handler), methods=[method])
+    app.add_exception_handler(HTTPException, partial(_unrouted, service))  # type: ignore[arg-type]
     return app
+
+
+async def _unrouted(service: Service, request: Request, error: HTTPException) -> Response:
+    """What no route takes, answered and counted as all else is."""
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    refused = ApiError(error.status_code, message)
+    service.metrics.requests.labels(refused.status).inc()
+    return JSONResponse(refused.body, refused.status, error.headers)
 
 
 async def _guarded(service: Service, handler: Handler, request: Request) -> Response:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from halfbyte.engine import MAX_BATCH
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,9 @@ class ServeConfig:
     max_waiting: requests that may wait before others are refused. kv_dtype: None or "int8", as
     Engine takes it. max_body: bytes of a request.
     request_timeout, drain_timeout: seconds.
+
+    Raises ValueError for what no server can be: it would come out after minutes of loading, or not
+    at all.
     """
 
     name: str
@@ -29,3 +35,20 @@ class ServeConfig:
     max_body: int = 2 << 20
     request_timeout: float = 600.0
     drain_timeout: int = 30
+
+    def __post_init__(self) -> None:
+        bounds = {
+            # Larger ports are cut to 16 bits by the system, which listens elsewhere.
+            "port": (0, 65535),
+            "max_batch": (1, MAX_BATCH),
+            "max_waiting": (0, math.inf),
+            "request_timeout": (0, math.inf),
+            "drain_timeout": (0, math.inf),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: expected {low} to {high}, got {getattr(self, name)}")
+        if self.api_key == "":
+            raise ValueError("api_key: expected a key, got an empty one, which lets everyone in")
+        if self.adapter_root is not None and not self.adapter_root.is_dir():
+            raise ValueError(f"adapter_root: expected a folder, got {self.adapter_root}")

@@ -123,8 +123,10 @@ class Message(BaseModel):
     content: str | list[Part] | None = None
 
     def plain(self) -> dict[str, str]:
-        """Role and text. Raises ValueError for parts that are no text."""
+        """Role and text. Raises ValueError for parts that are no text, and where there is none."""
         content = self.content
+        if content is None and self.role != "assistant":
+            raise ValueError(f"messages: expected content in one of role {self.role!r}, got none")
         if isinstance(content, list):
             if other := next((p.type for p in content if p.type != "text" or p.text is None), None):
                 raise ValueError(f"messages: expected parts of type 'text', got {other!r}")

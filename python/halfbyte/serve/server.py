@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -39,6 +40,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
+class Server(uvicorn.Server):
+    """Starts its loader once it listens: exiting beside it, for a port that is taken, aborts."""
+
+    loader: threading.Thread
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.loader.start()
+
+
 def serve(
     load: Callable[[], Decoder],
     config: ServeConfig,
@@ -67,15 +78,13 @@ def serve(
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        thread = threading.Thread(target=load_engine, name="halfbyte-load", daemon=True)
-        thread.start()
         yield
         service.draining = True
         if service.engine is not None:
             await asyncio.to_thread(service.engine.close)
 
     app.router.lifespan_context = lifespan
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             app,
             host=config.host,
@@ -85,6 +94,7 @@ def serve(
             timeout_graceful_shutdown=config.drain_timeout,
         )
     )
+    server.loader = threading.Thread(target=load_engine, name="halfbyte-load", daemon=True)
     server.run()
     if failure:
         raise failure[0]

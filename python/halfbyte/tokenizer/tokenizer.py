@@ -93,7 +93,9 @@ class Tokenizer:
 
         add_special_tokens: also put bos (and eos) around it where the tokenizer's post-processor
         says so; like transformers, a tokenizer.json is not overruled by the config's add_bos_token.
+        Raises UnicodeEncodeError, a ValueError, for surrogates, which tokenizers call no str.
         """
+        text.encode()
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

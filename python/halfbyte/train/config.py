@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,8 @@ class TrainConfig:
     """A fine-tuning run; names and defaults follow qlora.py where it has them.
 
     model: folder, hub id or GGUF file; in Python also a loaded Decoder, trained in place.
-    data: file of rows (jsonl, json, csv, tsv, parquet); in Python also a list of dicts.
+    data: file of rows (jsonl, json, csv, tsv, parquet); in Python also an iterable of dicts, such
+        as a list or a datasets.Dataset.
     output_dir: where checkpoints, metrics.jsonl, the loss curve and the adapter are written.
 
     quant_type: "nf4", "fp4" or "int4"; None keeps the base in 16 bits.
@@ -54,7 +55,7 @@ class TrainConfig:
     max_seq_len: tokens kept of chats and plain text; the model's context limits every row.
     train_on_source: learn prompts and user turns too.
     strict: a row that cannot be used is an error instead of a counted skip.
-    eval_data: file of rows to evaluate on; in Python also a list of dicts.
+    eval_data: file of rows to evaluate on; in Python also an iterable of dicts.
     eval_dataset_size: training rows held out for evaluation instead, drawn with seed 42.
 
     learning_rate: of AdamW.
@@ -89,7 +90,7 @@ class TrainConfig:
     """
 
     model: str | Path | Decoder
-    data: str | Path | Sequence[dict[str, Any]]
+    data: str | Path | Iterable[dict[str, Any]]
     output_dir: str | Path = "output"
 
     quant_type: str | None = "nf4"
@@ -111,7 +112,7 @@ class TrainConfig:
     max_seq_len: int = 2048
     train_on_source: bool = False
     strict: bool = False
-    eval_data: str | Path | Sequence[dict[str, Any]] | None = None
+    eval_data: str | Path | Iterable[dict[str, Any]] | None = None
     eval_dataset_size: int = 0
 
     learning_rate: float = 2e-4
@@ -308,6 +309,6 @@ def _check_numbers(config: TrainConfig) -> None:
             raise TypeError(f"{name}: expected a number, got {value!r}")
         if not low <= value <= high or math.isinf(value):
             raise ValueError(f"{name}: expected {low:g} to {high:g}, got {value}")
-    if config.num_epochs == 0 or config.lora_dropout == 1:
-        name = "num_epochs" if config.num_epochs == 0 else "lora_dropout"
-        raise ValueError(f"{name}: {getattr(config, name)} leaves nothing to train")
+    for name, value in {"num_epochs": 0, "lora_alpha": 0, "lora_dropout": 1}.items():
+        if getattr(config, name) == value:
+            raise ValueError(f"{name}: {getattr(config, name)} leaves nothing to train")

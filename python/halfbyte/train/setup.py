@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -146,10 +146,15 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
     return run
 
 
-def _raw_rows(data: str | Path | Sequence[dict] | None) -> Sequence[Any]:
+def _raw_rows(data: str | Path | Iterable[dict] | None) -> list[Any]:
     if data is None:
-        return ()
-    return read_rows(data) if isinstance(data, str | Path) else data
+        return []
+    if isinstance(data, str | Path):
+        return read_rows(data)
+    if isinstance(data, dict) or not isinstance(data, Iterable):
+        raise TypeError(f"data: expected a file or rows, got {type(data).__name__}")
+    # A slice of a datasets.Dataset is a dict of columns; one by one, its rows are rows.
+    return list(data)
 
 
 def _model(config: TrainConfig, world: World) -> Decoder:
@@ -189,7 +194,7 @@ def _rows(
     return [rows[index] for index in train], [rows[index] for index in held_out], report
 
 
-def _named(name: str, data: str | Path | Sequence[dict]) -> str:
+def _named(name: str, data: str | Path | Iterable[dict]) -> str:
     return f"{name} {data}" if isinstance(data, str | Path) else name
 
 
@@ -199,10 +204,13 @@ def _encoded(
     if len(raw) == 0:
         raise DataError(f"the {name} holds no rows")
     monitor.say(f"{name}: tokenizing {len(raw):,} rows")
-    format_name = config.dataset_format or detect_format(raw)
-    report = DataReport(format_name, detected=config.dataset_format is None)
-    rows = encode_rows(raw, encoder, report.format, report)
-    check_report(report, config.strict)
+    try:
+        format_name = config.dataset_format or detect_format(raw)
+        report = DataReport(format_name, detected=config.dataset_format is None)
+        rows = encode_rows(raw, encoder, report.format, report)
+        check_report(report, config.strict)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
     for line in report.lines():
         monitor.say(f"{name}: {line}")
     return rows, report
