@@ -175,9 +175,26 @@ def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
     for work in (
         lambda: engine.generate([1, 2], adapter="one"),
         lambda: engine.load_adapter("two", folders["two"]),
+        lambda: engine.unload_adapter("one"),
     ):
         with pytest.raises(RuntimeError, match="the engine was closed. Hint: make a new one"):
             work()
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_what_comes_in_while_an_engine_closes_does_not_run(adapters, byte_tokenizer, monkeypatch):  # noqa: F811
+    folders, _ = adapters
+    model = base_model(byte_tokenizer)
+    before = {name: type(module) for name, module in model.named_modules()}
+    engine = Engine(model, adapters={"one": folders["one"]})
+    check = engine._check_open
+    monkeypatch.setattr(engine, "_check_open", lambda: None)
+    engine.close()
+    assert engine.generate([1, 2], adapter="one").finish_reason == "cancelled"
+    calls = iter((lambda: None, check))
+    monkeypatch.setattr(engine, "_check_open", lambda: next(calls)())
+    with pytest.raises(RuntimeError, match="the engine was closed"):
+        engine.load_adapter("two", folders["two"])
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 

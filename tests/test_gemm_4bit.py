@@ -115,7 +115,7 @@ def test_rows_of_kernels_follow_the_capability(monkeypatch, found, rows, few, ma
             assert taken(**other) == (8, 0)
         for other in [{"k": 320}, {"nested": False}]:
             assert taken(**other) == ((few, 0) if found >= (9, 0) else (8, 0))
-        assert taken(k=500) == (0, 0)
+        assert taken(k=500) == (8, 0)
 
 
 @pytest.mark.gpu

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
 from halfbyte.checkpoint import load
 from halfbyte.lora import LoRALinear, adapter_parameters, adapter_tensors, load_adapter
+from halfbyte.models import attention
 from halfbyte.optim import AdamW
 from halfbyte.train import TrainConfig, finetune
 
@@ -90,18 +92,34 @@ def final_tensors(shared) -> dict[str, torch.Tensor]:
     return load_file(shared / "golden" / "adapter_final" / "adapter_model.safetensors")
 
 
+@pytest.fixture
+def by_torch(request, monkeypatch):
+    """Norms, gates and attention as the golden run had them, where asked for."""
+    if request.param:
+        for module in ("rms_norm", "swiglu"):
+            ops = sys.modules[f"halfbyte.ops.{module}"]
+            monkeypatch.setattr(ops, "is_left_to_torch", lambda x: x.is_cpu)
+        monkeypatch.setattr(attention, "SHORT", 0)
+
+
 @pytest.mark.parametrize(
-    ("precision", "loss_off", "norm_off", "cosine"),
+    ("by_torch", "precision", "loss_off", "norm_off", "cosine", "one_off"),
     [
         # By so much independent implementations with a bf16 residual stream deviate.
-        (golden_precision, 2.1e-3, 3e-4, 0.998),
+        (True, golden_precision, 2.1e-3, 3e-4, 0.998, 0.095),
         # Linear layers that round to bf16 as well, which the golden run's did not: 0.9979 where
         # this was last measured, on a Zen 4.
-        (lambda model: model, 4e-3, 5e-4, 0.997),
+        (True, lambda model: model, 4e-3, 5e-4, 0.997, 0.095),
+        # Norms, gates and attention that round elsewhere than torch's in bf16: 2.1e-3, 7e-4,
+        # 0.9973 and 0.092 on a Sapphire Rapids.
+        (False, lambda model: model, 4e-3, 2e-3, 0.996, 0.12),
     ],
-    ids=["bf16-stream", "bf16"],
+    ids=["bf16-stream", "bf16", "ours"],
+    indirect=["by_torch"],
 )
-def test_golden_trace(shared, trace, final_tensors, precision, loss_off, norm_off, cosine):
+def test_golden_trace(
+    shared, trace, final_tensors, by_torch, precision, loss_off, norm_off, cosine, one_off
+):
     """On the CPU, as the golden run: bf16 rounding differs by device, fp32 above does not."""
     model = precision(adapted(shared, torch.bfloat16))
     before = {name: value.cpu().clone() for name, value in adapter_tensors(model).items()}
@@ -117,4 +135,4 @@ def test_golden_trace(shared, trace, final_tensors, precision, loss_off, norm_of
     golden = torch.cat([(final_tensors[name] - before[name]).flatten() for name in before])
     assert torch.cosine_similarity(update, golden, dim=0) > cosine
     assert (update.norm() / golden.norm()).item() == pytest.approx(1, abs=norm_off)
-    assert (update - golden).abs().max() < 0.095
+    assert (update - golden).abs().max() < one_off

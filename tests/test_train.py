@@ -434,11 +434,15 @@ class Columns(list):
 
 def test_rows_may_be_any_iterable_of_dicts(tmp_path):
     losses = finetune(config(tmp_path / "list", max_steps=1)).losses
-    for name, rows in {"data set": Columns(ROWS), "generator": (row for row in ROWS)}.items():
+    subset = torch.utils.data.Subset(ROWS, range(len(ROWS)))
+    kinds = {"data set": Columns(ROWS), "subset": subset, "generator": (row for row in ROWS)}
+    for name, rows in kinds.items():
         assert finetune(config(tmp_path / name, data=rows, max_steps=1)).losses == losses, name
     for wrong in (3, {"text": ["a"]}):
         with pytest.raises(TypeError, match="data: expected a file or rows, got (int|dict)"):
             finetune(config(tmp_path, data=wrong))
+    with pytest.raises(TypeError, match="^eval_data: expected a file or rows, got int"):
+        finetune(config(tmp_path, eval_data=3))
 
 
 def test_rows_longer_than_the_model(tmp_path):

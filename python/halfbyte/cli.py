@@ -296,11 +296,9 @@ def serve(
 ) -> None:
     """Serve MODEL and adapters over HTTP, as OpenAI's API does, with a chat page at /."""
     from halfbyte import checkpoint
-    from halfbyte.kv_cache import check_kv_dtype
     from halfbyte.serve import ServeConfig
     from halfbyte.serve import serve as run
 
-    check_kv_dtype(kv_dtype)
     config = ServeConfig(
         name=name or Path(model).name,
         host=host,
@@ -431,7 +429,3 @@ def doctor() -> None:
     from halfbyte.doctor import report
 
     report()
-
-
-if __name__ == "__main__":
-    main()

@@ -196,6 +196,7 @@ class Engine:
         decode = self._scheduler.decode
         adapter = decode.adapters.read(name, folder)
         with self._lock, torch.inference_mode():
+            self._check_open()  # reading takes a while
             decode.adapters.add(adapter)
             decode.rearrange()
         return adapter
@@ -207,6 +208,7 @@ class Engine:
         """
         decode = self._scheduler.decode
         with self._lock, torch.inference_mode():
+            self._check_open()
             decode.adapters.remove(name)
             decode.rearrange()
 
@@ -406,6 +408,9 @@ class Engine:
             self._step()
 
     def _step(self) -> None:
+        if self._closed:  # while a request was on its way in
+            self._scheduler.abandon(None)
+            return
         device = self._scheduler.cache.device
         try:
             # The thread's own device, which graphs and events go by, may be another.

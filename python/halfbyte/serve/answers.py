@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.reply import Reply, TokenLogprobs
 from halfbyte.scheduler import Request
-from halfbyte.tokenizer import Detokenizer, Tokenizer
+from halfbyte.tokenizer import Tokenizer
 
 # Ours, then OpenAI's: it knows no limit but one of length.
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
@@ -120,11 +120,6 @@ class ChatAnswer(Answer):
 class TextAnswer(Answer):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, requests: list[Request], tokenizer: Tokenizer) -> None:
-        super().__init__(model, requests, tokenizer)
-        self.detokenizers = [Detokenizer(tokenizer) for _ in requests]
-        self.lengths = [0] * len(requests)
-
     def _whole(self, choice: int, reply: Reply) -> dict[str, Any]:
         text = reply.text.given if reply.text else ""
         return self._entry(choice, text, self._reason(choice))
@@ -144,19 +139,16 @@ class TextAnswer(Answer):
         }
 
     def _logprobs(self, choice: int) -> dict[str, Any] | None:
+        start = self.shown[choice]
         entries = self._new_logprobs(choice)
         if entries is None:
             return None
+        text = self.requests[choice].reply.text
+        begins = text.ends[start : start + len(entries)] if text else []
         tops = [{self._text(token): logprob for token, logprob in e.top} for e in entries]
         return {
             "tokens": [self._text(entry.token) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": tops,
-            "text_offset": [self._offset(choice, entry.token) for entry in entries],
+            "text_offset": begins,
         }
-
-    def _offset(self, choice: int, token: int) -> int:
-        """Where the next token of a choice begins in its text."""
-        begins = self.lengths[choice]
-        self.lengths[choice] += len(self.detokenizers[choice].push(token))
-        return begins

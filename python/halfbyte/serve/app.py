@@ -115,12 +115,14 @@ def _complaint(error: ValidationError) -> tuple[str, str]:
     at = len(path)
     tried = [e["loc"][at] for e in errors if e["loc"][:at] == tuple(path) and len(e["loc"]) > at]
     kinds = [str(kind) for kind in dict.fromkeys(tried) if _is_kind(kind)]
+    if len(kinds) == 1:  # a key of the client
+        return ".".join(map(str, errors[0]["loc"])), errors[0]["msg"]
     why = f"expected {' or '.join(kinds)}" if kinds else errors[0]["msg"]
     return ".".join(map(str, path)), why
 
 
 def _is_kind(part: int | str) -> bool:
-    """Whether a part of an error's place is one of a union's kinds, which no field is called."""
+    """Whether a part of an error's place is one of a union's kinds, as no field is called."""
     return part == "str" or "[" in str(part)
 
 

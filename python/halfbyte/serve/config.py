@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.engine import MAX_BATCH
+from halfbyte.kv_cache import check_kv_dtype
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ class ServeConfig:
             # Larger ports are cut to 16 bits by the system, which listens elsewhere.
             "port": (0, 65535),
             "max_batch": (1, MAX_BATCH),
-            "max_waiting": (0, math.inf),
+            "max_waiting": (1, math.inf),
+            "kv_budget": (1, math.inf),
             "request_timeout": (0, math.inf),
             "drain_timeout": (0, math.inf),
         }
         for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: expected {low} to {high}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+        check_kv_dtype(self.kv_dtype)
         if self.api_key == "":
             raise ValueError("api_key: expected a key, got an empty one, which lets everyone in")
         if self.adapter_root is not None and not self.adapter_root.is_dir():

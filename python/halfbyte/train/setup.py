@@ -104,7 +104,8 @@ class Run:
 
 def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Path) -> Run:
     """Read and tokenize the data, load the model, add its adapter, and check that ranks agree."""
-    raw, raw_eval = _raw_rows(config.data), _raw_rows(config.eval_data)
+    raw = _raw_rows("data", config.data)
+    raw_eval = _raw_rows("eval_data", config.eval_data)
     model = _model(config, world)
     base = fingerprint(model)
     world.check_equal("the base model", base)
@@ -146,15 +147,20 @@ def prepare(config: TrainConfig, world: World, monitor: Monitor, output_dir: Pat
     return run
 
 
-def _raw_rows(data: str | Path | Iterable[dict] | None) -> list[Any]:
+def _raw_rows(name: str, data: str | Path | Iterable[dict] | None) -> list[Any]:
     if data is None:
         return []
     if isinstance(data, str | Path):
         return read_rows(data)
-    if isinstance(data, dict) or not isinstance(data, Iterable):
-        raise TypeError(f"data: expected a file or rows, got {type(data).__name__}")
-    # A slice of a datasets.Dataset is a dict of columns; one by one, its rows are rows.
-    return list(data)
+    try:
+        # A slice of a datasets.Dataset is a dict of columns; one by one, its rows are rows. A data
+        # set of torch has them by index alone.
+        rows = None if isinstance(data, dict) else iter(data)
+    except TypeError:
+        rows = None
+    if rows is None:
+        raise TypeError(f"{name}: expected a file or rows, got {type(data).__name__}")
+    return list(rows)
 
 
 def _model(config: TrainConfig, world: World) -> Decoder:
