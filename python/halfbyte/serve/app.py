@@ -115,10 +115,9 @@ def _complaint(error: ValidationError) -> tuple[str, str]:
     at = len(path)
     tried = [e["loc"][at] for e in errors if e["loc"][:at] == tuple(path) and len(e["loc"]) > at]
     kinds = [str(kind) for kind in dict.fromkeys(tried) if _is_kind(kind)]
-    if len(kinds) == 1:  # a key of the client
-        return ".".join(map(str, errors[0]["loc"])), errors[0]["msg"]
-    why = f"expected {' or '.join(kinds)}" if kinds else errors[0]["msg"]
-    return ".".join(map(str, path)), why
+    if len(kinds) > 1:  # a single one is a client's own key that looks like it
+        return ".".join(map(str, path)), f"expected {' or '.join(kinds)}"
+    return ".".join(map(str, errors[0]["loc"])), errors[0]["msg"]
 
 
 def _is_kind(part: int | str) -> bool:

@@ -152,14 +152,15 @@ def _raw_rows(name: str, data: str | Path | Iterable[dict] | None) -> list[Any]:
         return []
     if isinstance(data, str | Path):
         return read_rows(data)
+    wrong = TypeError(f"{name}: expected a file or rows, got {type(data).__name__}")
+    if isinstance(data, dict):
+        raise wrong
     try:
         # A slice of a datasets.Dataset is a dict of columns; one by one, its rows are rows. A data
         # set of torch has them by index alone.
-        rows = None if isinstance(data, dict) else iter(data)
+        rows = iter(data)
     except TypeError:
-        rows = None
-    if rows is None:
-        raise TypeError(f"{name}: expected a file or rows, got {type(data).__name__}")
+        raise wrong from None
     return list(rows)
 
 

@@ -104,15 +104,26 @@ impl Simd {
     }
 }
 
-/// A function of plain loops that the compiler turns into the vectors of a level: `scalar` and `vector` are its body, made
-/// of functions that are always inlined.
+/// A function of plain loops that the compiler turns into the vectors of a level, which becomes its first argument. What it
+/// calls must be inlined always. `scalar` and `vector`: its body where levels need one of their own.
 macro_rules! at_level {
     (
+        $(#[$attribute:meta])*
+        fn $name:ident<$($generic:ident: $bound:ident),*>($($arg:ident: $type:ty),* $(,)?) => $body:block
+    ) => {
+        $crate::simd::at_level! {
+            $(#[$attribute])*
+            fn $name<$($generic: $bound),*>($($arg: $type),*) { scalar: $body, vector: $body }
+        }
+    };
+    (
+        $(#[$attribute:meta])*
         fn $name:ident<$($generic:ident: $bound:ident),*>($($arg:ident: $type:ty),* $(,)?) {
             scalar: $scalar:expr,
             vector: $vector:expr $(,)?
         }
     ) => {
+        $(#[$attribute])*
         fn $name<$($generic: $bound),*>(simd: $crate::simd::Simd, $($arg: $type),*) {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]

@@ -175,32 +175,20 @@ impl RmsNorm<'_> {
 }
 
 at_level! {
-    fn norm<T: Float, W: Float>(x: &[T], weight: &[W], out: &mut [T], eps: f32) {
-        scalar: norm_rows(x, weight, out, eps),
-        vector: norm_rows(x, weight, out, eps),
+    fn norm<T: Float, W: Float>(x: &[T], weight: &[W], out: &mut [T], eps: f32) => {
+        for (x, out) in x.chunks(weight.len()).zip(out.chunks_mut(weight.len())) {
+            let root = reciprocal_root(x, eps);
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = T::from_f32(normed(*x, root) * weight.to_f32());
+            }
+        }
     }
 }
 
 at_level! {
-    fn add<T: Float>(x: &[T], residual: &[T], sum: &mut [T]) {
-        scalar: add_all(x, residual, sum),
-        vector: add_all(x, residual, sum),
-    }
-}
-
-#[inline(always)]
-fn add_all<T: Float>(x: &[T], residual: &[T], sum: &mut [T]) {
-    for ((sum, x), residual) in sum.iter_mut().zip(x).zip(residual) {
-        *sum = T::from_f32(x.to_f32() + residual.to_f32());
-    }
-}
-
-#[inline(always)]
-fn norm_rows<T: Float, W: Float>(x: &[T], weight: &[W], out: &mut [T], eps: f32) {
-    for (x, out) in x.chunks(weight.len()).zip(out.chunks_mut(weight.len())) {
-        let root = reciprocal_root(x, eps);
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = T::from_f32(normed(*x, root) * weight.to_f32());
+    fn add<T: Float>(x: &[T], residual: &[T], sum: &mut [T]) => {
+        for ((sum, x), residual) in sum.iter_mut().zip(x).zip(residual) {
+            *sum = T::from_f32(x.to_f32() + residual.to_f32());
         }
     }
 }
@@ -276,6 +264,7 @@ impl RmsNormBackward<'_> {
 }
 
 at_level! {
+    /// Of a row; `scaled`: scratch for it.
     fn gradient<T: Float, W: Float>(
         grad: &[T],
         x: &[T],
@@ -284,33 +273,18 @@ at_level! {
         grad_x: &mut [T],
         scaled: &mut [f32],
         eps: f32,
-    ) {
-        scalar: row_gradient(grad, x, weight, stream, grad_x, scaled, eps),
-        vector: row_gradient(grad, x, weight, stream, grad_x, scaled, eps),
-    }
-}
-
-/// `scaled`: scratch for a row.
-#[inline(always)]
-fn row_gradient<T: Float, W: Float>(
-    grad: &[T],
-    x: &[T],
-    weight: &[W],
-    stream: Option<&[T]>,
-    grad_x: &mut [T],
-    scaled: &mut [f32],
-    eps: f32,
-) {
-    for ((scaled, grad), weight) in scaled.iter_mut().zip(grad).zip(weight) {
-        *scaled = rounded::<T>(grad.to_f32() * weight.to_f32());
-    }
-    let root = reciprocal_root(x, eps);
-    let shrink = dot(scaled, x) / x.len() as f32 * root * root * root;
-    for ((out, scaled), x) in grad_x.iter_mut().zip(scaled.iter()).zip(x) {
-        *out = T::from_f32(scaled * root - x.to_f32() * shrink);
-    }
-    for (out, stream) in grad_x.iter_mut().zip(stream.unwrap_or_default()) {
-        *out = T::from_f32(out.to_f32() + stream.to_f32());
+    ) => {
+        for ((scaled, grad), weight) in scaled.iter_mut().zip(grad).zip(weight) {
+            *scaled = rounded::<T>(grad.to_f32() * weight.to_f32());
+        }
+        let root = reciprocal_root(x, eps);
+        let shrink = dot(scaled, x) / x.len() as f32 * root * root * root;
+        for ((out, scaled), x) in grad_x.iter_mut().zip(scaled.iter()).zip(x) {
+            *out = T::from_f32(scaled * root - x.to_f32() * shrink);
+        }
+        for (out, stream) in grad_x.iter_mut().zip(stream.unwrap_or_default()) {
+            *out = T::from_f32(out.to_f32() + stream.to_f32());
+        }
     }
 }
 

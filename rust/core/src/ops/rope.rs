@@ -141,21 +141,16 @@ impl Rope<'_> {
 }
 
 at_level! {
-    fn rotate<T: Float>(x: &[T], cos: &[T], sin: &[T], out: &mut [T], inverse: bool) {
-        scalar: rotate_head(x, cos, sin, out, inverse),
-        vector: rotate_head(x, cos, sin, out, inverse),
-    }
-}
-
-#[inline(always)]
-fn rotate_head<T: Float>(x: &[T], cos: &[T], sin: &[T], out: &mut [T], inverse: bool) {
-    let half = x.len() / 2;
-    let ((x, y), (first, second)) = (x.split_at(half), out.split_at_mut(half));
-    let (y, cos, sin, second) = (&y[..half], &cos[..half], &sin[..half], &mut second[..half]);
-    let product = |a: T, b: f32| T::from_f32(a.to_f32() * b).to_f32();
-    for i in 0..half {
-        let (cos, sin) = (cos[i].to_f32(), if inverse { -sin[i].to_f32() } else { sin[i].to_f32() });
-        first[i] = T::from_f32(product(x[i], cos) - product(y[i], sin));
-        second[i] = T::from_f32(product(y[i], cos) + product(x[i], sin));
+    /// A head.
+    fn rotate<T: Float>(x: &[T], cos: &[T], sin: &[T], out: &mut [T], inverse: bool) => {
+        let half = x.len() / 2;
+        let ((x, y), (first, second)) = (x.split_at(half), out.split_at_mut(half));
+        let (y, cos, sin, second) = (&y[..half], &cos[..half], &sin[..half], &mut second[..half]);
+        let product = |a: T, b: f32| T::from_f32(a.to_f32() * b).to_f32();
+        for i in 0..half {
+            let (cos, sin) = (cos[i].to_f32(), if inverse { -sin[i].to_f32() } else { sin[i].to_f32() });
+            first[i] = T::from_f32(product(x[i], cos) - product(y[i], sin));
+            second[i] = T::from_f32(product(y[i], cos) + product(x[i], sin));
+        }
     }
 }
