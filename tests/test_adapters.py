@@ -182,6 +182,17 @@ def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
+def test_a_with_block_closes(adapters, byte_tokenizer):  # noqa: F811
+    folders, _ = adapters
+    model = base_model(byte_tokenizer)
+    before = {name: type(module) for name, module in model.named_modules()}
+    with Engine(model, adapters={"one": folders["one"]}) as engine:
+        assert engine.generate([1, 2], adapter="one", max_new_tokens=3).token_ids
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    with pytest.raises(RuntimeError, match="the engine was closed"):
+        engine.generate([1, 2])
+
+
 def test_what_comes_in_while_an_engine_closes_does_not_run(adapters, byte_tokenizer, monkeypatch):  # noqa: F811
     folders, _ = adapters
     model = base_model(byte_tokenizer)

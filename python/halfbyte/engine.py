@@ -119,6 +119,8 @@ class Stream:
 class Engine:
     """Runs prompts of any lengths and settings together, one token a step each.
 
+    A `with` block closes it at its end.
+
     model: a loaded Decoder, or one that is being trained: weights are read where they are, so
     replies come from what they are now; call `refresh` after they have changed or moved, since the
     cache still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
@@ -221,6 +223,12 @@ class Engine:
             self._closed = True
             self._scheduler.abandon(None)
             self._scheduler.decode.adapters.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _check_open(self) -> None:
         if self._closed:
