@@ -483,12 +483,9 @@ def gemm(linear: Linear, x: Tensor) -> Tensor:
 def gemm_group(linears: list[Linear], x: Tensor) -> list[Tensor]:
     """Products of one x by weights of one quant_type and blocksize."""
     outs = [guarded(len(x) * linear.N, x.dtype, CUDA) for linear in linears]
-    workspace = guarded(x.numel(), x.dtype, CUDA)
     views = [out.view.view(len(x), linear.N) for linear, out in zip(linears, outs, strict=True)]
     products = [(w.packed, *w.scale, view) for w, view in zip(linears, views, strict=True)]
-    args = linears[0].quant_type, linears[0].blocksize, workspace.view.view(x.shape)
-    _core.gemm_4bit(x, products, *args)
-    workspace.intact()
+    _core.gemm_4bit(x, products, linears[0].quant_type, linears[0].blocksize)
     return [out.intact().view_as(view) for out, view in zip(outs, views, strict=True)]
 
 
@@ -627,13 +624,12 @@ def test_gemv_4bit_sees_what_the_kernel_before_it_wrote():
 def test_gemm_4bit_sees_what_the_kernel_before_it_wrote(M):
     linear, other = Linear(4096, 4096), Linear(4096, 4096, quant_type="fp4")
     x, out = rows(M, 4096, torch.bfloat16), torch.empty(M, 4096, dtype=torch.bfloat16, device=CUDA)
-    workspace = torch.empty_like(x)
     other.quant_type = "nf4"
     other.packed.bitwise_xor_(0x5A)
     expected = gemm(other, x + 1)
 
     def multiply(x: Tensor) -> None:
-        _core.gemm_4bit(x, [(linear.packed, *linear.scale, out)], "nf4", 64, workspace)
+        _core.gemm_4bit(x, [(linear.packed, *linear.scale, out)], "nf4", 64)
 
     for _ in range(50):
         linear.packed.zero_(), linear.scale[0].zero_()

@@ -238,12 +238,10 @@ def gemm_4bit(
     products: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, Tensor]],
     quant_type: str,
     blocksize: int,
-    workspace: Tensor,
 ) -> None:
     """``gemv_4bit_group`` for tens to hundreds of rows of x.
 
-    workspace: x's dtype [M, K], scratch. Sums are fp32; their order may depend on M and on what
-    goes together.
+    Sums are fp32; their order may depend on M and on what goes together.
     """
 
 def gemv_4bit_fused(
@@ -253,16 +251,14 @@ def gemv_4bit_fused(
     gated: bool,
     hidden: Tensor | None = None,
     arrived: Tensor | None = None,
-    workspace: Tensor | None = None,
     next: Any = None,
 ) -> None:
     """One to four 4-bit products of x [M, K] with adapter, bias and gate, in one launch.
 
     products, next: as `halfbyte.ops.gemv_4bit_fused` makes them, read by attribute; where gated,
     pairs of gate and up that share an out. hidden: float32 [ceil(K / 2048), M, ranks of all
-    adapters], with a workspace x's dtype [M, the same ranks, each padded to a multiple of 16],
+    adapters], for more than 8 rows x's dtype [M, the same ranks, each padded to a multiple of 16],
     scratch; arrived: int32, its first element zero before and after; adapters need both.
-    workspace: x's dtype [M, K], scratch of a kernel for more rows: more than 8 beside adapters.
     GPUs for which `has_gemv_4bit_fused` is true only.
     """
 

@@ -138,7 +138,7 @@ def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
             _core.gemv_4bit(x, packed, *scales, quant_type, blocksize, out)
         else:
             products = [(packed, *scales, out)]
-            _core.gemm_4bit(x, products, quant_type, blocksize, torch.empty_like(x))
+            _core.gemm_4bit(x, products, quant_type, blocksize)
         return out
     state = _state(*scales, quant_type, blocksize, (n, k))
     if x.is_cuda or _multiplies(x.dtype):
@@ -166,7 +166,7 @@ def _forward_group(
     if len(x) <= few:
         _core.gemv_4bit_group(x, products, quant_type, blocksize)
     else:
-        _core.gemm_4bit(x, products, quant_type, blocksize, torch.empty_like(x))
+        _core.gemm_4bit(x, products, quant_type, blocksize)
     return outs
 
 

@@ -183,6 +183,5 @@ def gemv_4bit_fused(
         arrived = x.new_zeros(1, dtype=torch.int32)
     head = products[0].state
     after = _next(following, following_gated, head)
-    room = torch.empty_like(x) if tiled else None
-    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, room, after)
+    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, after)
     return outs

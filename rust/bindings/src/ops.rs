@@ -9,7 +9,6 @@ use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::draw::{Choice, Draw, Drawn};
-use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
 use halfbyte_core::ops::gemv_4bit_fused::{Adapter, FusedProduct, Gemv4bitFused, Next, NextWeight};
@@ -271,9 +270,9 @@ impl Group {
     }
 
     /// Nothing that is written, `others` too, may overlap what is read.
-    fn build(&self, op: &'static str, others: &[&Tensor]) -> PyResult<Gemv4bitGroup<'static>> {
+    fn build(&self, op: &'static str) -> PyResult<Gemv4bitGroup<'static>> {
         let inputs: Vec<_> = self.weights.iter().flat_map(|weight| weight.inputs(&self.rows.x)).collect();
-        let outputs: Vec<_> = self.weights.iter().map(|weight| &weight.out).chain(others.iter().copied()).collect();
+        let outputs: Vec<_> = self.weights.iter().map(|weight| &weight.out).collect();
         check_overlap(op, &inputs, &outputs)?;
         // SAFETY: the outputs were checked for overlap.
         let products = self.weights.iter().map(|weight| unsafe { self.rows.times(weight) });
@@ -291,7 +290,7 @@ pub fn gemv_4bit_group(
 ) -> PyResult<()> {
     const OP: &str = "gemv_4bit_group";
     let group = Group::read(OP, x, &products, quant_type, blocksize)?;
-    let args = group.build(OP, &[])?;
+    let args = group.build(OP)?;
     call(py, group.rows.x.device, |backend| backend.gemv_4bit_group(args))
 }
 
@@ -302,14 +301,10 @@ pub fn gemm_4bit(
     products: Vec<Product<'_>>,
     quant_type: &str,
     blocksize: i64,
-    workspace: Object<'_, '_>,
 ) -> PyResult<()> {
     const OP: &str = "gemm_4bit";
     let group = Group::read(OP, x, &products, quant_type, blocksize)?;
-    let workspace = Tensor::read(OP, "workspace", workspace)?;
-    let products = group.build(OP, &[&workspace])?;
-    // SAFETY: the outputs were checked for overlap.
-    let args = Gemm4bit::new(products, unsafe { workspace.as_mut() }).map_err(to_py_err)?;
+    let args = group.build(OP)?;
     call(py, group.rows.x.device, |backend| backend.gemm_4bit(args))
 }
 
@@ -405,7 +400,7 @@ impl PyNext<'_> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (x, products, quant_type, gated, hidden=None, arrived=None, workspace=None, next=None))]
+#[pyo3(signature = (x, products, quant_type, gated, hidden=None, arrived=None, next=None))]
 pub fn gemv_4bit_fused(
     py: Python<'_>,
     x: Object<'_, '_>,
@@ -414,7 +409,6 @@ pub fn gemv_4bit_fused(
     gated: bool,
     hidden: Option<Object<'_, '_>>,
     arrived: Option<Object<'_, '_>>,
-    workspace: Option<Object<'_, '_>>,
     next: Option<PyNext<'_>>,
 ) -> PyResult<()> {
     const OP: &str = "gemv_4bit_fused";
@@ -431,15 +425,13 @@ pub fn gemv_4bit_fused(
     }
     let hidden = hidden.map(|hidden| Tensor::read(OP, "hidden", hidden)).transpose()?;
     let arrived = arrived.map(|arrived| Tensor::read(OP, "arrived", arrived)).transpose()?;
-    let workspace = workspace.map(|workspace| Tensor::read(OP, "workspace", workspace)).transpose()?;
     // SAFETY: the outputs are checked for overlap before anything runs.
-    let own = [&hidden, &arrived, &workspace].map(|own| own.as_ref().map(|own| unsafe { own.as_mut() }));
-    let [scratch, word, room] = own;
-    written.extend(hidden.into_iter().chain(arrived).chain(workspace));
+    let [scratch, word] = [&hidden, &arrived].map(|own| own.as_ref().map(|own| unsafe { own.as_mut() }));
+    written.extend(hidden.into_iter().chain(arrived));
     read.push(Tensor::read(OP, "x", x)?);
     check_overlap(OP, &read.iter().collect::<Vec<_>>(), &written.iter().collect::<Vec<_>>())?;
     let next = next.map_or(Ok(Next::default()), |next| next.build(OP, &mut read))?;
-    let fused = Gemv4bitFused::new(fused, gated, scratch, word, room, next).map_err(to_py_err)?;
+    let fused = Gemv4bitFused::new(fused, gated, scratch, word, next).map_err(to_py_err)?;
     call(py, rows.x.device, |backend| backend.gemv_4bit_fused(fused))
 }
 

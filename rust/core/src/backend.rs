@@ -6,7 +6,6 @@ use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
 use crate::ops::draw::Draw;
-use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use crate::ops::gemv_4bit_fused::Gemv4bitFused;
@@ -26,7 +25,8 @@ pub trait Backend {
     fn quantize_blockwise(&self, args: QuantizeBlockwise<'_>) -> Result<()>;
     fn dequantize_blockwise(&self, args: DequantizeBlockwise<'_>) -> Result<()>;
     fn gemv(&self, args: Gemv<'_>) -> Result<()>;
-    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()>;
+    /// `gemv_4bit_group` for tens to hundreds of rows, which a backend may have a kernel of its own for.
+    fn gemm_4bit(&self, args: Gemv4bitGroup<'_>) -> Result<()>;
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
     fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()>;
     fn gemv_4bit_fused(&self, args: Gemv4bitFused<'_>) -> Result<()>;

@@ -7,7 +7,6 @@ use crate::ops::dequantize_4bit::Dequantize4bit;
 use crate::ops::dequantize_blockwise::DequantizeBlockwise;
 use crate::ops::double_quantize::DoubleQuantize;
 use crate::ops::draw::Draw;
-use crate::ops::gemm_4bit::Gemm4bit;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use crate::ops::gemv_4bit_fused::Gemv4bitFused;
@@ -78,7 +77,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+    fn gemm_4bit(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
         args.run_on_cpu(self.simd);
         Ok(())
     }

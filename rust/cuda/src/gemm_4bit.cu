@@ -5,11 +5,10 @@
 // their sums, in order.
 //
 // In a tile of few rows of x, scales enter the fp32 sums of a block, so that the only rounding of a weight is that of
-// sixteen constants; a small kernel before this one writes x in the order in which the bytes of W feed the contraction.
-// The halves of such a tile may be rows of a gate and an up projection; then out is their SwiGLU. Biases and adapters'
-// shares join the finished sums, each rounded as the operation of that name rounds it. The sums of many rows fill the
-// registers: there scales enter the weights, whose values in fp16 are rounded once more to the bf16 of x, and x is read
-// as it is. x of fp16 would show the first rounding, so for it there are no such tiles.
+// sixteen constants. The halves of such a tile may be rows of a gate and an up projection; then out is their SwiGLU.
+// Biases and adapters' shares join the finished sums, each rounded as the operation of that name rounds it. The sums of
+// many rows fill the registers: there scales enter the weights, whose values in fp16 are rounded once more to the bf16
+// of x. x of fp16 would show the first rounding, so for it there are no such tiles.
 #include "absmax.cuh"
 #include "cluster.cuh"
 #include "codes.cuh"
@@ -17,7 +16,6 @@
 #include "memory.cuh"
 #include "overlap.cuh"
 #include "pair_table.cuh"
-#include "permute.cuh"
 #include "pipeline.cuh"
 #include "sigmoid.cuh"
 
@@ -39,15 +37,6 @@ struct Parts {
     Part at[MAX_PARTS];
     Hidden hidden;
 };
-
-// A chunk of sixteen bytes a thread.
-extern "C" __global__ void __launch_bounds__(256) gemm_4bit_permute(const uint32_t* x, uint4* out, int64_t chunks) {
-    let_next_kernel_start();
-    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    wait_for_previous_kernel();
-    if (i < chunks)
-        permute_chunk(x, out, i);
-}
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -114,6 +103,51 @@ __device__ inline const Part& part_of(const Parts& parts, int tile) {
     while (i + 1 < MAX_PARTS && tile >= parts.at[i + 1].first_tile)
         ++i;
     return parts.at[i];
+}
+
+// Of the tile's rows a lane has this one and that eight below.
+__device__ inline int lane_row() { return threadIdx.x / 32 * 16 + lane_id() / 4; }
+
+// Codes of a block of both. Of each word a lane looks up one byte, so that the four lanes of a row together feed the
+// contraction in the order in which x lies.
+struct Block {
+    uint4 upper[2], lower[2];
+
+    // Chunks of 16 bytes are swizzled by the row's place among eight.
+    template <int ROWS>
+    __device__ Block(const uint8_t (&codes)[ROWS][LINE / 2], int block) {
+        const uint8_t (*const rows)[LINE / 2] = &codes[lane_row()];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int chunk = ((2 * block + half) ^ lane_row() % 8) * 16;
+            upper[half] = *reinterpret_cast<const uint4*>(rows[0] + chunk);
+            lower[half] = *reinterpret_cast<const uint4*>(rows[8] + chunk);
+        }
+    }
+
+    // Operand A of the four steps of a block; each contracts two words, of which `of_upper` and `of_lower` make pairs
+    // of weights.
+    template <typename Upper, typename Lower>
+    __device__ void look_up(const Upper& of_upper, const Lower& of_lower, uint32_t (&a)[4][4]) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t u[4] = {upper[half].x, upper[half].y, upper[half].z, upper[half].w};
+            const uint32_t l[4] = {lower[half].x, lower[half].y, lower[half].z, lower[half].w};
+#pragma unroll
+            for (int word = 0; word < 4; ++word) {
+                uint32_t (&step)[4] = a[half * 2 + word / 2];
+                step[word % 2 * 2] = of_upper(u[word]);
+                step[word % 2 * 2 + 1] = of_lower(l[word]);
+            }
+        }
+    }
+};
+
+// By all lanes of a warp.
+__device__ inline void release(Barrier& barrier) {
+    __syncwarp();
+    if (lane_id() == 0)
+        barrier.arrive();
 }
 
 // Sums of rows `row` and row + 8 of W take the place of the stages, which all who multiply have read.
@@ -253,6 +287,16 @@ struct Few {
         Barrier::publish();
     }
 
+    // Beside adapters x is there before the launch in front, which makes the hidden values, has ended.
+    __device__ static void wait_for_x(uint32_t* arrived) {
+        if (arrived == nullptr) {
+            wait_for_previous_kernel();
+            return;
+        }
+        wait_for_announced_end(arrived, gridDim.x * gridDim.y);
+        asm volatile("fence.proxy.async.global;" ::: "memory"); // the copy engine reads it
+    }
+
     // By one thread, before any other has come here.
     __device__ void begin() const {
         init(shared);
@@ -267,9 +311,9 @@ struct Few {
         copy_box(shared.codes[stage][ROWS / 2], &part.maps[1], line * (LINE / 2), second, shared.full[stage]);
     }
 
-    // By one thread: x, which may be read when the previous kernel has ended, and the codes that did not fit at first.
-    __device__ void copy(const Map& x_map) const {
-        wait_for_previous_kernel();
+    // By one thread: x, once it is there, and the codes that did not fit at first.
+    __device__ void copy(const Map& x_map, uint32_t* arrived) const {
+        wait_for_x(arrived);
         for (int line = first; line < last; ++line) {
             const int i = line - first, stage = i % STAGES;
             if (i >= STAGES) {
@@ -312,9 +356,7 @@ struct Few {
                     store16(shared.scales[stage][strip + r * 32 + lane_id()], v);
                 }
             }
-            __syncwarp();
-            if (lane_id() == 0)
-                shared.full[stage].arrive();
+            release(shared.full[stage]);
         }
     }
 
@@ -325,12 +367,7 @@ struct Few {
         return min((is_second(r) ? second - ROWS / 2 : row) + r + lane_id(), part.N - 1);
     }
 
-    // The row of the tile whose codes this lane looks up for row lane / 4 of its warp's sixteen: eight rows are taken
-    // in an order in which their swizzled chunks lie in different banks.
-    __device__ static int lane_row() { return threadIdx.x / 32 * 16 + lane_id() / 4 % 4 * 2 + lane_id() / 16; }
-
     __device__ void multiply(float (&total)[TOKENS / 2]) const {
-        const int mine = lane_row(), t = lane_id() % 4;
         float sum[TOKENS / 2];
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i)
@@ -338,27 +375,16 @@ struct Few {
         for (int line = first; line < last; ++line) {
             const int i = line - first, stage = i % STAGES;
             shared.full[stage].wait(i / STAGES % 2);
-            uint2 upper[4], lower[4]; // codes of four blocks of this row and of that eight below
-            const uint8_t* from = &shared.codes[stage][mine][t % 2 * 8];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int chunk = ((2 * j + t / 2) ^ mine % 8) * 16;
-                upper[j] = *reinterpret_cast<const uint2*>(from + chunk);
-                lower[j] = *reinterpret_cast<const uint2*>(from + 8 * (LINE / 2) + chunk);
-            }
-            const float4 us = *reinterpret_cast<const float4*>(shared.scales[stage][mine]);
-            const float4 ls = *reinterpret_cast<const float4*>(shared.scales[stage][mine + 8]);
+            const float4 us = *reinterpret_cast<const float4*>(shared.scales[stage][lane_row()]);
+            const float4 ls = *reinterpret_cast<const float4*>(shared.scales[stage][lane_row() + 8]);
             const float upper_scales[4] = {us.x, us.y, us.z, us.w}, lower_scales[4] = {ls.x, ls.y, ls.z, ls.w};
-            __syncwarp();
-            if (lane_id() == 0)
-                shared.empty[stage].arrive();
             uint32_t a[BUFFERS][4][4];
             if (BUFFERS > 1)
-                look_up(upper[0], lower[0], a[0]);
+                look_up(stage, 0, a[0]);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (BUFFERS == 1)
-                    look_up(upper[j], lower[j], a[0]);
+                    look_up(stage, j, a[0]);
                 const int block = i * 4 + j, x_stage = block % X_STAGES;
                 shared.x_full[x_stage].wait(block / X_STAGES % 2);
                 hold(sum);
@@ -369,7 +395,9 @@ struct Few {
                     Wgmma<T, TOKENS>::run(sum, a[j % BUFFERS][step], b + step * 2, step > 0);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 if (BUFFERS > 1 && j < 3)
-                    look_up(upper[j + 1], lower[j + 1], a[(j + 1) % BUFFERS]);
+                    look_up(stage, j + 1, a[(j + 1) % BUFFERS]);
+                if (j + BUFFERS == 4)
+                    release(shared.empty[stage]);
                 asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
                 hold(sum);
                 if (lane_id() == 0)
@@ -434,15 +462,9 @@ struct Few {
                         {of[0][i % 2 * 2], of[0][i % 2 * 2 + 1], of[1][i % 2 * 2], of[1][i % 2 * 2 + 1]});
     }
 
-    // Operand A of the four steps of a block.
-    __device__ void look_up(uint2 upper, uint2 lower, uint32_t (&a)[4][4]) const {
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            const uint32_t u = step / 2 ? upper.y : upper.x, l = step / 2 ? lower.y : lower.x;
-            const int byte = step % 2 * 2;
-            a[step][0] = table.pair(u, byte), a[step][1] = table.pair(l, byte);
-            a[step][2] = table.pair(u, byte + 1), a[step][3] = table.pair(l, byte + 1);
-        }
+    __device__ void look_up(int stage, int block, uint32_t (&a)[4][4]) const {
+        const auto pair = [&](uint32_t word) { return table.pair(word, lane_id() % 4); };
+        Block(shared.codes[stage], block).look_up(pair, pair, a);
     }
 };
 
@@ -465,11 +487,6 @@ struct Many {
         };
         float scales[STAGES][ROWS][BLOCKS];
         Barrier full[STAGES], empty[STAGES], x_full[X_STAGES], x_empty[X_STAGES];
-    };
-
-    // Codes of a block of two rows of W, eight apart; of each word a lane looks up one byte.
-    struct Block {
-        uint4 upper[2], lower[2];
     };
 
     Shared& shared;
@@ -538,14 +555,6 @@ struct Many {
         }
     }
 
-    __device__ static void release(Barrier& barrier) {
-        __syncwarp();
-        if (lane_id() == 0)
-            barrier.arrive();
-    }
-
-    __device__ static int lane_row() { return threadIdx.x / 32 * 16 + lane_id() / 4; }
-
     // Weights of one block are looked up while those of the block before it are multiplied.
     __device__ void multiply(float (&sum)[TOKENS / 2]) const {
         uint32_t a[2][4][4];
@@ -557,7 +566,9 @@ struct Many {
             const float upper[BLOCKS] = {us.x, us.y, us.z, us.w}, lower[BLOCKS] = {ls.x, ls.y, ls.z, ls.w};
 #pragma unroll
             for (int j = 0; j < BLOCKS; ++j) {
-                look_up(load(stage, j), upper[j], lower[j], a[j % 2]);
+                Block(shared.codes[stage], j)
+                    .look_up([&](uint32_t word) { return weights(word, upper[j]); },
+                             [&](uint32_t word) { return weights(word, lower[j]); }, a[j % 2]);
                 if (j + 1 == BLOCKS)
                     release(shared.empty[stage]);
                 const int block = i * BLOCKS + j;
@@ -575,34 +586,6 @@ struct Many {
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         hold(sum);
-    }
-
-    // Chunks of 16 bytes are swizzled by the row's place among eight.
-    __device__ Block load(int stage, int block) const {
-        const uint8_t (*const rows)[LINE / 2] = &shared.codes[stage][lane_row()];
-        Block b;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int chunk = ((2 * block + half) ^ lane_row() % 8) * 16;
-            b.upper[half] = *reinterpret_cast<const uint4*>(rows[0] + chunk);
-            b.lower[half] = *reinterpret_cast<const uint4*>(rows[8] + chunk);
-        }
-        return b;
-    }
-
-    // Operand A of the four steps of a block; each contracts two words of codes.
-    __device__ void look_up(const Block& b, float upper_scale, float lower_scale, uint32_t (&a)[4][4]) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t u[4] = {b.upper[half].x, b.upper[half].y, b.upper[half].z, b.upper[half].w};
-            const uint32_t l[4] = {b.lower[half].x, b.lower[half].y, b.lower[half].z, b.lower[half].w};
-#pragma unroll
-            for (int word = 0; word < 4; ++word) {
-                uint32_t (&step)[4] = a[half * 2 + word / 2];
-                step[word % 2 * 2] = weights(u[word], upper_scale);
-                step[word % 2 * 2 + 1] = weights(l[word], lower_scale);
-            }
-        }
     }
 
     // The table holds fp16, which has more bits than a rounded weight of bf16.
@@ -634,7 +617,7 @@ __device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K,
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::MANY_REGISTERS));
         float total[TOKENS / 2];
         tile.multiply(total);
-        publish<TOKENS, Tile::ROWS>(shared.sums, total, Tile::lane_row());
+        publish<TOKENS, Tile::ROWS>(shared.sums, total, lane_row());
         wait_for_previous_kernel();
         if (parts.hidden.ranks > 0)
             tile.multiply_hidden(parts.hidden, M, splits);
@@ -644,7 +627,7 @@ __device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K,
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
         if (job == 0 && lane_id() == 0)
-            tile.copy(x_map);
+            tile.copy(x_map, parts.hidden.arrived);
         else if (job > 0 && job <= Tile::SCALERS)
             tile.decode_scales(K / 64, job - 1);
         __syncwarp();
@@ -672,7 +655,7 @@ __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::MANY_REGISTERS));
         float sum[TOKENS / 2];
         tile.multiply(sum);
-        publish<TOKENS, Tile::ROWS>(shared.sums, sum, Tile::lane_row());
+        publish<TOKENS, Tile::ROWS>(shared.sums, sum, lane_row());
         cluster_sync();
         wait_for_previous_kernel();
         finish<bf16, TOKENS, Tile::ROWS>(shared.sums, nullptr, tile.part, tile.row, tile.token, M, splits, false, 1.0f);
@@ -706,7 +689,7 @@ __device__ void multiply_many(const Parts&, const Map&, int, int, int, bool, con
 #endif
 
 // Maps: boxes of 128 bytes by the tile's rows of packed [N, K / 2], half of them where those of x are few, and by
-// `tokens` rows of x [M, K], permuted where they are few, swizzled; nested absmax with one map for all and codes 4-byte
+// `tokens` rows of x [M, K], swizzled; nested absmax with one map for all and codes 4-byte
 // aligned, blocks of 64, K % 256 == 0, N * K < 2^38; parts: unused ones begin past the last tile, many rows of x have
 // one part and no gate; grid (tiles of W * splits, tiles of x), clusters of `splits`, at most K / 256 and MAX_SPLITS.
 #define GEMM_4BIT(name, threads, multiply)                                                                             \

@@ -1,19 +1,18 @@
 use std::ffi::c_void;
 
 use cudarc::driver::sys::{CUtensorMap, CUtensorMapDataType};
-use halfbyte_core::ops::gemm_4bit::Gemm4bit;
-use halfbyte_core::ops::gemv_4bit::{Gemv4bit, MAX_GROUP};
+use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, MAX_GROUP};
 use halfbyte_core::ops::gemv_4bit_fused::Gemv4bitFused;
-use halfbyte_core::{Absmax, DType, Result, TensorMut};
+use halfbyte_core::{Absmax, DType, Result};
 
-use crate::args::{DeviceAbsmax, KernelArg, aligned_mut, args};
+use crate::args::{DeviceAbsmax, KernelArg, args};
 use crate::gemv_4bit;
 use crate::gemv_4bit_bulk::{self, Codebook, codebook};
 use crate::launch::{Family, Geometry, Launcher, Limits, Matrix, extent, family};
 use crate::low_rank::{self, Beside, Hidden, Share};
 
 /// Tiles in bf16, then those in fp16.
-const KERNELS: [&str; 17] = [
+const KERNELS: [&str; 16] = [
     "gemm_4bit_32x2_bf16",
     "gemm_4bit_32x3_bf16",
     "gemm_4bit_32x4_bf16",
@@ -30,7 +29,6 @@ const KERNELS: [&str; 17] = [
     "gemm_4bit_64x3_f16",
     "gemm_4bit_64x4_f16",
     "gemm_4bit_128x2_f16",
-    "gemm_4bit_permute",
 ];
 pub(crate) static FAMILY: Family = family!("gemm_4bit", &KERNELS);
 
@@ -44,17 +42,16 @@ pub(crate) struct Tile {
     /// us of a line of K, and of start and end; measured on an H200
     line: f64,
     ends: f64,
-    /// Scales enter the sums, and x is permuted before; else they enter the weights, in bf16 alone: there no rounding
-    /// but that of a weight counts.
-    permutes: bool,
+    /// Scales enter the sums; else they enter the weights, in bf16 alone: there no rounding but that of a weight counts.
+    scales_sums: bool,
 }
 
 const fn few(tokens: usize, groups: usize, shared: usize, line: f64) -> Tile {
-    Tile { tokens, groups, shared, line, ends: 5.0, permutes: true }
+    Tile { tokens, groups, shared, line, ends: 5.0, scales_sums: true }
 }
 
 const fn many(tokens: usize, shared: usize, line: f64) -> Tile {
-    Tile { tokens, groups: 2, shared, line, ends: 3.5, permutes: false }
+    Tile { tokens, groups: 2, shared, line, ends: 3.5, scales_sums: false }
 }
 
 /// Four groups do twice the work of two in 1.7 times their time, three one and a half times the work in 1.4 times.
@@ -76,7 +73,6 @@ pub(crate) const MAX_PARTS: usize = MAX_GROUP;
 const TOGETHER: usize = 64;
 /// Swizzled memory begins at a multiple of this.
 pub(crate) const ALIGNMENT: usize = 1024;
-const PERMUTE_THREADS: usize = 256;
 
 /// `struct Part` of the kernels.
 #[repr(C)]
@@ -131,14 +127,14 @@ fn plan(m: usize, ns: &[usize], k: usize, dtype: DType, multiprocessors: usize) 
     let has_room = |tile: &Tile, splits: usize| match splits {
         4 => ctas(tile, splits) <= room,
         // Of many rows of x a second wave of clusters is slower than one more of whole tiles.
-        2 => tile.permutes || ctas(tile, splits) <= multiprocessors,
+        2 => tile.scales_sums || ctas(tile, splits) <= multiprocessors,
         _ => true,
     };
     // Of x no more than a tile that fits, or some of half its size and less; W would be read again for more of them.
     let suits = |tile: &Tile| {
         let fits =
             if m > 64 { tile.tokens >= 64 && tile.groups != 3 } else { tile.tokens == m.next_power_of_two().max(32) };
-        fits && (tile.permutes || dtype == DType::BF16)
+        fits && (tile.scales_sums || dtype == DType::BF16)
     };
     let mut best = (f64::INFINITY, Plan { tile: 0, splits: 1 });
     for splits in [1, 2, MAX_SPLITS].into_iter().filter(|&splits| splits <= k / LINE) {
@@ -156,16 +152,14 @@ fn tiles(ns: &[usize], tile: &Tile) -> usize {
     ns.iter().map(|n| n.div_ceil(64 * tile.groups)).sum()
 }
 
-pub(crate) fn launch(launcher: &Launcher, args: Gemm4bit<'_>) -> Result<()> {
+pub(crate) fn launch(launcher: &Launcher, group: Gemv4bitGroup<'_>) -> Result<()> {
     let limits = launcher.limits();
-    let Gemm4bit { group, workspace, .. } = args;
     let products: Vec<_> = group.into_products().filter(|product| product.shape.m * product.shape.n > 0).collect();
     let takes = |products: &[Gemv4bit<'_>]| {
-        gemv_4bit_bulk::fits(limits, products) && products.iter().all(fits_alone) && fits(limits, &workspace)
+        gemv_4bit_bulk::fits(limits, products) && products.iter().all(fits_alone) && runs_on(limits)
     };
     let together = takes(&products) && products[0].shape.m <= TOGETHER;
     let launches = if together { vec![products] } else { products.into_iter().map(|product| vec![product]).collect() };
-    let mut is_permuted = false;
     for products in launches {
         if !takes(&products) {
             products.into_iter().try_for_each(|product| gemv_4bit::launch(launcher, product))?;
@@ -174,18 +168,14 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemm4bit<'_>) -> Result<()> {
         let products: Vec<_> = products.iter().collect();
         let plan = Plan::of(launcher, &products);
         let beside = vec![Beside::none(); products.len()];
-        if TILES[plan.tile].permutes && !is_permuted {
-            permute(launcher, products[0], &workspace)?;
-            is_permuted = true;
-        }
-        multiply(launcher, &products, &beside, Hidden::none(), false, &workspace, plan)?;
+        multiply(launcher, &products, &beside, Hidden::none(), false, plan)?;
     }
     Ok(())
 }
 
-/// Whether there are kernels, which is on compute capability 9.0 alone, and they take this scratch.
-fn fits(limits: Limits, workspace: &TensorMut<'_>) -> bool {
-    limits.capability == (9, 0) && aligned_mut(workspace, 16)
+/// Kernels are compiled for this compute capability alone.
+fn runs_on(limits: Limits) -> bool {
+    limits.capability == (9, 0)
 }
 
 /// Of what gemv_4bit_bulk takes.
@@ -196,42 +186,26 @@ fn fits_alone(product: &Gemv4bit<'_>) -> bool {
 /// Products with what stands beside them, of few enough rows to go together; whether there is a kernel.
 pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Result<bool> {
     let products: Vec<_> = fused.products().map(|product| &product.product).collect();
-    let Some(workspace) = fused.workspace.as_ref().filter(|workspace| fits(launcher.limits(), workspace)) else {
-        return Ok(false);
-    };
-    if products[0].shape.m > TOGETHER || !products.iter().all(|product| fits_alone(product)) {
+    let fits = products[0].shape.m <= TOGETHER && products.iter().all(|product| fits_alone(product));
+    if !fused.is_tiled() || !runs_on(launcher.limits()) || !fits {
         return Ok(false);
     }
-    let hidden = Hidden::of(fused);
+    let hidden = if fused.ranks() > 0 { Hidden::of(fused) } else { Hidden::none() };
     if fused.ranks() > 0 {
-        low_rank::launch(launcher, fused, hidden, workspace)?;
-    } else {
-        permute(launcher, products[0], workspace)?;
+        low_rank::launch(launcher, fused, hidden)?;
     }
     let plan = Plan::of(launcher, &products);
-    multiply(launcher, &products, &Beside::all(fused), hidden, fused.gated, workspace, plan)?;
+    multiply(launcher, &products, &Beside::all(fused), hidden, fused.gated, plan)?;
     Ok(true)
 }
 
-fn permute(launcher: &Launcher, product: &Gemv4bit<'_>, workspace: &TensorMut<'_>) -> Result<()> {
-    let chunks = product.shape.m * product.shape.k / 8;
-    let geometry = Geometry {
-        grid: (extent(chunks.div_ceil(PERMUTE_THREADS)), 1, 1),
-        block: (extent(PERMUTE_THREADS), 1, 1),
-        shared: 0,
-        overlaps: true,
-    };
-    launcher.launch(&FAMILY, "gemm_4bit_permute", geometry, args![product.x.ptr(), workspace.ptr(), chunks as i64])
-}
-
-/// Of x, or of the permuted x in `workspace`; gated: SwiGLU of pairs of a gate and an up projection, of few rows of x.
+/// gated: SwiGLU of pairs of a gate and an up projection, of few rows of x.
 fn multiply(
     launcher: &Launcher,
     products: &[&Gemv4bit<'_>],
     beside: &[Beside],
     hidden: Hidden,
     gated: bool,
-    workspace: &TensorMut<'_>,
     Plan { tile: index, splits }: Plan,
 ) -> Result<()> {
     let head = products[0];
@@ -240,7 +214,7 @@ fn multiply(
     let rows = 64 * tile.groups;
     let map = |product: &Gemv4bit<'_>| {
         let packed = Matrix { at: product.packed.ptr(), dtype: U8, size: 1, rows: product.shape.n, columns: k / 2 };
-        launcher.map_boxes(packed, if tile.permutes { rows / 2 } else { rows })
+        launcher.map_boxes(packed, if tile.scales_sums { rows / 2 } else { rows })
     };
     let mut parts = Vec::with_capacity(MAX_PARTS);
     let mut first_tile = 0;
@@ -262,8 +236,7 @@ fn multiply(
     }
     let unused = Part { first_tile: i32::MAX, ..parts[0] };
     let parts = Parts { at: std::array::from_fn(|i| parts.get(i).copied().unwrap_or(unused)), hidden };
-    let at = if tile.permutes { workspace.ptr().cast_const() } else { head.x.ptr() };
-    let x = Matrix { at, dtype: if bf16 { BF16 } else { F16 }, size: 2, rows: m, columns: k };
+    let x = Matrix { at: head.x.ptr(), dtype: if bf16 { BF16 } else { F16 }, size: 2, rows: m, columns: k };
     let x_map = launcher.map_boxes(x, tile.tokens)?;
     let geometry = Geometry {
         grid: (extent(first_tile * splits), extent(m.div_ceil(tile.tokens)), 1),
@@ -271,7 +244,7 @@ fn multiply(
         shared: tile.shared + ALIGNMENT,
         overlaps: true,
     };
-    let of_table = if tile.permutes { head.x.dtype() } else { DType::F16 };
+    let of_table = if tile.scales_sums { head.x.dtype() } else { DType::F16 };
     let (codebook, gain): (Codebook, f32) = codebook(head.quant_type, of_table);
     launcher.launch_clustered(
         &FAMILY,
@@ -289,10 +262,8 @@ const BF16: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_B
 /// Of a CTA of that kernel.
 #[cfg(test)]
 pub(crate) fn threads_of(kernel: &str) -> usize {
-    match KERNELS.iter().position(|name| *name == kernel) {
-        Some(i) if i + 1 < KERNELS.len() => 128 * (TILES[i % TILES.len()].groups + 1),
-        _ => PERMUTE_THREADS,
-    }
+    let tile = KERNELS.iter().position(|name| *name == kernel).map(|i| TILES[i % TILES.len()]);
+    tile.map_or(0, |tile| 128 * (tile.groups + 1))
 }
 
 #[cfg(test)]
@@ -302,15 +273,15 @@ mod tests {
     #[test]
     fn every_tile_is_compiled_with_the_memory_that_the_launcher_asks_for() {
         let source = include_str!("gemm_4bit.cu");
-        for (i, Tile { tokens, groups, shared, permutes, .. }) in TILES.into_iter().enumerate() {
-            let (compiled, name) = if permutes {
+        for (i, Tile { tokens, groups, shared, scales_sums, .. }) in TILES.into_iter().enumerate() {
+            let (compiled, name) = if scales_sums {
                 (format!("FEW(T, dtype, {tokens}, {groups}, {shared})"), format!("{tokens}x{groups}"))
             } else {
                 (format!("MANY({tokens}, {shared})"), format!("many_{tokens}"))
             };
             assert!(source.contains(&format!("GEMM_4BIT_{compiled}")), "{compiled}");
             assert_eq!(KERNELS[i], format!("gemm_4bit_{name}_bf16"));
-            if permutes {
+            if scales_sums {
                 assert_eq!(KERNELS[TILES.len() + i], format!("gemm_4bit_{name}_f16"));
             }
         }
@@ -356,7 +327,7 @@ mod tests {
     fn scales_enter_the_sums_of_fp16() {
         for m in [9, 64, 65, 128, 256, 777] {
             for (n, k) in [(40, 256), (4096, 4096), (28672, 8192)] {
-                assert!(TILES[plan(m, &[n], k, DType::F16, 132).tile].permutes);
+                assert!(TILES[plan(m, &[n], k, DType::F16, 132).tile].scales_sums);
             }
         }
     }

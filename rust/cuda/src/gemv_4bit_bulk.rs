@@ -369,9 +369,10 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
         return Ok(());
     }
     let (limits, ranks) = (launcher.limits(), fused.ranks());
-    if ranks > 0 && fused.workspace.is_some() {
-        let (expected, got) = ("none beside adapters but for 64 rows of x at most and capability 9.0", "one");
-        return Err(Error::Argument { op: "gemv_4bit_fused", name: "workspace", expected, got: got.to_string() });
+    if ranks > 0 && fused.is_tiled() {
+        let expected = "8 rows beside adapters; 64 on capability 9.0, with double quantization and K % 256 == 0";
+        let got = head.shape.m.to_string();
+        return Err(Error::Argument { op: "gemv_4bit_fused", name: "x", expected, got });
     }
     let form = Form::of(shape_of(&given), ranks > 0, limits.multiprocessors);
     let (products, ctas) = Products::new(&given, fused.gated, &FORMS[form], limits.multiprocessors);

@@ -34,7 +34,6 @@ use halfbyte_core::ops::dequantize_4bit::Dequantize4bit;
 use halfbyte_core::ops::dequantize_blockwise::DequantizeBlockwise;
 use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::draw::Draw;
-use halfbyte_core::ops::gemm_4bit::Gemm4bit;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use halfbyte_core::ops::gemv_4bit_fused::Gemv4bitFused;
@@ -114,7 +113,7 @@ impl Backend for CudaBackend {
         dequantize_blockwise::launch(&self.launcher, args)
     }
 
-    fn gemm_4bit(&self, args: Gemm4bit<'_>) -> Result<()> {
+    fn gemm_4bit(&self, args: Gemv4bitGroup<'_>) -> Result<()> {
         gemm_4bit::launch(&self.launcher, args)
     }
 

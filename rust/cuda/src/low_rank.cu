@@ -3,11 +3,10 @@
 // A cluster makes those of eight ranks and 16 rows of x by mma.m16n8k16: its CTAs share K, each sends its part of a row
 // to the one that adds this row up. The order of a sum follows from K alone. A is read before x is there.
 //
-// Other clusters permute x meanwhile, for the product behind this launch.
+// One warp says when x is there: the product behind this launch needs it before the hidden values.
 #include "cluster.cuh"
 #include "low_rank.cuh"
 #include "overlap.cuh"
-#include "permute.cuh"
 
 constexpr int MAX_ADAPTERS = 4;
 
@@ -21,12 +20,11 @@ struct Adapter {
 
 // Laid out as the launcher's `Job`.
 struct Job {
-    const void* x;  // [rows_x, K]
-    void* hidden;   // [rows_x, ranks], as x
-    void* permuted; // x for gemm_4bit
+    const void* x;     // [rows_x, K]
+    void* hidden;      // [rows_x, ranks], as x
+    uint32_t* arrived; // zero
     int K, rows_x, ranks;
     bool adapters_fp32;
-    int count; // of adapters
     Adapter adapters[MAX_ADAPTERS];
 };
 
@@ -40,14 +38,21 @@ constexpr int AHEAD = 8; // steps on their way at once
 // Of the cluster's ranks among those of its adapter.
 __device__ inline int first_rank() { return blockIdx.x / CTAS * TILE; }
 
+__device__ inline void wait_for_x(uint32_t* arrived) {
+    wait_for_previous_kernel();
+    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0)
+        announce_end(arrived);
+}
+
 template <typename T, typename A>
 struct Contract {
     const A* a; // where the warp begins in the lane's row, or in the last one
     const T* x; // and in rows g and, `eight` elements further, g + 8
     int64_t eight;
     int steps, rows; // of x from g on
+    uint32_t* arrived;
 
-    __device__ Contract(const Job& job, const Adapter& adapter) : eight(8 * int64_t(job.K)) {
+    __device__ Contract(const Job& job, const Adapter& adapter) : eight(8 * int64_t(job.K)), arrived(job.arrived) {
         const int all = job.K / STEP, first = all * cluster_rank() / CTAS, k = first * STEP + lane_id() % 4 * 8;
         const int rank = min(first_rank() + lane_id() / 4, adapter.rank - 1), row = blockIdx.y * CTAS + lane_id() / 4;
         a = static_cast<const A*>(adapter.a) + int64_t(rank) * job.K + k;
@@ -81,7 +86,7 @@ struct Contract {
     __device__ void run(float (&sum)[4]) const {
         Raw8<T> of_a[AHEAD], of_x[AHEAD][2];
         load_a(0, of_a);
-        wait_for_previous_kernel();
+        wait_for_x(arrived);
 #pragma unroll 1
         for (int step = 0; step < steps; step += AHEAD) {
             load_x(step, of_x);
@@ -143,21 +148,10 @@ __device__ void make_hidden(const Job& job, const Adapter& adapter) {
         finish<T>(job, adapter, row, sum_of_parts(parts));
 }
 
-__device__ inline void permute(const Job& job) {
-    const int64_t chunks = int64_t(job.rows_x) * job.K / 8, threads = int64_t(gridDim.x) * gridDim.y * blockDim.x;
-    int64_t i = (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
-    wait_for_previous_kernel();
-#pragma unroll 4
-    for (; i < chunks; i += threads)
-        permute_chunk(static_cast<const uint32_t*>(job.x), static_cast<uint4*>(job.permuted), i);
-}
-
 template <typename T>
 __device__ void run(const Job& job) {
     let_next_kernel_start();
-    if (blockIdx.z == job.count)
-        permute(job);
-    else if (const Adapter& adapter = job.adapters[blockIdx.z]; first_rank() < padded(adapter.rank))
+    if (const Adapter& adapter = job.adapters[blockIdx.z]; first_rank() < padded(adapter.rank))
         make_hidden<T>(job, adapter);
 }
 
@@ -168,8 +162,8 @@ __device__ void run(const Job&) {}
 
 #endif
 
-// x and A 16-byte aligned, K % 32 == 0; grid (16 * eighths of the highest rank, tiles of 16 rows of x, adapters and one
-// more), clusters of 16.
+// x and A 16-byte aligned, K % 32 == 0; grid (16 * eighths of the highest rank, tiles of 16 rows of x, adapters),
+// clusters of 16.
 #define LOW_RANK(T, dtype)                                                                                             \
     extern "C" __global__ void __launch_bounds__(32, 16) low_rank_##dtype(const __grid_constant__ Job job) {           \
         run<T>(job);                                                                                                   \

@@ -25,7 +25,8 @@ struct Share {
 // The hidden values [rows of x, ranks] of all adapters, laid out as the launcher's `Hidden`.
 struct Hidden {
     const void* values;
-    int ranks; // 0 without adapters
+    uint32_t* arrived; // null without adapters
+    int ranks;         // 0 without adapters
     bool adapters_fp32;
 
     // The lane's four of those from `k` on; `row` of x.

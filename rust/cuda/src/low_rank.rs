@@ -34,6 +34,7 @@ pub(crate) struct Share {
 #[derive(Clone, Copy)]
 pub(crate) struct Hidden {
     values: *const c_void,
+    arrived: *mut c_void,
     ranks: i32,
     adapters_fp32: bool,
 }
@@ -55,12 +56,11 @@ struct Adapter {
 struct Job {
     x: *const c_void,
     hidden: *mut c_void,
-    permuted: *mut c_void,
+    arrived: *mut c_void,
     k: i32,
     rows_x: i32,
     ranks: i32,
     adapters_fp32: bool,
-    count: i32,
     adapters: [Adapter; MAX_ADAPTERS],
 }
 
@@ -94,12 +94,13 @@ impl Beside {
 
 impl Hidden {
     pub fn none() -> Self {
-        Self { values: ptr::null(), ranks: 0, adapters_fp32: false }
+        Self { values: ptr::null(), arrived: ptr::null_mut(), ranks: 0, adapters_fp32: false }
     }
 
     pub fn of(fused: &Gemv4bitFused<'_>) -> Self {
         Self {
             values: scratch(fused.hidden.as_ref()).cast_const(),
+            arrived: scratch(fused.arrived.as_ref()),
             ranks: fused.columns_of_all() as i32,
             adapters_fp32: fused.adapters().any(|adapter| adapter.a.dtype() == DType::F32),
         }
@@ -110,13 +111,8 @@ fn scratch(own: Option<&TensorMut<'_>>) -> *mut c_void {
     own.map_or(ptr::null_mut(), |own| own.ptr())
 }
 
-/// The hidden values of all adapters, of which there are some, and x as gemm_4bit takes it, `permuted`.
-pub(crate) fn launch(
-    launcher: &Launcher,
-    fused: &Gemv4bitFused<'_>,
-    hidden: Hidden,
-    permuted: &TensorMut<'_>,
-) -> Result<()> {
+/// The hidden values of all adapters, of which there are some.
+pub(crate) fn launch(launcher: &Launcher, fused: &Gemv4bitFused<'_>, hidden: Hidden) -> Result<()> {
     let Some(FusedProduct { product: head, .. }) = fused.products().next() else { return Ok(()) };
     let mut adapters =
         [Adapter { a: ptr::null(), factors: ptr::null(), scaling: 0.0, rank: 0, column: 0 }; MAX_ADAPTERS];
@@ -135,15 +131,14 @@ pub(crate) fn launch(
     let job = Job {
         x: head.x.ptr(),
         hidden: scratch(fused.hidden.as_ref()),
-        permuted: permuted.ptr(),
+        arrived: hidden.arrived,
         k: head.shape.k as i32,
         rows_x: head.shape.m as i32,
         ranks: hidden.ranks,
         adapters_fp32: hidden.adapters_fp32,
-        count: count as i32,
         adapters,
     };
-    let grid = (extent(highest / TILE * CTAS), extent(head.shape.m.div_ceil(CTAS)), extent(count + 1));
+    let grid = (extent(highest / TILE * CTAS), extent(head.shape.m.div_ceil(CTAS)), extent(count));
     let geometry = Geometry { grid, block: (extent(THREADS), 1, 1), shared: 0, overlaps: true };
     let kernel = KERNELS[usize::from(head.x.dtype() == DType::BF16)];
     launcher.launch_clustered(&FAMILY, kernel, geometry, CTAS, args![job])

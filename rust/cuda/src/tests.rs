@@ -181,7 +181,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
         ("gemv_4bit", "CODES", crate::gemv_4bit::ANY_WARPS),
         ("gemv_4bit", "ANY_ROWS_A_WARP", crate::gemv_4bit::ANY_ROWS / crate::gemv_4bit::ANY_WARPS),
-        ("gemv_4bit_bulk", "MMA_ROWS", halfbyte_core::ops::gemv_4bit_fused::MAX_ROWS),
+        ("gemv_4bit_bulk", "MMA_ROWS", halfbyte_core::ops::gemv_4bit_fused::MAX_ADAPTED_ROWS),
         ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
         ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
         ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),

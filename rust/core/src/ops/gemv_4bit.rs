@@ -88,10 +88,6 @@ impl<'a> Gemv4bitGroup<'a> {
         Ok(Self(std::array::from_fn(|_| products.next())))
     }
 
-    pub(crate) fn first(&self) -> Option<&Gemv4bit<'a>> {
-        self.0[0].as_ref()
-    }
-
     pub fn into_products(self) -> impl Iterator<Item = Gemv4bit<'a>> {
         self.0.into_iter().flatten()
     }
@@ -123,7 +119,7 @@ impl Gemv4bit<'_> {
 impl Gemv4bitGroup<'_> {
     /// All products in one region of threads: to begin and end it takes as long as a small product.
     pub(crate) fn run_on_cpu(self, simd: Simd) {
-        let Some(&Gemv4bit { x, shape: GemvShape { m, k, .. }, .. }) = self.first() else { return };
+        let Some(&Gemv4bit { x, shape: GemvShape { m, k, .. }, .. }) = self.0[0].as_ref() else { return };
         let rows: usize = self.0.iter().flatten().map(|product| product.shape.n).sum();
         // Rows of W are the outer index, so that a thread's results are contiguous.
         let mut sums = vec![0.0; rows * m];

@@ -15,13 +15,14 @@ use crate::tensor::{DType, TensorMut, TensorRef};
 
 const OP: &str = "gemv_4bit_fused";
 
-/// Most rows of x beside adapters without a workspace.
-pub const MAX_ROWS: usize = 8;
+/// Most rows of x beside adapters, and without, of the kernel of few; more are taken in tiles.
+pub const MAX_ADAPTED_ROWS: usize = 8;
+pub const MAX_ROWS: usize = 16;
 /// Highest rank of an adapter of so few rows.
 pub const MAX_RANK: usize = 256;
 /// Elements of K that make a share of a hidden value of so few rows.
 pub const CHUNK: usize = 2048;
-/// With a workspace the hidden values of an adapter begin at a multiple of this.
+/// In tiles the hidden values of an adapter begin at a multiple of this.
 pub const RANKS: usize = 16;
 
 /// What an adapter adds to a product: `factors * (x Aᵀ) Bᵀ`.
@@ -43,14 +44,14 @@ impl<'a> Adapter<'a> {
         Self { a, b, factors, scaling, rank }
     }
 
-    /// Columns of its hidden values, with a workspace.
+    /// Columns of its hidden values, in tiles.
     pub fn padded_rank(&self) -> usize {
         self.rank.next_multiple_of(RANKS)
     }
 
     fn check(&self, product: &Gemv4bit<'_>) -> Result<()> {
         let (shape, device) = (product.shape, product.packed.device());
-        if self.rank == 0 || shape.m <= MAX_ROWS && self.rank > MAX_RANK {
+        if self.rank == 0 || shape.m <= MAX_ADAPTED_ROWS && self.rank > MAX_RANK {
             return wrong("lora_a", "rank 1 to 256, or more beside more rows", self.rank.to_string());
         }
         if self.a.dtype() != DType::F32 {
@@ -148,13 +149,11 @@ pub struct Gemv4bitFused<'a> {
     products: [Option<FusedProduct<'a>>; MAX_GROUP],
     /// Products are pairs of gate and up, and each pair has one output: its gate's.
     pub gated: bool,
-    /// f32 `[ceil(K / CHUNK), M, ranks]`, the adapters' hidden values one after the other, or with a workspace x's dtype
+    /// f32 `[ceil(K / CHUNK), M, ranks]`, the adapters' hidden values one after the other, or in tiles x's dtype
     /// `[M, columns_of_all]`; scratch, which they need
     pub hidden: Option<TensorMut<'a>>,
     /// i32, a zero before and after, by which launches meet; beside `hidden`
     pub arrived: Option<TensorMut<'a>>,
-    /// x's dtype `[M, K]`, scratch of a kernel for more rows
-    pub workspace: Option<TensorMut<'a>>,
     pub next: Next<'a>,
 }
 
@@ -165,7 +164,6 @@ impl<'a> Gemv4bitFused<'a> {
         gated: bool,
         hidden: Option<TensorMut<'a>>,
         arrived: Option<TensorMut<'a>>,
-        workspace: Option<TensorMut<'a>>,
         next: Next<'a>,
     ) -> Result<Self> {
         let count = products.len();
@@ -173,8 +171,7 @@ impl<'a> Gemv4bitFused<'a> {
             return wrong("products", "1 to 4, in pairs where gated", count.to_string());
         }
         let mut products = products.into_iter();
-        let fused =
-            Self { products: std::array::from_fn(|_| products.next()), gated, hidden, arrived, workspace, next };
+        let fused = Self { products: std::array::from_fn(|_| products.next()), gated, hidden, arrived, next };
         fused.check()?;
         Ok(fused)
     }
@@ -192,7 +189,13 @@ impl<'a> Gemv4bitFused<'a> {
         self.adapters().map(|adapter| adapter.rank).sum()
     }
 
-    /// Columns of all hidden values, with a workspace.
+    /// Whether there are too many rows of x for the kernel of few.
+    pub fn is_tiled(&self) -> bool {
+        let most = if self.ranks() > 0 { MAX_ADAPTED_ROWS } else { MAX_ROWS };
+        self.products().any(|product| product.product.shape.m > most)
+    }
+
+    /// Columns of all hidden values, in tiles.
     pub fn columns_of_all(&self) -> usize {
         self.adapters().map(Adapter::padded_rank).sum()
     }
@@ -211,17 +214,11 @@ impl<'a> Gemv4bitFused<'a> {
         if self.gated && shapes.chunks(2).any(|pair| pair[0] != pair[1]) {
             return wrong("products", "gate and up of one shape", "two shapes".to_string());
         }
-        if let Some(workspace) = &self.workspace {
-            self.check_workspace(workspace)?;
-        }
-        let Some(first) = self.adapters().next() else { return Ok(()) };
+        let (Some(first), Some(head)) = (self.adapters().next(), self.products().next()) else { return Ok(()) };
         if self.adapters().any(|adapter| adapter.a.dtype() != first.a.dtype()) {
             return wrong("lora_a", "one dtype for all adapters", "two".to_string());
         }
-        let shape = shapes[0];
-        if shape.m > MAX_ROWS && self.workspace.is_none() {
-            return wrong("x", "at most 8 rows beside adapters without a workspace", shape.m.to_string());
-        }
+        let (shape, x) = (head.product.shape, head.product.x);
         let Some(hidden) = &self.hidden else {
             return wrong("hidden", "beside adapters", "none".to_string());
         };
@@ -230,20 +227,13 @@ impl<'a> Gemv4bitFused<'a> {
         };
         arg(OP, "arrived", arrived.as_ref()).dtype(DType::I32)?.on(first.a.device(), "packed")?;
         let hidden = arg(OP, "hidden", hidden.as_ref()).on(first.a.device(), "packed")?;
-        if let Some(workspace) = &self.workspace {
-            let hidden = hidden.dtype(workspace.dtype())?.aligned_to(8)?;
+        if self.is_tiled() {
+            let hidden = hidden.dtype(x.dtype())?.aligned_to(8)?;
             hidden.numel(shape.m * self.columns_of_all(), "M x all ranks, each a multiple of 16")?;
         } else {
             let hidden = hidden.dtype(DType::F32)?;
             hidden.numel(shape.k.div_ceil(CHUNK) * shape.m * self.ranks(), "chunks of K x M x all ranks")?;
         }
-        Ok(())
-    }
-
-    fn check_workspace(&self, workspace: &TensorMut<'_>) -> Result<()> {
-        let Some(FusedProduct { product, .. }) = self.products().next() else { return Ok(()) };
-        let scratch = arg(OP, "workspace", workspace.as_ref()).dtype(product.x.dtype())?;
-        scratch.numel(product.shape.m * product.shape.k, "M x K")?.on(product.packed.device(), "packed")?;
         Ok(())
     }
 }

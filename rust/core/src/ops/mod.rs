@@ -6,7 +6,6 @@ pub mod dequantize_4bit;
 pub mod dequantize_blockwise;
 pub mod double_quantize;
 pub mod draw;
-pub mod gemm_4bit;
 pub mod gemv;
 pub mod gemv_4bit;
 pub mod gemv_4bit_fused;
