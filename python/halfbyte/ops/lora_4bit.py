@@ -36,7 +36,8 @@ class _Lora4bit(torch.autograd.Function):
         grads = [_rows(grad) for grad in grads]
         # A kernel of ours comes first, which leaves autograd's thread a CUDA context: without one
         # torch's products warn.
-        total = _grad_input(grads, ctx.weights) if ctx.needs_input_grad[3] else None
+        asked = ctx.needs_input_grad[3]
+        first = [values(*ctx.weights[0], grads[0].dtype)] if asked and grads[0].is_cuda else []
         grad_hidden = torch.empty_like(hidden)
         parts = _parts(grad_hidden, ranks, 1)
         for part, grad, own in zip(parts, grads, b, strict=True):
@@ -50,9 +51,10 @@ class _Lora4bit(torch.autograd.Function):
             grads_dropped = [torch.mm(part, own).view(ctx.shape) for part, _, own in triples]
         else:
             grads_a = _parts(product_fp32(grad_hidden.t(), inputs[0]), ranks, 0)
-            if total is not None:
-                total.addmm_(grad_hidden, a)
-        of_x = None if total is None else total.view(ctx.shape)
+        of_x = None
+        if asked:
+            narrow = None if ctx.dropped else (grad_hidden, a)
+            of_x = _grad_input(grads, ctx.weights, first, narrow).view(ctx.shape)
         return None, None, None, of_x, *grads_a, *grads_b, *grads_dropped
 
 
@@ -115,14 +117,27 @@ def _narrowed(a: Sequence[Tensor], b: Sequence[Tensor], dtype: torch.dtype) -> l
     return [below, *_unflatten_dense_tensors(gathered, tensors)[len(a) :]]
 
 
-def _grad_input(grads: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
-    """The sum of grad W."""
-    total = grad_x(grads[0], *weights[0])
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        if grad.is_cuda:
-            total.addmm_(grad, values(*weight, grad.dtype))
-        else:
+def _grad_input(
+    grads: Sequence[Tensor],
+    weights: Sequence[Weight],
+    first: list[Tensor],
+    narrow: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """The sum of grad W and of the product of what is narrow.
+
+    first: on a GPU the first W, dequantized; it is taken out, so that one is there at a time.
+    """
+    if not grads[0].is_cuda:
+        total = grad_x(grads[0], *weights[0])
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
             total.add_(grad_x(grad, *weight))
+        return total if narrow is None else total.addmm_(*narrow)
+    # As in the forward, the large products read what they add to while they multiply.
+    total = None if narrow is None else torch.mm(*narrow)
+    for grad, weight in zip(grads, weights, strict=True):
+        matrix = first.pop() if first else values(*weight, grad.dtype)
+        total = torch.mm(grad, matrix) if total is None else total.addmm_(grad, matrix)
+        del matrix
     return total
 
 
