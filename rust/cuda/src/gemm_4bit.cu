@@ -42,7 +42,7 @@ struct Parts {
 
 constexpr int LINE = 256; // weights of a row of one stage: 128 bytes
 constexpr int BLOCKS = LINE / 64;
-constexpr int MAX_SPLITS = 4;
+constexpr int MAX_SPLITS = 5;
 
 // `sum` (+)= a b of 64 rows of W, N rows of x and 16 elements of K; b: a descriptor of shared memory.
 template <typename T, int N>
@@ -193,14 +193,21 @@ __device__ void add_beside(const Part& part, int half, int n, const float* share
     }
 }
 
-// By those who multiply: each CTA of the cluster finishes an equal share of the rows of x, from `token` on. shares: of
+// Rows of x that a CTA of the cluster finishes: eights, which the last ones may not get.
+template <int TOKENS>
+__device__ int share_of(int splits) {
+    return (TOKENS / 8 + splits - 1) / splits * 8;
+}
+
+// By those who multiply: each CTA of the cluster finishes a share of the rows of x, from `token` on. shares: of
 // adapters, as sums; null where there are none.
 template <typename T, int TOKENS, int ROWS>
 __device__ void finish(const float (&sums)[TOKENS][ROWS + 4], const float (*shares)[ROWS + 4], const Part& part,
                        int row, int token, int M, int splits, bool gated, float factor) {
-    const int share = TOKENS / splits, rank = blockIdx.x % splits;
+    const int share = share_of<TOKENS>(splits), rank = blockIdx.x % splits;
     T* const out = static_cast<T*>(part.out) + int64_t(token) * part.N + row;
-    const int rows = min(part.N - row, gated ? ROWS / 2 : ROWS), tokens = min(M - token, (rank + 1) * share);
+    const int rows = min(part.N - row, gated ? ROWS / 2 : ROWS),
+              tokens = min(min(M - token, TOKENS), (rank + 1) * share);
     const bool vector = part.N % 4 == 0 && reinterpret_cast<uintptr_t>(part.out) % 8 == 0;
     for (int e = threadIdx.x; e < share * (ROWS / 4); e += 2 * ROWS) {
         const int m = rank * share + e / (ROWS / 4), r = e % (ROWS / 4) * 4;
@@ -430,7 +437,8 @@ struct Few {
     // The adapters' shares in the rows of x that this CTA finishes.
     __device__ void multiply_hidden(const Hidden& hidden, int M, int splits) const {
         constexpr int PAIRS = TOKENS / 16; // of eights of rows of x
-        const int share = TOKENS / splits, from = blockIdx.x % splits * share;
+        const int share = share_of<TOKENS>(splits), from = blockIdx.x % splits * share;
+        const int eights = min(share, TOKENS - from) / 8;
         const Share& own = own_share();
         int rows[2];
         rows_of_b(rows);
@@ -442,7 +450,7 @@ struct Few {
             uint2 values[PAIRS][2] = {};
 #pragma unroll
             for (int i = 0; i < 2 * PAIRS; ++i)
-                if (i * 8 < share)
+                if (i < eights)
                     values[i / 2][i % 2] = hidden.load(min(token + from + i * 8 + lane_token(), M - 1), own.column + k);
             uint32_t b[2][2];
             raw.operand<T>(0, hidden.adapters_fp32, b[0]);
@@ -457,7 +465,7 @@ struct Few {
         }
 #pragma unroll
         for (int i = 0; i < 2 * PAIRS; ++i)
-            if (const float (&of)[2][4] = total[i / 2]; i * 8 < share)
+            if (const float (&of)[2][4] = total[i / 2]; i < eights)
                 store16(&shared.shares[from + i * 8 + lane_token()][warp_row() + lane_id() % 4 * 4],
                         {of[0][i % 2 * 2], of[0][i % 2 * 2 + 1], of[1][i % 2 * 2], of[1][i % 2 * 2 + 1]});
     }
