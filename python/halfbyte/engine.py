@@ -200,7 +200,7 @@ class Engine:
         with self._lock, torch.inference_mode():
             self._check_open()  # reading takes a while
             decode.adapters.add(adapter)
-            decode.rearrange()
+            self._scheduler.rearrange()
         return adapter
 
     def unload_adapter(self, name: str) -> None:
@@ -212,7 +212,7 @@ class Engine:
         with self._lock, torch.inference_mode():
             self._check_open()
             decode.adapters.remove(name)
-            decode.rearrange()
+            self._scheduler.rearrange()
 
     def close(self) -> None:
         """End all requests and give the model back as it was before it got adapters.
