@@ -289,7 +289,7 @@ class Engine:
         """A request for each prompt, or none where one is refused."""
         requests: list[Request] = []
         try:
-            for prompt in prompts if is_batch(prompts) else [prompts]:
+            for prompt in prompts if is_batch(prompts, empty=True) else [prompts]:
                 requests.append(self.submit(prompt, sampling, adapter))
         except BaseException:
             for request in requests:
@@ -539,7 +539,7 @@ def _default_budget(device: torch.device) -> int:
 
 def _completions(prompts: Any, requests: list[Request]) -> Any:
     completions = [_completion(request) for request in requests]
-    return completions if is_batch(prompts) else completions[0]
+    return completions if is_batch(prompts, empty=True) else completions[0]
 
 
 def _completion(request: Request) -> Completion:
@@ -618,12 +618,12 @@ def _ids_of(prompt: Any) -> list[int]:
     return [int(token) for token in ids]
 
 
-def is_batch(prompts: Any) -> bool:
-    """Whether this is a list of prompts, not one."""
+def is_batch(prompts: Any, empty: bool = False) -> bool:
+    """Whether this is a list of prompts, not one; `empty` is the answer for a list of nothing."""
     if isinstance(prompts, Tensor):
         if prompts.dim() not in (1, 2):
             raise ValueError(f"ids: expected a tensor [T] or [B, T], got {list(prompts.shape)}")
         return prompts.dim() == 2
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sized):
         return False
-    return len(prompts) > 0 and not isinstance(prompts[0], Integral)  # type: ignore[index]
+    return not isinstance(prompts[0], Integral) if len(prompts) else empty  # type: ignore[index]
