@@ -243,9 +243,11 @@ class Engine:
     ) -> Any:
         """The Completion of a prompt, or of each prompt of a batch; all run together.
 
-        prompts: text or token ids, or a list of these. sampling: greedy by default; overrides are
-        its fields. adapter: the name of one that is loaded. Raises what `submit` raises;
-        FloatingPointError for logits that are not finite.
+        prompts: text or token ids, or a list of these; an empty list is no prompt, so that nothing
+        comes of it, while "" or [[]] is an empty one. The reply to text goes on with it, so that
+        its first word keeps its space; that to ids is what its own ids decode to. sampling: greedy
+        by default; overrides are its fields. adapter: the name of one that is loaded. Raises what
+        `submit` raises; FloatingPointError for logits that are not finite.
         """
         requests = self._submit_all(prompts, replace(sampling or Sampling(), **overrides), adapter)
         self.run(requests)
@@ -322,7 +324,9 @@ class Engine:
         ends = _ends(self.model, sampling)
         text = None
         if self.model.tokenizer is not None or sampling.stop:
-            text = ReplyText(tokenizer_of(self.model, "stop strings"), sampling.stop)
+            tokenizer = tokenizer_of(self.model, "stop strings")
+            continues = isinstance(prompt, str) and bool(prompt)
+            text = ReplyText(tokenizer, sampling.stop, continues)
         grammar = None
         if sampling.json_schema is not None:
             grammar = self._vocabulary.grammar(sampling.json_schema, self._scheduler.cache.device)

@@ -67,7 +67,7 @@ class Answer:
         return entries
 
     def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special_tokens=False)
+        return self.tokenizer.piece(token)
 
 
 class ChatAnswer(Answer):

@@ -102,6 +102,16 @@ class Tokenizer:
         """The text of `ids`; ids past the vocabulary are nothing, bytes that are no text U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    @cached_property
+    def letter(self) -> list[int]:
+        """Ids to decode others behind where these are not the first, which loses its space."""
+        return self.encode("a")[-1:]
+
+    def piece(self, token_id: int) -> str:
+        """The text of one token amid others."""
+        before = self.decode(self.letter, skip_special_tokens=False)
+        return self.decode([*self.letter, token_id], skip_special_tokens=False)[len(before) :]
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
