@@ -237,7 +237,8 @@ class Adapters:
         for name in sorted({name for adapter in self._places for name in adapter.layers}):
             if name not in self._layers:
                 linear = self.model.get_submodule(name)
-                self._layers[name] = AdaptedLinear(linear, self.selection)
+                adapted = AdaptedLinear(linear, self.selection).train(linear.training)
+                self._layers[name] = adapted
                 _replace(self.model, name, self._layers[name])
         for name, layer in self._layers.items():
             shares = enumerate(adapter.layers.get(name) for adapter in self._places)
