@@ -123,7 +123,8 @@ class Backbone(nn.Module):
         self, ids: Tensor, cache: CacheStep | None, checkpointed: bool, last_only: bool = False
     ) -> Tensor:
         """Of each token [B, T, hidden_size], or of each row's last one [B, 1, hidden_size]."""
-        only = partial(_last, last=cache and cache.last) if last_only else None
+        last = None if cache is None else cache.last
+        only = partial(_last, last=last) if last_only else None
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
         if not torch.is_grad_enabled() and not any(map(is_watched, self.layers)):
