@@ -107,7 +107,7 @@ def test_gpu_short_prompts_take_the_launches_of_decode_steps(
     # The last layer's MLP sees one token.
     for count, expected in ((50, [64] * (4 * layers - 2)), (100, [])):
         launches.clear()
-        prompt = [i % 7 for i in range(count)]
+        prompt = list(range(count, 2 * count))  # not the beginning of the other one
         engine.generate(prompt, adapter="one" if adapted else None, max_new_tokens=1)
         assert [rows for rows in launches if rows > 1] == expected
 
