@@ -256,6 +256,8 @@ def test_logprobs(client):
     entries = got.choices[0].logprobs.content
     assert len(entries) == 12 and all(len(e.top_logprobs) == 2 for e in entries)
     assert all(e.top_logprobs[0].logprob == e.logprob <= 0 for e in entries), "greedy is best"
+    written = bytes(byte for entry in entries for byte in entry.bytes)
+    assert written.decode(errors="replace") == got.choices[0].message.content
     stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, **options)
     shown = [e for c in stream if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert [e.logprob for e in shown] == [e.logprob for e in entries]

@@ -906,6 +906,14 @@ def test_what_goes_on_keeps_its_space(streamed, kind):
     assert tokenizer.piece(ids[0]) == first.replace("\u2581", " ").replace("Ġ", " ")
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "prefix space", "metaspace"])
+def test_the_bytes_of_tokens_are_those_of_the_text(streamed, kind):
+    tokenizer = streamed[kind]
+    text = "the rain €é \U0001f9ff in\n"
+    found = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
+    assert found.decode().removeprefix(" ") == text
+
+
 def test_detokenizer_is_fast_on_long_text(smollm2_gguf):
     ids = smollm2_gguf.encode("word " * 4000)
     check_stream(smollm2_gguf, ids, True)

@@ -30,7 +30,7 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        steps = list(_steps(tokenizer.decoder_config()))
+        steps = list(decoder_steps(tokenizer.decoder_config()))
         self._steady = all(_is_steady(step) for step in steps)
         self._byte_fallback = any(step["type"] == "ByteFallback" for step in steps)
         self._context: list[int] = tokenizer.letter if continues else []
@@ -65,14 +65,15 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def decoder_steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """What a decoder does, one thing after the other."""
     if decoder is None:
         return
     if decoder["type"] != "Sequence":
         yield decoder
         return
     for inner in decoder["decoders"]:
-        yield from _steps(inner)
+        yield from decoder_steps(inner)
 
 
 def _is_steady(step: dict[str, Any]) -> bool:
