@@ -35,6 +35,14 @@ def test_rows_use_their_own_adapters(adapters, byte_tokenizer):  # noqa: F811
     assert fully_free(engine) and all(a.users == 0 for a in engine.adapters.values())
 
 
+def test_layers_with_adapters_are_in_the_models_mode(adapters, byte_tokenizer):  # noqa: F811
+    """In training they take no part in the launches of a decode step."""
+    folders, _ = adapters
+    for mode in (False, True):
+        engine = Engine(base_model(byte_tokenizer).train(mode), adapters=folders, max_batch=1)
+        assert {module.training for module in engine.model.modules()} == {mode}
+
+
 def test_a_prefix_belongs_to_its_adapter(adapters, byte_tokenizer):  # noqa: F811
     folders, carriers = adapters
     engine = Engine(base_model(byte_tokenizer), adapters=folders, max_batch=2)

@@ -60,6 +60,8 @@ def test_text_and_lists_are_prompts(model):
     assert engine.generate(torch.tensor([ids, ids]), max_new_tokens=5) == [one, one]
     assert one.usage == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
     assert one.text == model.tokenizer.decode(one.token_ids)
+    assert engine.generate([]) == asyncio.run(engine.agenerate([])) == []
+    assert engine.generate([[]], max_new_tokens=5) == [engine.generate("", max_new_tokens=5)]
 
 
 def fresh_tokens(model) -> list[int]:

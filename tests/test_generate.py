@@ -154,6 +154,12 @@ def test_stories260k_writes_what_transformers_writes(shared):
     assert len(pieces.token_ids) == 120 and pieces.finish_reason == "length"
     whole = model.tokenizer.decode(prompt + pieces.token_ids)
     assert text.strip() and whole.endswith(text)
+    # A text goes on as it would be written; ids are answered with what theirs decode to.
+    goes_on = Engine(model, max_batch=1).generate("Once upon a time there", max_new_tokens=20)
+    assert model.tokenizer.decode(goes_on.token_ids) == goes_on.text[1:]
+    prompt = model.tokenizer.encode("Once upon a time there", add_special_tokens=True)
+    assert model.tokenizer.decode(prompt + goes_on.token_ids).endswith("there" + goes_on.text)
+    assert Engine(model, max_batch=1).generate(prompt, max_new_tokens=20).text == goes_on.text[1:]
 
 
 def test_mixed_lengths_equal_single_rows(model):

@@ -11,10 +11,11 @@ from engines import ADAPTERS, base_model, four_bit_model, gpu_work, write_adapte
 from test_generate import byte_tokenizer  # noqa: F401
 from torch import Tensor
 
-from halfbyte import Engine, LoraConfig, Sampling, lora
+from halfbyte import Engine, LoraConfig, Sampling, linear, lora
 from halfbyte.capture import Captured
 from halfbyte.decode import DecodeStep, Variant
 from halfbyte.models.attention import Step
+from halfbyte.prefill import Shape
 
 
 @pytest.fixture(params=["fp32", "4-bit"])
@@ -62,18 +63,53 @@ def test_eager_capture_and_replay_have_the_same_bits(
 
 
 @pytest.mark.gpu
-def test_gpu_prompts_eager_captured_and_replayed_have_the_same_bits(byte_tokenizer):  # noqa: F811
-    prefill = Engine(four_bit_model(byte_tokenizer), max_batch=1)._scheduler.prefill
+def test_gpu_prompts_eager_captured_and_replayed_have_the_same_bits(
+    byte_tokenizer,  # noqa: F811
+    tmp_path,
+):
+    folders, _ = write_adapters(tmp_path, None, four_bit_model)
+    scheduler = Engine(four_bit_model(byte_tokenizer), folders, max_batch=1)._scheduler
+    adapters, prefill = scheduler.decode.adapters, scheduler.prefill
     generator = torch.Generator().manual_seed(0)
     table = list(range(1, 60))
     with torch.inference_mode():
-        for start, count in ((0, 7), (0, 512), (512, 100)):
-            for _ in range(4):
+        for start, count in ((0, 7), (0, 50), (0, 512), (512, 100)):
+            for name in [*ADAPTERS, None] * 3:
+                adapter = adapters.by_name.get(name)
                 ids = torch.randint(256, (count,), generator=generator).tolist()
-                captured = prefill.read(ids, table, start, capture=True).clone()
-                assert torch.equal(captured, prefill.read(ids, table, start, capture=False))
-    assert len(prefill.forwards) == 3
+                with adapters.only(adapter):
+                    got = prefill.read(ids, table, start, adapter is not None).clone()
+                    shape = prefill._fill(ids, table, start, adapter is not None)
+                    assert torch.equal(got, prefill._padded(shape))
+    assert len(prefill.forwards) == 8
     assert all(isinstance(f, Captured) and f.captured for f in prefill.forwards.values())
+    scheduler.rearrange()
+    assert {shape.adapted for shape in prefill.forwards} == {False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_gpu_short_prompts_take_the_launches_of_decode_steps(
+    byte_tokenizer,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    adapted,
+):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs the kernels of compute capability 9.0")
+    launches, launch = [], linear.gemv_4bit_fused
+    monkeypatch.setattr(
+        linear, "gemv_4bit_fused", lambda x, *rest: launches.append(len(x)) or launch(x, *rest)
+    )
+    folders, _ = write_adapters(tmp_path, None, four_bit_model)
+    engine = Engine(four_bit_model(byte_tokenizer), folders, max_batch=1)
+    layers = len(engine.model.model.layers)
+    # The last layer's MLP sees one token.
+    for count, expected in ((50, [64] * (4 * layers - 2)), (100, [])):
+        launches.clear()
+        prompt = list(range(count, 2 * count))  # not the beginning of the other one
+        engine.generate(prompt, adapter="one" if adapted else None, max_new_tokens=1)
+        assert [rows for rows in launches if rows > 1] == expected
 
 
 @pytest.mark.gpu
@@ -147,7 +183,7 @@ def test_serving_rounds_as_training_does(byte_tokenizer, tmp_path, device, named
         assert (got - expected).norm() <= 1.1 * rounding
 
 
-def test_the_launches_of_a_step_wait_by_words_of_their_own(byte_tokenizer, monkeypatch):  # noqa: F811
+def test_the_launches_of_a_forward_wait_by_words_of_their_own(byte_tokenizer, monkeypatch):  # noqa: F811
     words, made = [], Step.decoding
 
     def decoding(*arguments, **options):
@@ -159,10 +195,12 @@ def test_the_launches_of_a_step_wait_by_words_of_their_own(byte_tokenizer, monke
 
     monkeypatch.setattr(Step, "decoding", decoding)
     model = base_model(byte_tokenizer)
+    engine = Engine(model, max_batch=2)
     with torch.inference_mode():
-        started(Engine(model, max_batch=2), [None, None])._forward(2, False)
+        started(engine, [None, None])._forward(2, False)
+        engine._scheduler.prefill._padded(Shape(32, 0))
     calls = 4 * len(model.model.layers)
-    assert len(words) >= calls and len(words) % calls == 0
+    assert len(set(words)) == 2 * calls and len(words) % calls == 0
     assert all(len(set(words[i : i + calls])) == calls for i in range(0, len(words), calls))
 
 

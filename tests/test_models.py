@@ -252,6 +252,15 @@ def test_rows_of_different_lengths_decode_together(name):
     assert rows.lengths == [n + steps for n in lengths]
 
 
+@pytest.mark.parametrize("mode", ["inference", "training", "checkpointed"])
+def test_the_last_token_alone_equals_it_among_all(mode):
+    model, ids = decoder("llama"), token_ids(2, 20)
+    model.train(mode != "inference").gradient_checkpointing = mode == "checkpointed"
+    with torch.set_grad_enabled(mode != "inference"):
+        got = model(ids, last_only=True).logits
+        torch.testing.assert_close(got, model(ids).logits[:, -1:], rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_chunks_of_different_rows_are_prefilled_together():
     """Rows with different pasts and different numbers of new tokens in one forward."""

@@ -233,6 +233,16 @@ def test_the_command_needs_a_config_only(tmp_path):
     assert result.exit_code == 1 and "do not fit into 24 bytes" in result.output
 
 
+def test_sequences_end_with_the_context(tmp_path):
+    config = raw_config("7B") | {"max_position_embeddings": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--seq", "1001"])
+    assert result.exit_code == 1 and "at most the model's context of 1000 tokens" in result.output
+    assert "fits with" not in result.output
+    result = CliRunner().invoke(app, ["plan", str(tmp_path)])
+    assert result.exit_code == 0 and "1 x 1000 tokens" in " ".join(result.output.split())
+
+
 def test_configs_are_found_where_models_are(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw_config("7B")))
     assert checkpoint.read_config(tmp_path) == checkpoint.read_config(tmp_path / "config.json")

@@ -256,6 +256,8 @@ def test_logprobs(client):
     entries = got.choices[0].logprobs.content
     assert len(entries) == 12 and all(len(e.top_logprobs) == 2 for e in entries)
     assert all(e.top_logprobs[0].logprob == e.logprob <= 0 for e in entries), "greedy is best"
+    written = bytes(byte for entry in entries for byte in entry.bytes)
+    assert written.decode(errors="replace") == got.choices[0].message.content
     stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, **options)
     shown = [e for c in stream if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert [e.logprob for e in shown] == [e.logprob for e in entries]
@@ -341,7 +343,18 @@ def test_json_replies(server, client):
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools: not supported"),
+        ({"tool_choice": "required"}, "tool_choice: not supported"),
+        ({"functions": [{"name": "f"}]}, "functions: not supported"),
+        ({"messages": [*HELLO, {"role": "tool", "content": "5"}]}, "messages: calls of tools"),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+            "messages: calls of tools",
+        ),
+        ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages.0.role: .*'user'"),
+        ({"modalities": ["text", "audio"]}, "modalities: not supported"),
+        ({"top_logprobs": 2}, "top_logprobs: expected logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: expected stream"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"str": "x"}}, r"^logit_bias.str: .* number"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
@@ -356,6 +369,48 @@ def test_bad_requests_are_named(url, change, message):
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
     assert re.search(message, error["message"]), error
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"echo": True}, "echo: not supported"),
+        ({"suffix": "x"}, "suffix: not supported"),
+        ({"best_of": 3}, "best_of: not supported"),
+        ({"prompt": []}, "prompt: expected at least one"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_completions_are_named(url, change, message):
+    body = {"model": "tiny", "prompt": "ab", "max_tokens": 2} | change
+    response = httpx.post(f"{url}/v1/completions", json=body)
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+def test_nulls_and_what_changes_nothing_are_taken(url):
+    nulls = dict.fromkeys(["n", "stream", "stop", "seed", "echo", "tools", "best_of", "user"])
+    idle = {"tool_choice": "none", "tools": [], "modalities": ["text"], "best_of": 1, "store": True}
+    for path in ("chat/completions", "completions"):
+        for more in (nulls, idle):
+            body = {"model": "tiny", "messages": HELLO, "prompt": "ab", "max_tokens": 2} | more
+            response = httpx.post(f"{url}/v1/{path}", json=body)
+            assert response.status_code == 200, response.text
+
+
+def test_developers_speak_as_the_system_does(client):
+    def asked(role: str) -> tuple:
+        messages = [{"role": role, "content": "Be brief."}, *HELLO]
+        got = client.chat.completions.create(model="tiny", messages=messages, **GREEDY)
+        return got.choices[0].message.content, got.usage
+
+    assert asked("developer") == asked("system") != asked("user")
+
+
+def test_every_prompt_counts_once_for_all_its_choices(client):
+    one = client.completions.create(model="tiny", prompt="abc", **GREEDY).usage.prompt_tokens
+    usage = client.completions.create(model="tiny", prompt=["abc"] * 3, n=2, **GREEDY).usage
+    assert usage.prompt_tokens == 3 * one
 
 
 @pytest.mark.parametrize("method, path", [("GET", "/v1/chat/completions"), ("POST", "/v1/nope")])

@@ -895,6 +895,25 @@ def test_a_detokenizer_starts_over_after_its_flush(streamed):
     assert first == second == "the rain"
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "prefix space", "metaspace"])
+def test_what_goes_on_keeps_its_space(streamed, kind):
+    tokenizer = streamed[kind]
+    text, rest = "the", " rain €é in"
+    ids = tokenizer.encode(text + rest)[len(tokenizer.encode(text)) :]
+    detokenizer = Detokenizer(tokenizer, continues=True)
+    assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == rest
+    first = tokenizer.backend.id_to_token(ids[0])
+    assert tokenizer.piece(ids[0]) == first.replace("\u2581", " ").replace("Ġ", " ")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "prefix space", "metaspace"])
+def test_the_bytes_of_tokens_are_those_of_the_text(streamed, kind):
+    tokenizer = streamed[kind]
+    text = "the rain €é \U0001f9ff in\n"
+    found = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
+    assert found.decode().removeprefix(" ") == text
+
+
 def test_detokenizer_is_fast_on_long_text(smollm2_gguf):
     ids = smollm2_gguf.encode("word " * 4000)
     check_stream(smollm2_gguf, ids, True)

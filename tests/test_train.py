@@ -420,6 +420,17 @@ def test_no_usable_rows(tmp_path):
         finetune(config(tmp_path, data=[]))
     with pytest.raises(DataError, match="the eval data holds no rows"):
         finetune(config(tmp_path, eval_data=[]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for output_dir in ("runs/one/two", "runs/one", "runs"):
+        with pytest.raises(DataError, match="holds no rows"):
+            finetune(config(tmp_path, data=[], output_dir=tmp_path / output_dir))
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        finetune(config(tmp_path, resume=True))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
 
 
 class Columns(list):
@@ -1120,6 +1131,22 @@ def test_a_quiet_run_says_how_to_go_on_after_a_stop(tmp_path, processes, resume,
     log = (tmp_path / "log").read_text()
     assert process.exitcode == 143 and "stopping after this step" in log
     assert log.endswith(f"saved {newest_complete(tmp_path / 'out')[0]}; {advice}\n")
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path, processes):
+    process = processes(tmp_path / "log", run_quietly, tmp_path, "auto")
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and '"step": 2' in metrics.read_text()):
+        time.sleep(0.01)
+    refused = f"{re.escape(str(tmp_path / 'out'))} is in use by another run"
+    with pytest.raises(BlockingIOError, match=refused):
+        finetune(config(tmp_path, model="nowhere", data="nowhere"))
+    for code, log in two_ranks(processes, tmp_path, 2, 0):
+        assert code == 1 and re.search(refused, log)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert finetune(config(tmp_path)).steps == 6
 
 
 # Data parallel

@@ -133,6 +133,7 @@ class Adapters:
         self._of_row: list[Adapter | None] = [None] * rows
         self._layers: dict[str, AdaptedLinear] = {}
         self._columns: Tensor | None = None
+        self._only: Tensor | None = None
         self._base_record: dict | None = None
         # Between a request that names an adapter and an adapter that loses its name.
         self._lock = threading.Lock()
@@ -236,13 +237,15 @@ class Adapters:
         for name in sorted({name for adapter in self._places for name in adapter.layers}):
             if name not in self._layers:
                 linear = self.model.get_submodule(name)
-                self._layers[name] = AdaptedLinear(linear, self.selection)
+                adapted = AdaptedLinear(linear, self.selection).train(linear.training)
+                self._layers[name] = adapted
                 _replace(self.model, name, self._layers[name])
         for name, layer in self._layers.items():
             shares = enumerate(adapter.layers.get(name) for adapter in self._places)
             layer.set([(place, share) for place, share in shares if share is not None])
         device = self.model.model.embed_tokens.weight.device
         self._columns = torch.zeros(len(self._of_row), 1, len(self._places), device=device)
+        self._only = torch.zeros_like(self._columns[:1])
         for row, adapter in enumerate(self._of_row):
             if adapter is not None:
                 self._columns[row, 0, self._places.index(adapter)] = 1
@@ -267,10 +270,10 @@ class Adapters:
 
     @contextmanager
     def only(self, adapter: Adapter | None) -> Iterator[None]:
-        """One adapter for every row of the forward inside."""
+        """One adapter for every row of the forward inside, which may be captured."""
         columns = None
-        if adapter is not None and self._columns is not None:
-            columns = torch.zeros_like(self._columns[:1])
+        if adapter is not None and self._only is not None:
+            columns = self._only.zero_()
             columns[..., self._places.index(adapter)] = 1
         with self._selected(columns):
             yield

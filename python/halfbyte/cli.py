@@ -371,7 +371,9 @@ def merge(
 def plan(
     model: Model,
     gpu: Annotated[str, typer.Option(help="Memory of the device, such as 24GB.")] = "24GB",
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    seq: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence; default: 2048, or the model's most.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences that the device takes at once.")] = 1,
     r: Annotated[int, typer.Option(help="Rank of the adapter, on all linear layers.")] = 64,
     optim: Annotated[str, typer.Option(help="fp32 or 8bit optimizer state.")] = "fp32",
@@ -386,8 +388,9 @@ def plan(
     from halfbyte.plan import Setup, parse_bytes, table
     from halfbyte.plan import plan as plan_run
 
+    config = checkpoint.read_config(model)
     setup = Setup(
-        seq=seq,
+        seq=min(2048, config.max_position_embeddings) if seq is None else seq,
         batch=batch,
         r=r,
         optim=optim,
@@ -395,14 +398,14 @@ def plan(
         double_quant=double_quant,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
-    found = plan_run(checkpoint.read_config(model), setup, parse_bytes(gpu))
+    found = plan_run(config, setup, parse_bytes(gpu))
     size = f"{gpu} bytes" if gpu.strip().isdigit() else gpu
-    title = f"{model}: {batch} x {seq} tokens on a device of {size}"
+    title = f"{model}: {batch} x {setup.seq} tokens on a device of {size}"
     Console().print(table(found, setup, title))
     if found.needed is None:
         raise ValueError(
-            f"{batch} x {seq} tokens do not fit into {size}. hint: the longest sequence that does "
-            f"has {max(found.longest.values()):,} tokens; try optim 8bit or a smaller r"
+            f"{batch} x {setup.seq} tokens do not fit into {size}. hint: the longest sequence that "
+            f"does has {max(found.longest.values()):,} tokens; try optim 8bit or a smaller r"
         )
     typer.echo(f"fits with {found.needed}")
 

@@ -125,8 +125,9 @@ class Engine:
     replies come from what they are now; call `refresh` after they have changed or moved, since the
     cache still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
     halfbyte saved, over a model that carries none itself; requests choose one, and all run in one
-    batch. On a GPU they join the launches of a step's products, for up to 8 rows if their ranks
-    together are at most 256; else each layer takes slower ones of its own. max_batch: sequences
+    batch. On a GPU they join the launches of a step's products: of compute capability 9.0 always,
+    of others for up to 8 rows if their ranks together are at most 256; else each layer takes
+    slower ones of its own. max_batch: sequences
     that run at once, at most 32; others wait. kv_budget: bytes for keys and values; default: what
     max_batch sequences of the model's whole context need, but at most 80 % of the free device
     memory (1 GiB on the CPU). max_waiting: requests that may wait before QueueFullError; None: any
@@ -200,7 +201,7 @@ class Engine:
         with self._lock, torch.inference_mode():
             self._check_open()  # reading takes a while
             decode.adapters.add(adapter)
-            decode.rearrange()
+            self._scheduler.rearrange()
         return adapter
 
     def unload_adapter(self, name: str) -> None:
@@ -212,7 +213,7 @@ class Engine:
         with self._lock, torch.inference_mode():
             self._check_open()
             decode.adapters.remove(name)
-            decode.rearrange()
+            self._scheduler.rearrange()
 
     def close(self) -> None:
         """End all requests and give the model back as it was before it got adapters.
@@ -243,9 +244,11 @@ class Engine:
     ) -> Any:
         """The Completion of a prompt, or of each prompt of a batch; all run together.
 
-        prompts: text or token ids, or a list of these. sampling: greedy by default; overrides are
-        its fields. adapter: the name of one that is loaded. Raises what `submit` raises;
-        FloatingPointError for logits that are not finite.
+        prompts: text or token ids, or a list of these; an empty list is no prompt, so that nothing
+        comes of it, while "" or [[]] is an empty one. The reply to text goes on with it, so that
+        its first word keeps its space; that to ids is what its own ids decode to. sampling: greedy
+        by default; overrides are its fields. adapter: the name of one that is loaded. Raises what
+        `submit` raises; FloatingPointError for logits that are not finite.
         """
         requests = self._submit_all(prompts, replace(sampling or Sampling(), **overrides), adapter)
         self.run(requests)
@@ -289,7 +292,7 @@ class Engine:
         """A request for each prompt, or none where one is refused."""
         requests: list[Request] = []
         try:
-            for prompt in prompts if is_batch(prompts) else [prompts]:
+            for prompt in prompts if is_batch(prompts, empty=True) else [prompts]:
                 requests.append(self.submit(prompt, sampling, adapter))
         except BaseException:
             for request in requests:
@@ -322,7 +325,9 @@ class Engine:
         ends = _ends(self.model, sampling)
         text = None
         if self.model.tokenizer is not None or sampling.stop:
-            text = ReplyText(tokenizer_of(self.model, "stop strings"), sampling.stop)
+            tokenizer = tokenizer_of(self.model, "stop strings")
+            continues = isinstance(prompt, str) and bool(prompt)
+            text = ReplyText(tokenizer, sampling.stop, continues)
         grammar = None
         if sampling.json_schema is not None:
             grammar = self._vocabulary.grammar(sampling.json_schema, self._scheduler.cache.device)
@@ -539,7 +544,7 @@ def _default_budget(device: torch.device) -> int:
 
 def _completions(prompts: Any, requests: list[Request]) -> Any:
     completions = [_completion(request) for request in requests]
-    return completions if is_batch(prompts) else completions[0]
+    return completions if is_batch(prompts, empty=True) else completions[0]
 
 
 def _completion(request: Request) -> Completion:
@@ -618,12 +623,12 @@ def _ids_of(prompt: Any) -> list[int]:
     return [int(token) for token in ids]
 
 
-def is_batch(prompts: Any) -> bool:
-    """Whether this is a list of prompts, not one."""
+def is_batch(prompts: Any, empty: bool = False) -> bool:
+    """Whether this is a list of prompts, not one; `empty` is the answer for a list of nothing."""
     if isinstance(prompts, Tensor):
         if prompts.dim() not in (1, 2):
             raise ValueError(f"ids: expected a tensor [T] or [B, T], got {list(prompts.shape)}")
         return prompts.dim() == 2
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sized):
         return False
-    return len(prompts) > 0 and not isinstance(prompts[0], Integral)  # type: ignore[index]
+    return not isinstance(prompts[0], Integral) if len(prompts) else empty  # type: ignore[index]

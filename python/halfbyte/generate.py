@@ -53,6 +53,8 @@ def generate(
 ) -> list[int] | list[list[int]]:
     """The tokens that follow a prompt, or each prompt of a batch (of any lengths, unpadded).
 
+    The bos token stands for an empty prompt, which an empty list is here.
+
     sampling: greedy by default; overrides are its fields, e.g. `temperature=0.7, seed=1`. A reply
     ends at an eos id (which is not part of it), a stop string (with the last token before it),
     max_new_tokens or the model's context.

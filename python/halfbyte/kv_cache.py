@@ -15,7 +15,7 @@ from halfbyte.ops.paged_attention import BLOCK, Cached, decode, encode, paged_at
 
 # What padding writes to, and what tables name past their end; it belongs to no sequence.
 SPARE_BLOCK = 0
-# Of a layer's products in a decode step: q, k and v; output; gate and up; down.
+# Of a layer's products: q, k and v; output; gate and up; down.
 LAUNCHES = 4
 
 
@@ -133,7 +133,7 @@ class KVCache:
         return torch.zeros(batch, self.heads, dtype=torch.int32, device=self.device)
 
     def words(self) -> Tensor:
-        """Zeros [layers, LAUNCHES], by which the launches of a decode step wait."""
+        """Zeros [layers, LAUNCHES], by which the launches of a forward of few tokens wait."""
         return torch.zeros(len(self.layers), LAUNCHES, dtype=torch.int32, device=self.device)
 
 
@@ -151,7 +151,7 @@ class CacheStep:
     tables: int32 [B, W]. lengths: int32 [B], tokens with the new ones. positions: int64 [B or 1,
     T] of the new tokens. arrived: as `paged_attention` takes it; decode only. words: int32 zeros
     [layers, LAUNCHES], one for each launch of products, which stand side by side where weights are
-    small: none may hear what another is told; decode only. last: int64 [B], the
+    small: none may hear what another is told; for one row or one token a row. last: int64 [B], the
     place of each row's last real token; None: all rows have T. cached: the most tokens that a row
     reads from the cache; 0 where no row has earlier tokens. angles: cos and sin [B, 1, 1, head_dim]
     of the new tokens, in place of their positions; decode only.

@@ -172,7 +172,7 @@ class Linear4bit(nn.Linear):
 
 
 class Decoding(NamedTuple):
-    """What a decode step reads next, in one launch; gated: a gate and an up projection.
+    """What a forward of few tokens reads next, in one launch; gated: a gate and an up projection.
 
     arrived: as `gemv_4bit_fused` takes it.
     """
@@ -189,8 +189,8 @@ def project(
 
     layers: Linear4bit, or what adds something to the product of its `base_layer` by
     `adapt(x, y)`; any others, and layers with hooks, are called one after the other. unread: the
-    outputs are wanted for their gradients only and may hold anything. decoding: given in a decode
-    step, where biases and adapters of a few rows join the launch.
+    outputs are wanted for their gradients only and may hold anything. decoding: given where an
+    engine reads, whose biases and adapters of a few rows join the launch.
     """
     bases = _bases(layers)
     plain = all(map(is_plain, layers, bases))
@@ -211,7 +211,7 @@ def project(
 def project_gated(
     x: Tensor, gate: nn.Module, up: nn.Module, decoding: Decoding | None = None
 ) -> Tensor:
-    """swiglu(gate(x), up(x)), in a decode step in one launch where a kernel can."""
+    """swiglu(gate(x), up(x)), where an engine reads in one launch where a kernel can."""
     bases = _bases((gate, up))
     if decoding is not None and x.is_cuda and all(map(is_plain, (gate, up), bases)):
         if (outs := _fused(x, (gate, up), bases, True, decoding)) is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from halfbyte import _core
+from halfbyte.errors import ContextLengthError
 from halfbyte.models import Decoder, DecoderConfig
 from halfbyte.ops.cross_entropy import chunk_rows
 
@@ -189,7 +190,15 @@ class Plan:
 
 
 def plan(config: DecoderConfig, setup: Setup, gpu: int) -> Plan:
-    """Whether and how a run fits into `gpu` bytes, before anything is loaded."""
+    """Whether and how a run fits into `gpu` bytes, before anything is loaded.
+
+    Raises ContextLengthError for sequences that are longer than the model's context.
+    """
+    if setup.seq > config.max_position_embeddings:
+        raise ContextLengthError(
+            f"plan: seq: expected at most the model's context of {config.max_position_embeddings} "
+            f"tokens (max_position_embeddings), got {setup.seq}"
+        )
 
     def rungs(setup: Setup) -> dict[str, int]:
         found = footprint(config, setup)

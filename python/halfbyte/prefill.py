@@ -22,10 +22,14 @@ SIZES = (32, 64, 128, 256, CHUNK)
 
 
 class Shape(NamedTuple):
-    """Of a forward: tokens that it reads, and cached tokens that they look at (0: none before)."""
+    """Of a forward: tokens that it reads, and cached tokens that they look at (0: none before).
+
+    adapted: whether with an adapter.
+    """
 
     size: int
     cached: int
+    adapted: bool = False
 
 
 class Prefill:
@@ -37,27 +41,34 @@ class Prefill:
         self.ids = torch.zeros(1, CHUNK, dtype=torch.int64, device=device)
         self.tables = torch.full((1, width), SPARE_BLOCK, dtype=torch.int32, device=device)
         self.lengths = torch.ones(1, dtype=torch.int32, device=device)
+        self.words = cache.words()
         self.places = torch.arange(CHUNK, device=device)[None]
         self.positions = self.places.clone()
         self.forwards: dict[Shape, Captured[Tensor]] = {}
 
-    def read(self, ids: Sequence[int], table: Sequence[int], start: int, capture: bool) -> Tensor:
+    def read(
+        self, ids: Sequence[int], table: Sequence[int], start: int, adapted: bool = False
+    ) -> Tensor:
         """Cache a chunk at positions `start` on; logits [1, vocab_size] of its last token.
 
-        capture: whether nothing but ids, table and start differs from other calls.
+        adapted: whether inside `Adapters.only` of an adapter.
         """
         if not self.ids.is_cuda:
             step = self.cache.step([table], [start], [len(ids)])
             return self._logits(torch.tensor([ids], device=self.cache.device), step)
-        shape = self._fill(ids, table, start)
-        if not capture:
-            return self._padded(shape)
+        shape = self._fill(ids, table, start, adapted)
         if shape not in self.forwards:
             work = partial(self._padded, shape)
             self.forwards[shape] = Captured(work, self.cache.device, self.pool)
         return self.forwards[shape]()
 
-    def _fill(self, ids: Sequence[int], table: Sequence[int], start: int) -> Shape:
+    def rearrange(self) -> None:
+        """Follow adapters that came or went; what was captured with the old ones is dropped."""
+        self.forwards = {shape: f for shape, f in self.forwards.items() if not shape.adapted}
+
+    def _fill(
+        self, ids: Sequence[int], table: Sequence[int], start: int, adapted: bool = False
+    ) -> Shape:
         """Write a chunk to where forwards read it; the shape of the one that it needs."""
         width = self.tables.shape[1]
         padded = [*table, *[SPARE_BLOCK] * (width - len(table))]
@@ -68,7 +79,7 @@ class Prefill:
         size = next(size for size in SIZES if size >= len(ids))
         # Powers of two, so that a long prompt needs few captures.
         cached = min(1 << (start + size - 1).bit_length(), width * BLOCK) if start else 0
-        return Shape(size, cached)
+        return Shape(size, cached, adapted)
 
     def _padded(self, shape: Shape) -> Tensor:
         step = CacheStep(
@@ -77,6 +88,7 @@ class Prefill:
             lengths=self.lengths,
             positions=self.positions[:, : shape.size],
             arrived=None,
+            words=self.words,
             last=(self.lengths - self.positions[:, 0] - 1).long(),
             cached=shape.cached,
         )

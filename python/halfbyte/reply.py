@@ -56,11 +56,11 @@ class StopStrings:
 class ReplyText:
     """A reply's text: tokens in, certain text out, and which tokens lie before the cut.
 
-    given: what is out so far.
+    continues: whether it goes on with the prompt's. given: what is out so far.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self.detokenizer = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Any, stops: Sequence[str], continues: bool = False) -> None:
+        self.detokenizer = Detokenizer(tokenizer, continues=continues)
         self.stops = StopStrings(stops)
         self.ends = [0]
         self.given = ""

@@ -174,6 +174,11 @@ class Scheduler:
         self.decode.forwards.clear()
         self.prefill.forwards.clear()
 
+    def rearrange(self) -> None:
+        """Follow adapters that came or went."""
+        self.decode.rearrange()
+        self.prefill.rearrange()
+
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.prefilling) < self.max_batch:
             request = self.waiting[0]
@@ -189,9 +194,9 @@ class Scheduler:
     def _prefill(self, request: Request) -> None:
         """Read the next chunk of a prompt; after the last one the request runs."""
         ids = request.prompt[request.prefilled : request.prefilled + CHUNK]
+        adapted = request.adapter is not None
         with self.decode.adapters.only(request.adapter):
-            plain = request.adapter is None
-            logits = self.prefill.read(ids, request.blocks, request.prefilled, capture=plain)
+            logits = self.prefill.read(ids, request.blocks, request.prefilled, adapted)
         request.prefilled += len(ids)
         if request.prefilled < len(request.prompt):
             return
@@ -294,7 +299,7 @@ class Scheduler:
         self.prefixes.release(request.blocks)
         request.blocks = []
         if request.adapter is not None and self.decode.adapters.release(request.adapter):
-            self.decode.rearrange()
+            self.rearrange()
 
     def _vacate(self, row: int) -> None:
         """Running sequences lie in the first rows: the last one moves to the row that is left."""

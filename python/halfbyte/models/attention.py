@@ -42,7 +42,7 @@ class Step(NamedTuple):
     def decoding(
         self, layer: int, launch: int, *following: nn.Module, gated: bool = False
     ) -> Decoding | None:
-        """What `project` takes in a decode step, given the layers that come next.
+        """What `project` takes where an engine reads few tokens, given the layers that come next.
 
         launch: which of the layer's.
         """

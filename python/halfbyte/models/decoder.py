@@ -79,10 +79,12 @@ class DecoderLayer(nn.Module):
         step: Step,
         unread: bool = False,
         following: "DecoderLayer | None" = None,
+        only: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """From the stream x + added to the one behind the layer, as two terms again.
 
         The norm that comes next adds them in one pass over both. following: the layer that will.
+        only: takes the tokens that are wanted behind the layer.
         """
         if added is None:
             normed = self.input_layernorm(x)
@@ -92,6 +94,8 @@ class DecoderLayer(nn.Module):
         layer = self.self_attn.layer
         before_mlp = step.decoding(layer, 1, mlp.gate_proj, mlp.up_proj, gated=True)
         attended = self.self_attn(normed, step, before_mlp)
+        if only is not None:
+            attended, x = only(attended), only(x)
         normed, x = self.post_attention_layernorm.add(attended, x)
         before_down = step.decoding(layer, 2, mlp.down_proj)
         inputs = following.self_attn.inputs if following is not None else ()
@@ -115,26 +119,29 @@ class Backbone(nn.Module):
         self.windows = config.sliding_windows
         self.offload: ActivationOffload | None = None
 
-    def forward(self, ids: Tensor, cache: CacheStep | None, checkpointed: bool) -> Tensor:
+    def forward(
+        self, ids: Tensor, cache: CacheStep | None, checkpointed: bool, last_only: bool = False
+    ) -> Tensor:
+        """Of each token [B, T, hidden_size], or of each row's last one [B, 1, hidden_size]."""
+        last = None if cache is None else cache.last
+        only = partial(_last, last=last) if last_only else None
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
         if not torch.is_grad_enabled() and not any(map(is_watched, self.layers)):
             added = None
             for layer, following in zip_longest(self.layers, self.layers[1:]):
-                x, added = layer.split(x, added, step, following=following)
+                wanted = only if following is None else None
+                x, added = layer.split(x, added, step, following=following, only=wanted)
             return self.norm(x) if added is None else self.norm.add(added, x)[0]
-        if not checkpointed:
-            for layer in self.layers:
-                x = layer(x, step)
-            return self.norm(x)
-        if not x.requires_grad:
+        if checkpointed and not x.requires_grad:
             x.requires_grad_()
-        layers = [partial(recomputed, layer) for layer in self.layers]
-        if self.offload is not None:
-            return self.norm(self.offload.run(layers, x, step))
-        for layer in layers:
-            x = layer(x, step)
-        return self.norm(x)
+        layers = [partial(recomputed, layer) if checkpointed else layer for layer in self.layers]
+        if checkpointed and self.offload is not None:
+            x = self.offload.run(layers, x, step)
+        else:
+            for layer in layers:
+                x = layer(x, step)
+        return self.norm(x if only is None else only(x))
 
     def _step(self, ids: Tensor, cache: CacheStep | None, dtype: torch.dtype) -> Step:
         if cache is None:
@@ -209,12 +216,11 @@ class Decoder(nn.Module):
         """
         self._check(ids, labels, cache, last_only)
         checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        hidden = self.model(ids, cache, checkpointed)
+        hidden = self.model(ids, cache, checkpointed, last_only)
         if labels is not None:
             return Output(self._loss(hidden, labels, num_items), None)
         if last_only:
-            last = cache.last if cache is not None else None
-            return Output(None, self._head_of_rows(_last(hidden, last))[:, None])
+            return Output(None, self._head_of_rows(hidden[:, 0])[:, None])
         return Output(None, self.lm_head(hidden))
 
     def _head_of_rows(self, hidden: Tensor) -> Tensor:
@@ -269,10 +275,7 @@ class Decoder(nn.Module):
 
 
 def _last(hidden: Tensor, last: Tensor | None) -> Tensor:
-    """hidden [B, T, d] -> [B, d], each row's last token that is not padding.
-
-    Two dimensions, because torch would copy the head's matrix for a strided third.
-    """
+    """hidden [B, T, d] -> [B, 1, d], each row's last token that is not padding."""
     if last is None:
-        return hidden[:, -1]
-    return hidden[torch.arange(len(last), device=hidden.device), last]
+        return hidden[:, -1:].contiguous()
+    return hidden[torch.arange(len(last), device=hidden.device), last][:, None]

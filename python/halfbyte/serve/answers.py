@@ -67,7 +67,7 @@ class Answer:
         return entries
 
     def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special_tokens=False)
+        return self.tokenizer.piece(token)
 
 
 class ChatAnswer(Answer):
@@ -113,8 +113,8 @@ class ChatAnswer(Answer):
         }
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        written = list(self.tokenizer.token_bytes(token))
+        return {"token": self._text(token), "logprob": logprob, "bytes": written}
 
 
 class TextAnswer(Answer):

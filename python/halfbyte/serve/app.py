@@ -285,7 +285,8 @@ async def _answer(
     except (ValueError, TypeError, ImportError) as error:
         _cancel(requests)
         raise ApiError(400, str(error)) from None
-    replies = Replies(engine, requests, service.metrics, service.config.request_timeout)
+    timeout = service.config.request_timeout
+    replies = Replies(engine, requests, body.n, service.metrics, timeout)
     answer = kind(body.model, requests, engine.model.tokenizer)
     if body.stream:
         chunks = _events(answer, replies, body)
@@ -297,6 +298,7 @@ async def _answer(
 
 def _submit(engine: Engine, body: Body, adapter: str | None, requests: list[Any]) -> None:
     """Add the requests that a body asks for, as far as they can be submitted."""
+    body.check()
     for prompt in _prompts(engine, body):
         for choice in range(body.n):
             requests.append(engine.submit(prompt, body.sampling(choice), adapter))

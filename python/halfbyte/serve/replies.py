@@ -17,25 +17,25 @@ class Timeout(Exception):
 
 
 class Replies:
-    """The replies to one HTTP request, each a choice of the answer.
+    """The replies to one HTTP request, each a choice of the answer, n to each prompt.
 
     Whoever iterates gets (choice, text) as text comes, (choice, None) at the end of a choice and
     None when nothing came for 15 seconds. Leaving early cancels what is not done.
     """
 
     def __init__(
-        self, engine: Engine, requests: list[Request], metrics: Metrics, timeout: float
+        self, engine: Engine, requests: list[Request], n: int, metrics: Metrics, timeout: float
     ) -> None:
         self.engine, self.requests, self.metrics = engine, requests, metrics
+        self.n = n
         self.started = time.monotonic()
         self.deadline = self.started + timeout
         self.first_text: float | None = None
         self.last_text: list[float | None] = [None] * len(requests)
 
     def usage(self) -> dict[str, int]:
-        # Choices of one prompt share it.
-        prompts = {tuple(request.prompt) for request in self.requests}
-        prompt = sum(map(len, prompts))
+        # The n choices of one prompt share it.
+        prompt = sum(len(request.prompt) for request in self.requests[:: self.n])
         reply = sum(len(request.reply.tokens) for request in self.requests)
         return {
             "prompt_tokens": prompt,

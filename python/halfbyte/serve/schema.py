@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from halfbyte.sampling import MAX_LOGPROBS, REPETITION_PENALTIES, Sampling
 
@@ -68,6 +68,19 @@ class Body(BaseModel):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """A field that is null is as good as none, as OpenAI has it."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+    def check(self) -> None:
+        """Raise ValueError naming what is asked for in vain."""
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: expected stream to be true beside it")
+
     @property
     def alternatives(self) -> int | None:
         """Alternatives to report with each token's log-probability; None: no log-probabilities."""
@@ -104,6 +117,13 @@ class Body(BaseModel):
         return Sampling(stop=[s for s in stop if s], **given)
 
 
+def _refuse(**asked: Any) -> None:
+    """Raise ValueError naming the first field that asks for something."""
+    for name, value in asked.items():
+        if value:
+            raise ValueError(f"{name}: not supported")
+
+
 def _ids(bias: dict[str, float]) -> dict[int, float]:
     try:
         return {int(token): value for token, value in bias.items()}
@@ -119,19 +139,25 @@ class Part(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
 
     def plain(self) -> dict[str, str]:
         """Role and text. Raises ValueError for parts that are no text, and where there is none."""
-        content = self.content
+        content, told = self.content, self.role in ("tool", "function")
+        if told or self.tool_calls or self.function_call:
+            raise ValueError("messages: calls of tools and their results are not supported")
         if content is None and self.role != "assistant":
             raise ValueError(f"messages: expected content in one of role {self.role!r}, got none")
         if isinstance(content, list):
             if other := next((p.type for p in content if p.type != "text" or p.text is None), None):
                 raise ValueError(f"messages: expected parts of type 'text', got {other!r}")
             content = "".join(part.text or "" for part in content)
-        return {"role": self.role, "content": content or ""}
+        # OpenAI's newer name, which templates do not know.
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": content or ""}
 
 
 class ChatBody(Body):
@@ -140,6 +166,26 @@ class ChatBody(Body):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    web_search_options: Any = None
+
+    def check(self) -> None:
+        super().check()
+        calls = (self.tool_choice, self.function_call)
+        _refuse(
+            tools=self.tools,
+            functions=self.functions,
+            tool_choice=any(choice not in (None, "none", "auto") for choice in calls),
+            modalities=set(self.modalities or ()) - {"text"},
+            audio=self.audio,
+            web_search_options=self.web_search_options is not None,
+        )
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: expected logprobs to be true beside it")
 
     @property
     def alternatives(self) -> int | None:
@@ -150,8 +196,6 @@ class ChatBody(Body):
         return self.max_completion_tokens or super().most_tokens
 
     def conversation(self) -> list[dict[str, str]]:
-        if self.tools:
-            raise ValueError("tools: not supported")
         return [message.plain() for message in self.messages]
 
 
@@ -159,15 +203,20 @@ class CompletionBody(Body):
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool = False
     suffix: str | None = None
+    best_of: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
 
+    def check(self) -> None:
+        super().check()
+        _refuse(echo=self.echo, suffix=self.suffix, best_of=self.best_of not in (None, self.n))
+
     def prompts(self) -> list[str | list[int]]:
-        if self.echo or self.suffix:
-            raise ValueError("echo, suffix: not supported")
+        if self.prompt == []:
+            raise ValueError("prompt: expected at least one")
         many = isinstance(self.prompt, list) and not all(isinstance(p, int) for p in self.prompt)
         prompts: list[Any] = list(self.prompt) if many else [self.prompt]
         if len(prompts) * self.n > 32:

@@ -18,19 +18,22 @@ STEADY = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 class Detokenizer:
     """Text pieces of a growing list of ids, each valid Unicode, none ever taken back.
 
-    The pieces and the flush joined are exactly `tokenizer.decode` of all ids. Held back is only
-    what may still change: the bytes of an unfinished character and, for byte-fallback
+    The pieces and the flush joined are exactly `tokenizer.decode` of all ids; where these go on
+    with a text, `continues`, the space stays which SentencePiece drops from the first one. Held
+    back is only what may still change: the bytes of an unfinished character and, for byte-fallback
     vocabularies, a run of byte tokens, which decodes as a whole. A decoder of a kind that looks
     ahead gives its whole text at the flush.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, continues: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        steps = list(_steps(tokenizer.decoder_config()))
+        steps = list(decoder_steps(tokenizer.decoder_config()))
         self._steady = all(_is_steady(step) for step in steps)
         self._byte_fallback = any(step["type"] == "ByteFallback" for step in steps)
-        self._context: list[int] = []
+        self._context: list[int] = tokenizer.letter if continues else []
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -62,14 +65,15 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def decoder_steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """What a decoder does, one thing after the other."""
     if decoder is None:
         return
     if decoder["type"] != "Sequence":
         yield decoder
         return
     for inner in decoder["decoders"]:
-        yield from _steps(inner)
+        yield from decoder_steps(inner)
 
 
 def _is_steady(step: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.tokenizer import folder as files
 from halfbyte.tokenizer import gguf
 from halfbyte.tokenizer.chat_template import ChatTemplate, Span, compile_template
+from halfbyte.tokenizer.detokenizer import BYTE_TOKEN, decoder_steps
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 Messages = Sequence[Mapping[str, Any]]
+
+# Byte-level vocabularies write bytes as letters: those that print as they are, others from 256 on.
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(byte): byte for byte in PRINTED}
+BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(PRINTED)))}
 
 NO_TEMPLATE = (
     "the model has no chat template, so how its turns are written is not known. hint: load the "
@@ -101,6 +107,29 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids past the vocabulary are nothing, bytes that are no text U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def letter(self) -> list[int]:
+        """Ids to decode others behind where these are not the first, which loses its space."""
+        return self.encode("a")[-1:]
+
+    def piece(self, token_id: int) -> str:
+        """The text of one token amid others."""
+        before = self.decode(self.letter, skip_special_tokens=False)
+        return self.decode([*self.letter, token_id], skip_special_tokens=False)[len(before) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text, be they no whole character."""
+        token = self.backend.id_to_token(token_id) or ""
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        if self._is_byte_level and all(letter in BYTES for letter in token):
+            return bytes(BYTES[letter] for letter in token)
+        return self.piece(token_id).encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return any(step["type"] == "ByteLevel" for step in decoder_steps(self.decoder_config()))
 
     @property
     def vocab_size(self) -> int:

@@ -34,7 +34,8 @@ class TrainConfig:
     model: folder, hub id or GGUF file; in Python also a loaded Decoder, trained in place.
     data: file of rows (jsonl, json, csv, tsv, parquet); in Python also an iterable of dicts, such
         as a list or a datasets.Dataset.
-    output_dir: where checkpoints, metrics.jsonl, the loss curve and the adapter are written.
+    output_dir: where checkpoints, metrics.jsonl, the loss curve and the adapter are written, by
+        one run at a time.
 
     quant_type: "nf4", "fp4" or "int4"; None keeps the base in 16 bits.
     double_quant: quantize the scales of the blocks too.

@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from halfbyte.models import Decoder
 from halfbyte.train import checkpoints
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.monitor import Monitor, draw_curve, peak_memory
+from halfbyte.train.output import claimed
 from halfbyte.train.schedule import lr_factor
 from halfbyte.train.setup import Run, prepare
 from halfbyte.train.signals import StopRequest
@@ -64,7 +65,7 @@ def finetune(config: TrainConfig) -> TrainResult:
 
     Raises ValueError, TypeError (settings), DataError (no usable rows), CheckpointError (model or
     checkpoint files), FloatingPointError (the loss is not finite; the weights are as before and
-    saved), OSError (a file cannot be written).
+    saved), OSError (a file cannot be written, or another run writes to output_dir).
     """
     config.check()
     started = time.monotonic()
@@ -72,9 +73,12 @@ def finetune(config: TrainConfig) -> TrainResult:
     if device is None and isinstance(config.model, Decoder):
         device = config.model.model.embed_tokens.weight.device
     output_dir = Path(config.output_dir)
-    with join_world(device) as world, _deterministic(config.deterministic, world.device):
-        if world.main:
-            output_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        join_world(device) as world,
+        _deterministic(config.deterministic, world.device),
+        ExitStack() as stack,
+    ):
+        world.on_main(lambda: stack.enter_context(claimed(output_dir)))
         found = _find_checkpoint(config, world, output_dir)
         monitor = Monitor(config, output_dir, world.main, config.progress)
         try:
