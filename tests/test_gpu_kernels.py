@@ -288,14 +288,17 @@ class Linear:
         """W in fp64 as tensor cores see it: the codebook rounded to `dtype`, the scales exact."""
         gain = table_gain(self.quant_type, dtype)
         table = (torch.tensor(_core.codebook(self.quant_type)) * gain).to(dtype).double() / gain
-        weight = self.values(table).view(-1, self.blocksize) * self.scales().double()[:, None]
-        return weight.view(self.N, self.K)
+        scales = self.scales().double().repeat_interleave(self.blocksize)
+        n = self.N * self.K
+        return (self.values(table)[:n] * scales[:n]).view(self.N, self.K)
 
     def gemv_weight(self, dtype: torch.dtype) -> Tensor:
-        """W in fp64 as gemv_4bit sees it where x is aligned."""
-        new = torch.cuda.get_device_capability() >= (9, 0)
-        blocks = self.blocksize == 64 and self.K % 64 == 0 and self.N * self.K % 256 == 0
-        tables = new and blocks and dtype != torch.float32
+        """W in fp64 as gemv_4bit sees it where codes are aligned."""
+        device = torch.cuda.get_device_properties(0)
+        # A table, sums and a row of x.
+        fits = (80 << 10) + 2 * (self.K + 320) <= device.shared_memory_per_block_optin
+        new = torch.cuda.get_device_capability() >= (8, 0) and fits
+        tables = new and self.blocksize >= 64 and dtype != torch.float32
         return self.table_weight(dtype) if tables else self.weight()
 
     def rounded_weight(self) -> Tensor:
@@ -385,9 +388,49 @@ def test_gemv_4bit(dtype, N, K):
         linear = Linear(N, K, blocksize, QUANT_TYPES[number % 3], nested=number % 2 == 0)
         for shift in (0, 1):
             x = rows(M, K, dtype, shift)
-            # x that is not aligned is for the general kernel.
-            weight = linear.weight() if shift else linear.gemv_weight(dtype)
-            close(linear(x, shift), x, weight)
+            close(linear(x, shift), x, linear.gemv_weight(dtype))
+
+
+@pytest.mark.parametrize("N, K", SHAPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemv_4bit_of_codes_that_are_not_aligned(dtype, N, K):
+    for number, M in enumerate([1, 3, 8, 9]):
+        linear = Linear(N, K, BLOCKSIZES[(N + number) % 8], nested=number % 2 == 0)
+        linear.packed = at(linear.packed.cpu(), CUDA, 1)
+        x = rows(M, K, dtype)
+        close(linear(x), x, linear.weight())
+
+
+# Rows that begin anywhere in a block, and go through shared memory at once or some at a time.
+ANY_SHAPES = [(3, 63), (65, 65), (200, 95), (1000, 333), (2050, 1023), (1031, 4095), (130, 4094)]
+ANY_SHAPES += [(70, 11_007), (9, 20_001), (40_003, 33)]
+
+
+@pytest.mark.parametrize("N, K", ANY_SHAPES)
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gemv_4bit_of_rows_that_begin_anywhere(dtype, nested, N, K):
+    for number, M in enumerate([1, 2, 5, 8, 9, 17]):
+        linear = Linear(N, K, BLOCKSIZES[1 + number], QUANT_TYPES[number % 3], nested)
+        x = rows(M, K, dtype, shift=number % 2)
+        y = linear(x)
+        close(y, x, linear.gemv_weight(dtype))
+        same(y[:1], linear(x[:1]))
+        assert all(torch.equal(linear(x), y) for _ in range(5))
+
+
+def test_gemv_4bit_keeps_rows_apart_that_begin_anywhere():
+    linear, x = Linear(300, 1023, nested=False), rows(8, 1023, torch.bfloat16)
+    clean = linear(x)
+    x[3, 5], x[5, 1022], x[7, 0] = float("nan"), float("inf"), -float("inf")
+    y = linear(x)
+    kept = [0, 1, 2, 4, 6]
+    same(y[kept], clean[kept])
+    assert y[3].isnan().all() and not y[5].isfinite().any() and not y[7].isfinite().any()
+    # The block in which row 100 ends and row 101 begins.
+    linear.scale[0][101 * 1023 // 64] = torch.nan
+    marred = linear(x[kept]).isnan().all(0).nonzero().flatten().tolist()
+    assert marred == [100, 101] and linear(x[kept]).isnan().sum() == 2 * len(kept)
 
 
 MMA_SHAPES = [(1, 256), (8, 512), (17, 2816), (40, 4096), (1000, 1024), (1032, 8192)]
@@ -453,10 +496,11 @@ def test_gemv_4bit_reads_every_weight_in_every_place(dtype):
 
 
 @pytest.mark.parametrize("M", [1, 5, 8, 16, 17, 33, 64, 65, 128, 256, 512])
+@pytest.mark.parametrize("K", [2048, 2047])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_products_are_no_less_accurate_than_bitsandbytes(dtype, M):
+def test_products_are_no_less_accurate_than_bitsandbytes(dtype, K, M):
     """Than its dequantized weight, whose bits are ours, multiplied as exactly as fp32 can."""
-    linear, x = Linear(4096, 2048), rows(M, 2048, dtype)
+    linear, x = Linear(4096, K), rows(M, K, dtype)
     state = linear.state(dtype)
     exact = (x.double() @ linear.weight().to(CUDA).T).cpu()
     peer = dequantize_4bit(linear.packed, state)

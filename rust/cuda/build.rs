@@ -27,6 +27,7 @@ const FAMILIES: &[&str] = &[
     "gemv_4bit",
     "gemv_4bit_bulk",
     "gemv_4bit_mma",
+    "gemv_4bit_shifted",
     "low_rank",
     "paged_attention",
     "paged_attention_bulk",

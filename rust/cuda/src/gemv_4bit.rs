@@ -4,6 +4,7 @@ use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use crate::args::{DeviceAbsmax, aligned, args, codebook_row, dtype_index, log2};
 use crate::gemv_4bit_bulk;
 use crate::gemv_4bit_mma;
+use crate::gemv_4bit_shifted;
 use crate::launch::{Dim, Family, Geometry, Launcher, extent, family};
 
 /// By variant (1, 2, 4, 8 rows of x at a time; of any layout 1 or 8), then by dtype.
@@ -85,6 +86,9 @@ pub(crate) fn launch(launcher: &Launcher, args: Gemv4bit<'_>) -> Result<()> {
     }
     if let Some(warps) = gemv_4bit_mma::warps(launcher.limits(), &args) {
         return gemv_4bit_mma::launch(launcher, args, warps);
+    }
+    if let Some(plan) = gemv_4bit_shifted::plan(launcher.limits(), &args) {
+        return gemv_4bit_shifted::launch(launcher, args, &plan);
     }
     let vector = k > 0 && k % UNIT == 0 && n * k < MOST_WEIGHTS && aligned(args.x, 16) && aligned(args.packed, 16);
     let Variant { index, tile, warps } = variant(m, k, vector);

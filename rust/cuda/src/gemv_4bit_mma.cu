@@ -10,19 +10,14 @@
 #include "absmax.cuh"
 #include "codes.cuh"
 #include "memory.cuh"
-#include "mma.cuh"
 #include "overlap.cuh"
-#include "pair_table.cuh"
+#include "panel.cuh"
 
 constexpr int MAX_WARPS = 16;
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr int MAX_CHUNK = 4;          // panels that share the fragments of x which a warp holds
-constexpr int PANEL = 16;             // rows of W of one mma
-constexpr int TILE = 8;               // rows of x of one mma
-constexpr int LINE = 256;             // weights of a row in the 128 bytes that a warp takes at a time
-constexpr int PARTIAL = PANEL * TILE; // sums of one warp for one panel
+constexpr int MAX_CHUNK = 4; // panels that share the fragments of x which a warp holds
 
 // W in lines: 256 weights of a row, four blocks.
 struct Weight {
@@ -64,15 +59,6 @@ struct Weight {
     }
 };
 
-// Sixteen bytes of one block a lane become eight of each of two blocks: lanes t and t ^ 2 exchange halves.
-__device__ inline void exchange(uint4 c, uint32_t (&words)[2][2]) {
-    const bool low = lane_id() % 4 < 2;
-    const uint32_t first = __shfl_xor_sync(FULL_WARP, low ? c.z : c.x, 2);
-    const uint32_t second = __shfl_xor_sync(FULL_WARP, low ? c.w : c.y, 2);
-    words[0][0] = low ? c.x : first, words[0][1] = low ? c.y : second;
-    words[1][0] = low ? first : c.z, words[1][1] = low ? second : c.w;
-}
-
 // total += W x of one line of a panel. `b`: the line's x, 16 elements of each of four blocks.
 template <typename T>
 __device__ void multiply_line(const Weight& weight, const Weight::Item& item, const uint4 (&b)[4][2],
@@ -86,22 +72,9 @@ __device__ void multiply_line(const Weight& weight, const Weight::Item& item, co
         for (int side = 0; side < 2; ++side) {
             const int block = 2 * half + side;
             float sum[4] = {};
-#pragma unroll
-            for (int word = 0; word < 2; ++word) {
-                const uint32_t upper = codes[0][side][word], lower = codes[1][side][word];
-                const uint4 v = b[block][word];
-                const uint32_t a0[4] = {table.pair(upper, 0), table.pair(lower, 0), table.pair(upper, 1),
-                                        table.pair(lower, 1)};
-                const uint32_t a1[4] = {table.pair(upper, 2), table.pair(lower, 2), table.pair(upper, 3),
-                                        table.pair(lower, 3)};
-                multiply_add(T{}, sum, a0, v.x, v.y);
-                multiply_add(T{}, sum, a1, v.z, v.w);
-            }
+            multiply_block<T>(codes[0][side], codes[1][side], b[block], table, sum);
             const float upper = weight.scale(item, 0, block, table), lower = weight.scale(item, 1, block, table);
-            total[0] = __fmaf_rn(upper, sum[0], total[0]);
-            total[1] = __fmaf_rn(upper, sum[1], total[1]);
-            total[2] = __fmaf_rn(lower, sum[2], total[2]);
-            total[3] = __fmaf_rn(lower, sum[3], total[3]);
+            add_scaled(total, upper, lower, sum);
         }
     }
 }
@@ -184,11 +157,8 @@ __device__ void gemv_mma(const T* x, const uint8_t* packed, const Absmax& absmax
         }
         // Two buffers: the next chunk's sums are stored while these are still being read.
 #pragma unroll
-        for (int p = 0; p < CHUNK; ++p) {
-            float2* to = reinterpret_cast<float2*>(sums + (p * warps + warp) * PARTIAL) + t;
-            to[g * (TILE / 2)] = make_float2(total[p][0], total[p][1]);
-            to[(g + 8) * (TILE / 2)] = make_float2(total[p][2], total[p][3]);
-        }
+        for (int p = 0; p < CHUNK; ++p)
+            store_partial(sums + (p * warps + warp) * PARTIAL, total[p]);
         __syncthreads();
         reduce_panels(sums, out, chunk, min(CHUNK, last - chunk), rows_x, N, 1.0f / gain);
         const int64_t other = CHUNK * warps * PARTIAL;

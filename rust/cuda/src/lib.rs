@@ -14,6 +14,7 @@ mod gemm_4bit;
 mod gemv_4bit;
 mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
+mod gemv_4bit_shifted;
 mod launch;
 mod low_rank;
 mod paged_attention;

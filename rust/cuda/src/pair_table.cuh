@@ -63,3 +63,10 @@ __device__ void fill_table(uint4* table, int half, int threads, const Value& val
     for (int i = threadIdx.x; i < 256 * 8; i += threads)
         fill_eighth(table, half, i, value(i / 8));
 }
+
+// All of one half of row b, by a thread of its own; neighbours begin in different banks.
+__device__ inline void fill_row(uint4* table, int half, int b, uint32_t value) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        table[b * 16 + half * 8 + (i + b) % 8] = make_uint4(value, value, value, value);
+}

@@ -37,6 +37,7 @@ static SOURCES: &[Sources] = sources!(
     gemv_4bit,
     gemv_4bit_bulk,
     gemv_4bit_mma,
+    gemv_4bit_shifted,
     low_rank,
     paged_attention,
     paged_attention_bulk,
@@ -97,6 +98,7 @@ fn threads(family: &str, kernel: &str) -> usize {
         "gemv_4bit" => of_warps(crate::gemv_4bit::MAX_WARPS),
         "gemv_4bit_bulk" => crate::gemv_4bit_bulk::threads_of(kernel),
         "gemv_4bit_mma" => of_warps(crate::gemv_4bit_mma::MAX_WARPS),
+        "gemv_4bit_shifted" => of_warps(crate::gemv_4bit_shifted::MAX_WARPS),
         "low_rank" => crate::low_rank::THREADS,
         "paged_attention" | "paged_attention_mma" => of_warps(crate::paged_attention::WARPS),
         "paged_attention_bulk" => crate::paged_attention_bulk::THREADS,
@@ -184,9 +186,8 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_bulk", "MMA_ROWS", halfbyte_core::ops::gemv_4bit_fused::MAX_ADAPTED_ROWS),
         ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
         ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
-        ("gemv_4bit_mma", "PANEL", crate::gemv_4bit_mma::PANEL),
-        ("gemv_4bit_mma", "TILE", crate::gemv_4bit_mma::TILE),
-        ("gemv_4bit_mma", "LINE", crate::gemv_4bit_mma::LINE),
+        ("gemv_4bit_shifted", "MAX_WARPS", crate::gemv_4bit_shifted::MAX_WARPS),
+        ("gemv_4bit_shifted", "BLOCK", crate::gemv_4bit_shifted::BLOCK),
         ("low_rank", "CTAS", crate::low_rank::CTAS),
         ("low_rank", "TILE", crate::low_rank::TILE),
         ("low_rank", "MAX_ADAPTERS", crate::low_rank::MAX_ADAPTERS),
@@ -211,6 +212,10 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         let (_, gain) = crate::gemv_4bit_bulk::codebook(QuantType::Nf4, dtype);
         assert!(table.contains(&format!("float {name} = {gain}f;")), "{name} = {gain}");
     }
+    let panel = include_str!("panel.cuh");
+    assert_eq!(constant(panel, "PANEL"), Some(crate::gemv_4bit_mma::PANEL));
+    assert_eq!(constant(panel, "TILE"), Some(crate::gemv_4bit_mma::TILE));
+    assert_eq!(constant(panel, "LINE"), Some(crate::gemv_4bit_mma::LINE));
     let products = include_str!("products.cuh");
     assert_eq!(constant(products, "MAX_PARTS"), Some(crate::gemv_4bit_bulk::MAX_PARTS));
     assert_eq!(constant(products, "PANEL"), Some(crate::gemv_4bit_bulk::PANEL));
