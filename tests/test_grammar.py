@@ -189,6 +189,23 @@ def test_schemas_that_are_refused(model, schema, message):
     assert fully_free(engine)
 
 
+@pytest.mark.parametrize("levels", [3000, 9000, 60_000])
+def test_long_chains_of_references_are_answered(model, levels):
+    """An error or a reply: by recursion on an ordinary stack they would end the process."""
+    inner = {"type": "object", "properties": {"a": None}, "required": ["a"]}
+    chain = {
+        f"d{i}": inner | {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(levels)
+    }
+    schema = {"$defs": chain | {f"d{levels}": {"type": "integer"}}, "$ref": "#/$defs/d0"}
+    engine = Engine(model, max_batch=1)
+    try:
+        engine.generate("a", json_schema=schema, max_new_tokens=3)
+    except ValueError as error:
+        assert levels > 3000 and str(error).startswith("json_schema: ")
+        assert "backtrace" not in str(error)
+    assert fully_free(engine)
+
+
 def test_what_is_missing_is_named(model, monkeypatch):
     with pytest.raises(ValueError, match="min_new_tokens: expected 0 beside json_schema, got 3"):
         Sampling(json_schema={}, min_new_tokens=3)

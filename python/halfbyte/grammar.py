@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from halfbyte.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
 # JSON allows any space between two tokens, but a model that cannot decide may never leave it.
 SPACE = r"[ \n\t]{0,32}"
+# The library follows references by recursion, each a call of some KB; what it takes for too large a
+# schema has some ten thousand of them. Memory of a stack that nobody touches costs nothing.
+STACK_BYTES = 256 << 20
+# It is one setting for all threads.
+_stack_size = threading.Lock()
 
 
 class Vocabulary:
@@ -43,7 +52,7 @@ class Vocabulary:
         kind, spaces = self._library.LLMatcher, {"whitespace_pattern": SPACE}
         source = kind.grammar_from_json_schema(text, overrides=spaces)
         limits = self._library.LLParserLimits(verbose_errors=False)
-        matcher = kind(self._tokens, source, log_level=0, limits=limits)
+        matcher = _on_a_deep_stack(lambda: kind(self._tokens, source, log_level=0, limits=limits))
         return Grammar(matcher, self.vocab_size, device)
 
 
@@ -65,10 +74,23 @@ class Grammar:
         mask = self.mask
         self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
         if self._matcher.is_error():
-            raise ValueError(f"json_schema: {self._matcher.get_error()}")
+            said, *_ = self._matcher.get_error().partition("\n<backtrace>")
+            raise ValueError(f"json_schema: {said}")
         return mask
 
     def accept(self, token: int) -> bool:
         """Take the reply's next token; whether nothing can follow."""
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def _on_a_deep_stack(work: Callable[[], T]) -> T:
+    """What `work` returns, or raises."""
+    with ThreadPoolExecutor(max_workers=1) as one:
+        with _stack_size:
+            before = threading.stack_size(STACK_BYTES)
+            try:
+                found = one.submit(work)
+            finally:
+                threading.stack_size(before)
+        return found.result()
