@@ -33,6 +33,8 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
+from halfbyte.errors import SchemaError  # noqa: E402
+from halfbyte.grammar import Grammar  # noqa: E402
 from halfbyte.sampling import SamplingRows  # noqa: E402
 from halfbyte.serve.app import ROUTES, Service, create_app  # noqa: E402
 from halfbyte.serve.config import ServeConfig  # noqa: E402
@@ -561,6 +563,26 @@ def test_fuzzed_schemas_are_answered(url, schema):
         assert "json_schema" in response.json()["error"]["message"]
     elif (choice := response.json()["choices"][0])["finish_reason"] == "stop":
         json.loads(choice["message"]["content"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_becomes_too_complex_is_the_clients_error(server, url, monkeypatch, stream):
+    pytest.importorskip("llguidance", reason="needs the extra `json`")
+    fill, left = Grammar.fill, iter(range(3))
+
+    def filling(grammar):
+        if next(left, None) is None:
+            raise SchemaError("json_schema: too complex")
+        return fill(grammar)
+
+    monkeypatch.setattr(Grammar, "fill", filling)
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string"}}}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 9, "response_format": asked}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": stream}, timeout=60)
+    assert response.status_code == (200 if stream else 400)
+    last = response.text.split("data: ")[-1] if stream else response.text
+    assert json.loads(last)["error"]["message"] == "json_schema: too complex"
+    assert idle(server[0])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{" * 5000])

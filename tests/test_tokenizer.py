@@ -7,6 +7,8 @@ import gzip
 import importlib.util
 import json
 import pickle
+import threading
+import time
 import warnings
 from itertools import groupby
 from pathlib import Path
@@ -222,6 +224,25 @@ def test_an_added_token_with_another_id_is_refused(tmp_path):
     folder = write_folder(tmp_path, added_tokens={"<tool>": 7000})
     with pytest.raises(CheckpointError, match=r"'<tool>' is listed with id 7000.*gives it id"):
         Tokenizer.from_folder(folder)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level):
+    text, ticks, done = "a bc " * 200_000, [], threading.Event()
+
+    def tick():
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    begun = time.perf_counter()
+    ids = byte_level.encode(text)
+    ended = time.perf_counter()
+    done.set()
+    ticking.join()
+    assert ids == byte_level.backend.encode(text, add_special_tokens=False).ids
+    # Holding the interpreter it would let the other thread in at its two ends alone.
+    assert sum(begun < at < ended for at in ticks) > 5
 
 
 def test_text_that_is_no_unicode_is_said_to_be_none(byte_level):

@@ -21,6 +21,10 @@ class ContextLengthError(HalfbyteError, ValueError):
     """A sequence longer than the model or its cache can hold."""
 
 
+class SchemaError(HalfbyteError, ValueError):
+    """A JSON schema that is none, or that asks for more than a grammar can say."""
+
+
 class QueueFullError(HalfbyteError):
     """More requests than an engine lets wait."""
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from halfbyte.errors import SchemaError
 from halfbyte.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -44,11 +45,11 @@ class Vocabulary:
         self._tokens = llguidance.LLTokenizer(backend, vocab_size, sorted(ends) or None)
 
     def grammar(self, schema: Mapping[str, Any], device: torch.device) -> Grammar:
-        """A reply's grammar. Raises ValueError for a schema that is none or is not supported."""
+        """A reply's grammar. Raises SchemaError if it is none or is not supported."""
         try:
             text = json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"json_schema: expected values of JSON, got {error}") from None
+            raise SchemaError(f"json_schema: expected values of JSON, got {error}") from None
         kind, spaces = self._library.LLMatcher, {"whitespace_pattern": SPACE}
         source = kind.grammar_from_json_schema(text, overrides=spaces)
         limits = self._library.LLParserLimits(verbose_errors=False)
@@ -70,12 +71,12 @@ class Grammar:
         self.fill()
 
     def fill(self) -> Tensor:
-        """Write the mask of the next token. Raises ValueError where the grammar is too complex."""
+        """Write the mask of the next token. Raises SchemaError where the grammar is too complex."""
         mask = self.mask
         self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
         if self._matcher.is_error():
             said, *_ = self._matcher.get_error().partition("\n<backtrace>")
-            raise ValueError(f"json_schema: {said}")
+            raise SchemaError(f"json_schema: {said}")
         return mask
 
     def accept(self, token: int) -> bool:

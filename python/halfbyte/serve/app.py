@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from halfbyte.engine import Engine, Stats
-from halfbyte.errors import AdapterNotFoundError, CheckpointError, QueueFullError
+from halfbyte.errors import AdapterNotFoundError, CheckpointError, QueueFullError, SchemaError
 from halfbyte.serve.answers import Answer, ChatAnswer, TextAnswer
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.metrics import Metrics
@@ -331,6 +331,8 @@ async def _until_gone(request: Request, work: Any) -> None:
         task.result()
     except Timeout:
         raise ApiError(504, "the reply took too long", "timeout_error") from None
+    except SchemaError as error:  # found in the middle of a reply
+        raise ApiError(400, str(error)) from None
     except FloatingPointError as error:
         raise ApiError(500, str(error), "server_error") from None
     finally:
@@ -359,6 +361,8 @@ async def _events(answer: Answer, replies: Replies, body: Body) -> AsyncIterator
         yield "data: [DONE]\n\n"
     except Timeout:
         yield _event(ApiError(504, "the reply took too long", "timeout_error").body)
+    except SchemaError as error:
+        yield _event(ApiError(400, str(error)).body)
     except Exception as error:
         log.exception("a stream failed")
         yield _event(ApiError(500, str(error), "server_error").body)

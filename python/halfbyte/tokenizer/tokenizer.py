@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 
+# Characters from which other Python threads run while a text is encoded, as they do beside batches.
+LONG = 1 << 14
+
 # Byte-level vocabularies write bytes as letters: those that print as they are, others from 256 on.
 PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = {chr(byte): byte for byte in PRINTED}
@@ -102,7 +105,9 @@ class Tokenizer:
         Raises UnicodeEncodeError, a ValueError, for surrogates, which tokenizers call no str.
         """
         text.encode()
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < LONG:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids past the vocabulary are nothing, bytes that are no text U+FFFD."""
