@@ -348,6 +348,7 @@ def test_json_replies(server, client):
         ({"tools": [{"type": "function"}]}, "tools: not supported"),
         ({"tool_choice": "required"}, "tool_choice: not supported"),
         ({"functions": [{"name": "f"}]}, "functions: not supported"),
+        ({"function_call": {"name": "f"}}, "^function_call: not supported"),
         ({"messages": [*HELLO, {"role": "tool", "content": "5"}]}, "messages: calls of tools"),
         (
             {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
@@ -392,6 +393,7 @@ def test_bad_completions_are_named(url, change, message):
 
 def test_nulls_and_what_changes_nothing_are_taken(url):
     nulls = dict.fromkeys(["n", "stream", "stop", "seed", "echo", "tools", "best_of", "user"])
+    nulls |= {"stream": True, "stream_options": {"include_usage": None}}
     idle = {"tool_choice": "none", "tools": [], "modalities": ["text"], "best_of": 1, "store": True}
     for path in ("chat/completions", "completions"):
         for more in (nulls, idle):

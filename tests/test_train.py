@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import multiprocessing
@@ -43,6 +44,7 @@ from halfbyte.train.checkpoints import (
     write_checkpoint,
 )
 from halfbyte.train.monitor import Monitor, keep_rows
+from halfbyte.train.output import claimed
 from halfbyte.train.schedule import SCHEDULES, lr_factor
 from halfbyte.train.setup import prepare
 from halfbyte.train.world import World, join_world
@@ -1147,6 +1149,42 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path, processes):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert finetune(config(tmp_path)).steps == 6
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_folder_is_free_when_its_run_ends(tmp_path):
+    """Though a child that it forked lives on, and whatever became of the folder."""
+    folder = tmp_path / "out"
+    with claimed(folder):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    with claimed(folder), pytest.raises(BlockingIOError, match="in use by another run"):
+        with claimed(folder):
+            pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="its own"), claimed(folder):
+        shutil.rmtree(folder)
+        raise ValueError("its own")
+
+
+def test_a_lock_that_was_just_removed_is_taken_anew(tmp_path, monkeypatch):
+    """Between its opening and its locking another run may have ended and taken it along."""
+    flock, removed = fcntl.flock, []
+
+    def late(file, how):
+        if not removed:
+            removed.append(shutil.rmtree(tmp_path / "out"))
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with claimed(tmp_path / "out"):
+        assert (tmp_path / "out" / ".lock").exists()
+        with pytest.raises(BlockingIOError), claimed(tmp_path / "out"):
+            pass
 
 
 # Data parallel

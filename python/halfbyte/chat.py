@@ -127,8 +127,7 @@ class Conversation:
 
     def complete(self, text: str) -> Stream:
         """Plain text that goes on after `text`: no template, no memory."""
-        prompt = _tokenizer(self.model).encode(text, add_special_tokens=True)
-        return self._engine_now().stream(prompt, self.sampling)
+        return self._engine_now().stream(text, self.sampling)
 
     def _engine_now(self) -> Engine:
         """The engine, without memory if weights have moved or may have changed."""

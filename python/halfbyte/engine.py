@@ -125,9 +125,9 @@ class Engine:
     replies come from what they are now; call `refresh` after they have changed or moved, since the
     cache still holds what the old ones wrote. adapters: LoRA adapters by name, folders that PEFT or
     halfbyte saved, over a model that carries none itself; requests choose one, and all run in one
-    batch. On a GPU they join the launches of a step's products: of compute capability 9.0 always,
-    of others for up to 8 rows if their ranks together are at most 256; else each layer takes
-    slower ones of its own. max_batch: sequences
+    batch. On a GPU they join the launches of a step's products: of compute capability 9.0 over
+    doubly quantized weights always, else for up to 8 rows if their ranks together are at most 256;
+    else each layer takes slower ones of its own. max_batch: sequences
     that run at once, at most 32; others wait. kv_budget: bytes for keys and values; default: what
     max_batch sequences of the model's whole context need, but at most 80 % of the free device
     memory (1 GiB on the CPU). max_waiting: requests that may wait before QueueFullError; None: any

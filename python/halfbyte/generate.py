@@ -65,8 +65,8 @@ def generate(
     sampling = replace(sampling or Sampling(), **overrides)
     batched = is_batch(ids)
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
-    prompts = [checked_prompt(model, prompt) for prompt in (ids if batched else [ids])]
-    engine = _engine(model, prompts, sampling)
+    prompts = list(ids) if batched else [ids]
+    engine = _engine(model, [checked_prompt(model, prompt) for prompt in prompts], sampling)
     requests = [engine.submit(prompt, sampling) for prompt in prompts]
     engine.run(requests)
     replies = [request.reply.tokens for request in requests]
@@ -89,6 +89,5 @@ def stream(
         raise ValueError("stream: expected the ids of one prompt, got a batch")
     tokenizer_of(model, "stream")
     sampling = replace(sampling or Sampling(), **overrides)
-    prompt = checked_prompt(model, ids)
-    engine = _engine(model, [prompt], sampling)
-    return Stream(engine, engine.submit(prompt, sampling), model)
+    engine = _engine(model, [checked_prompt(model, ids)], sampling)
+    return Stream(engine, engine.submit(ids, sampling), model)

@@ -60,6 +60,7 @@ class ReplyText:
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], continues: bool = False) -> None:
+        self.continues = continues
         self.detokenizer = Detokenizer(tokenizer, continues=continues)
         self.stops = StopStrings(stops)
         self.ends = [0]

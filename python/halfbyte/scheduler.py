@@ -160,6 +160,9 @@ class Scheduler:
         """
         requests = [*self.waiting, *self.prefilling, *self.running]
         self.decode.logits = None
+        # Whoever waits for a launch that never came would trust what it finds there later.
+        for words in (self.decode.words, self.decode.arrived, self.prefill.words):
+            words.zero_()
         for row in range(self.max_batch):
             self.decode.remove(row)
         for queue in (self.pending, self.waiting, self.prefilling, self.running):

@@ -17,7 +17,7 @@ MAX_ROWS = 16
 # Beside adapters, and then the highest rank.
 MAX_ADAPTED_ROWS = 8
 MAX_RANK = 256
-# By another kernel, of compute capability 9.0 alone, with adapters of any rank.
+# By another kernel, of tiles, of compute capability 9.0 alone, with adapters of any rank.
 MAX_TILED_ROWS = 64
 # Elements of K that make a share of an adapter's hidden value; the other kernel's hidden values
 # begin at a multiple of so many ranks.
@@ -86,28 +86,24 @@ def fuses(x: Tensor, products: Sequence[Product]) -> bool:
     head = products[0].state
     return (
         x.dtype in (torch.float16, torch.bfloat16)
-        and 0 < len(x) <= _most_rows(x.device, products)
+        and 0 < len(x) <= MAX_TILED_ROWS
+        and _has_kernels(x.device)
         and len({p.adapter.a.dtype for p in products if p.adapter is not None}) <= 1
         and all(_takes(product.packed, product.state, head) for product in products)
-        and (
-            all(_fits_tiles(product.state) for product in products)
-            if _is_tiled(x, products)
-            else all(rank <= MAX_RANK for rank in _ranks(products))
-        )
+        and (not _is_tiled(x, products) or _has_tiles(x.device, products))
     )
 
 
-def _most_rows(device: torch.device, products: Sequence[Product]) -> int:
-    if not _has_kernels(device):
-        return 0
-    if capability(device.index or 0) == (9, 0):
-        return MAX_TILED_ROWS
-    return MAX_ADAPTED_ROWS if _ranks(products) else MAX_ROWS
-
-
 def _is_tiled(x: Tensor, products: Sequence[Product]) -> bool:
-    """Whether a kernel of tiles takes so many rows."""
-    return len(x) > (MAX_ADAPTED_ROWS if _ranks(products) else MAX_ROWS)
+    """Whether there are too many rows, or ranks, for the kernel of few."""
+    ranks = _ranks(products)
+    return len(x) > (MAX_ADAPTED_ROWS if ranks else MAX_ROWS) or max(ranks, default=0) > MAX_RANK
+
+
+def _has_tiles(device: torch.device, products: Sequence[Product]) -> bool:
+    """Whether there is a kernel of tiles for these products."""
+    fits = all(_fits_tiles(product.state) for product in products)
+    return fits and capability(device.index or 0) == (9, 0)
 
 
 def _ranks(products: Sequence[Product]) -> list[int]:

@@ -66,8 +66,10 @@ class Answer:
         self.shown[choice] += len(entries)
         return entries
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.piece(token)
+    def _begins(self, choice: int, place: int) -> bool:
+        """Whether a token of the reply is the first of its text."""
+        text = self.requests[choice].reply.text
+        return place == 0 and not (text and text.continues)
 
 
 class ChatAnswer(Answer):
@@ -100,21 +102,23 @@ class ChatAnswer(Answer):
         return self.chunk([entry])
 
     def _logprobs(self, choice: int) -> dict[str, Any] | None:
+        start = self.shown[choice]
         entries = self._new_logprobs(choice)
         if entries is None:
             return None
-        return {
-            "content": [
-                self._token(entry.token, entry.logprob)
-                | {"top_logprobs": [self._token(*other) for other in entry.top]}
-                for entry in entries
-            ],
-            "refusal": None,
-        }
+        content = []
+        for place, entry in enumerate(entries, start):
+            first = self._begins(choice, place)
+            others = [self._token(*other, first) for other in entry.top]
+            content.append(
+                self._token(entry.token, entry.logprob, first) | {"top_logprobs": others}
+            )
+        return {"content": content, "refusal": None}
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        written = list(self.tokenizer.token_bytes(token))
-        return {"token": self._text(token), "logprob": logprob, "bytes": written}
+    def _token(self, token: int, logprob: float, first: bool) -> dict[str, Any]:
+        written = list(self.tokenizer.token_bytes(token, first))
+        text = self.tokenizer.piece(token, first)
+        return {"token": text, "logprob": logprob, "bytes": written}
 
 
 class TextAnswer(Answer):
@@ -145,9 +149,13 @@ class TextAnswer(Answer):
             return None
         text = self.requests[choice].reply.text
         begins = text.ends[start : start + len(entries)] if text else []
-        tops = [{self._text(token): logprob for token, logprob in e.top} for e in entries]
+        tokens, tops = [], []
+        for place, entry in enumerate(entries, start):
+            first = self._begins(choice, place)
+            tokens.append(self.tokenizer.piece(entry.token, first))
+            tops.append({self.tokenizer.piece(token, first): p for token, p in entry.top})
         return {
-            "tokens": [self._text(entry.token) for entry in entries],
+            "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": tops,
             "text_offset": begins,

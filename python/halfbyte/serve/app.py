@@ -276,15 +276,9 @@ async def _answer(
     try:
         # Long prompts and grammars take their time, in which others are to be served.
         await asyncio.to_thread(_submit, engine, body, adapter, requests)
-    except QueueFullError as error:
+    except BaseException as error:
         _cancel(requests)
-        raise ApiError(429, str(error), "rate_limit_error", headers={"Retry-After": "1"}) from None
-    except AdapterNotFoundError as error:
-        _cancel(requests)
-        raise ApiError(404, str(error), "not_found_error", "model", "model_not_found") from None
-    except (ValueError, TypeError, ImportError) as error:
-        _cancel(requests)
-        raise ApiError(400, str(error)) from None
+        raise _refusal(error) from None
     timeout = service.config.request_timeout
     replies = Replies(engine, requests, body.n, service.metrics, timeout)
     answer = kind(body.model, requests, engine.model.tokenizer)
@@ -294,6 +288,17 @@ async def _answer(
     await _until_gone(request, replies.whole())
     _log(answer, replies)
     return JSONResponse(answer.whole(replies.usage()))
+
+
+def _refusal(error: BaseException) -> BaseException:
+    """What a client is told of requests that could not be submitted."""
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), "rate_limit_error", headers={"Retry-After": "1"})
+    if isinstance(error, AdapterNotFoundError):
+        return ApiError(404, str(error), "not_found_error", "model", "model_not_found")
+    if isinstance(error, (ValueError, TypeError, ImportError)):
+        return ApiError(400, str(error))
+    return error
 
 
 def _submit(engine: Engine, body: Body, adapter: str | None, requests: list[Any]) -> None:

@@ -15,7 +15,18 @@ DEFAULT_MAX_TOKENS = 1024
 MOST_CHOICES = 8
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel):
+    """A field that is null is as good as none, as OpenAI has it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class StreamOptions(Fields):
     include_usage: bool = False
 
 
@@ -41,7 +52,7 @@ class ResponseFormat(BaseModel):
         return {"type": "object"} if self.type == "json_object" else None
 
 
-class Body(BaseModel):
+class Body(Fields):
     """What chat and plain completions have in common; unknown fields are ignored, as OpenAI does.
 
     top_k, min_p, repetition_penalty, min_tokens and stop_token_ids are named as in vLLM.
@@ -67,14 +78,6 @@ class Body(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     response_format: ResponseFormat | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        """A field that is null is as good as none, as OpenAI has it."""
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if value is not None}
 
     def check(self) -> None:
         """Raise ValueError naming what is asked for in vain."""
@@ -175,11 +178,11 @@ class ChatBody(Body):
 
     def check(self) -> None:
         super().check()
-        calls = (self.tool_choice, self.function_call)
         _refuse(
             tools=self.tools,
             functions=self.functions,
-            tool_choice=any(choice not in (None, "none", "auto") for choice in calls),
+            tool_choice=self.tool_choice not in (None, "none", "auto"),
+            function_call=self.function_call not in (None, "none", "auto"),
             modalities=set(self.modalities or ()) - {"text"},
             audio=self.audio,
             web_search_options=self.web_search_options is not None,
@@ -224,11 +227,11 @@ class CompletionBody(Body):
         return prompts
 
 
-class LoadAdapterBody(BaseModel):
+class LoadAdapterBody(Fields):
     lora_name: Annotated[str, Field(min_length=1, max_length=200)]
     lora_path: str
     load_inplace: bool = False
 
 
-class UnloadAdapterBody(BaseModel):
+class UnloadAdapterBody(Fields):
     lora_name: str

@@ -118,19 +118,22 @@ class Tokenizer:
         """Ids to decode others behind where these are not the first, which loses its space."""
         return self.encode("a")[-1:]
 
-    def piece(self, token_id: int) -> str:
-        """The text of one token amid others."""
+    def piece(self, token_id: int, first: bool = False) -> str:
+        """The text of one token amid others; first: at a text's begin, where a space is dropped."""
         before = self.decode(self.letter, skip_special_tokens=False)
-        return self.decode([*self.letter, token_id], skip_special_tokens=False)[len(before) :]
+        amid = self.decode([*self.letter, token_id], skip_special_tokens=False)[len(before) :]
+        if first and amid == " " + (alone := self.decode([token_id], skip_special_tokens=False)):
+            return alone
+        return amid
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def token_bytes(self, token_id: int, first: bool = False) -> bytes:
         """The bytes that one token adds to a text, be they no whole character."""
         token = self.backend.id_to_token(token_id) or ""
         if BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         if self._is_byte_level and all(letter in BYTES for letter in token):
             return bytes(BYTES[letter] for letter in token)
-        return self.piece(token_id).encode()
+        return self.piece(token_id, first).encode()
 
     @cached_property
     def _is_byte_level(self) -> bool:

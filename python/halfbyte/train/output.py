@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,18 +24,41 @@ def claimed(output_dir: Path) -> Iterator[None]:
     another run holds it.
     """
     new = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-    output_dir.mkdir(parents=True, exist_ok=True)
     lock = output_dir / LOCK
-    with lock.open("a") as file:
-        _lock(file, output_dir)
+    with _locked(lock) as file:
         try:
             yield
         finally:
-            if list(output_dir.iterdir()) == [lock]:
-                lock.unlink()
-                with suppress(OSError):
+            # A run's own error counts, not what becomes of its folder.
+            with suppress(OSError):
+                if list(output_dir.iterdir()) == [lock]:
+                    lock.unlink()
                     for path in new:
                         path.rmdir()
+            _unlock(file)
+
+
+def _locked(lock: Path) -> TextIO:
+    """The open file under that name, locked: not one that a run's end has just removed."""
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the folder, between the two
+            file = lock.open("a")
+            try:
+                _lock(file, lock.parent)
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+
+
+def _unlock(file: TextIO) -> None:
+    """Also for children, which have the file open as long as they live."""
+    with suppress(OSError):
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _lock(file: TextIO, output_dir: Path) -> None:

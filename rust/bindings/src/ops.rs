@@ -269,7 +269,7 @@ impl Group {
         Ok(Self { rows, weights: products.iter().map(read).collect::<PyResult<Vec<_>>>()? })
     }
 
-    /// Nothing that is written, `others` too, may overlap what is read.
+    /// Nothing that is written may overlap what is read.
     fn build(&self, op: &'static str) -> PyResult<Gemv4bitGroup<'static>> {
         let inputs: Vec<_> = self.weights.iter().flat_map(|weight| weight.inputs(&self.rows.x)).collect();
         let outputs: Vec<_> = self.weights.iter().map(|weight| &weight.out).collect();

@@ -18,7 +18,7 @@ const OP: &str = "gemv_4bit_fused";
 /// Most rows of x beside adapters, and without, of the kernel of few; more are taken in tiles.
 pub const MAX_ADAPTED_ROWS: usize = 8;
 pub const MAX_ROWS: usize = 16;
-/// Highest rank of an adapter of so few rows.
+/// Highest rank of an adapter there.
 pub const MAX_RANK: usize = 256;
 /// Elements of K that make a share of a hidden value of so few rows.
 pub const CHUNK: usize = 2048;
@@ -51,8 +51,8 @@ impl<'a> Adapter<'a> {
 
     fn check(&self, product: &Gemv4bit<'_>) -> Result<()> {
         let (shape, device) = (product.shape, product.packed.device());
-        if self.rank == 0 || shape.m <= MAX_ADAPTED_ROWS && self.rank > MAX_RANK {
-            return wrong("lora_a", "rank 1 to 256, or more beside more rows", self.rank.to_string());
+        if self.rank == 0 {
+            return wrong("lora_a", "rank 1 at least", self.rank.to_string());
         }
         if self.a.dtype() != DType::F32 {
             arg(OP, "lora_a", self.a).dtype(product.x.dtype())?;
@@ -189,10 +189,11 @@ impl<'a> Gemv4bitFused<'a> {
         self.adapters().map(|adapter| adapter.rank).sum()
     }
 
-    /// Whether there are too many rows of x for the kernel of few.
+    /// Whether there are too many rows of x, or ranks, for the kernel of few.
     pub fn is_tiled(&self) -> bool {
         let most = if self.ranks() > 0 { MAX_ADAPTED_ROWS } else { MAX_ROWS };
         self.products().any(|product| product.product.shape.m > most)
+            || self.adapters().any(|adapter| adapter.rank > MAX_RANK)
     }
 
     /// Columns of all hidden values, in tiles.
