@@ -287,6 +287,24 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(found, whole[row : row + 1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lora_dtype", [None, torch.float32])
+@pytest.mark.parametrize("ranks", [(1, 5), (16, 16), (64, 0), (256, 200)])
+@pytest.mark.parametrize("k", [256, 2112, 4160, 11008])
+def test_hidden_values_do_not_depend_on_the_other_rows(dtype, lora_dtype, ranks, k):
+    """Of a K that ends within a chunk or a warp's part of it, and of more ranks than CTAs."""
+    x = random(8, k, dtype)
+    products = [product(520, k, dtype, rank=rank, lora_dtype=lora_dtype) for rank in ranks]
+    whole = gemv_4bit_fused(x, products)
+    for found, y in zip(whole, all_alone(x, products), strict=True):
+        agree(found, y)
+    for m in range(1, 8):
+        for found, y in zip(gemv_4bit_fused(x[:m], products), whole, strict=True):
+            assert torch.equal(found, y[:m])
+        (last,) = gemv_4bit_fused(x[m:], products[:1])
+        assert torch.equal(last, gemv_4bit_fused(x, products[:1])[0][m:])
+
+
 def test_two_streams_and_graphs():
     cases = [case(m) for m in (2, 7)]
     streams = [torch.cuda.Stream() for _ in cases]

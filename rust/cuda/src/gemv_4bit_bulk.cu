@@ -802,6 +802,9 @@ GEMV_4BIT_BULK(bf16, 8_short_bf16, 8, 4, 16, 179136)
 GEMV_4BIT_BULK(bf16, 16_short_bf16, 16, 2, 8, 188896)
 
 constexpr int HIDDEN_THREADS = CHUNK / 16;
+constexpr int FEW_ROWS = 4; // of x, that need no shared memory
+
+#if __CUDA_ARCH__ >= 900
 
 // sum + the products of eight values each.
 template <typename T>
@@ -812,6 +815,57 @@ __device__ float dot8(float sum, const Raw8<T>& a, const Raw8<T>& b) {
     for (int i = 0; i < 8; ++i)
         sum = fmaf(of_a[i], of_b[i], sum);
     return sum;
+}
+
+// A few rows of x as they come from memory: less time to the first one.
+template <typename T>
+__device__ void dot_few(const T* x, int rows_x, int K, bool reads, Raw8<T> (&a)[2],
+                        float (*sums)[HIDDEN_THREADS / 32]) {
+#pragma unroll 2
+    for (int m = 0; m < rows_x; ++m) {
+        float dot = 0;
+        if (reads) {
+            Raw8<T> of_x[2];
+            of_x[0].load(x + int64_t(m) * K), of_x[1].load(x + int64_t(m) * K + 8);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                a[i].stay_packed();
+                dot = dot8(dot, a[i], of_x[i]);
+            }
+        }
+        dot = warp_sum(dot);
+        if (lane_id() == 0)
+            sums[m][threadIdx.x / 32] = dot;
+    }
+}
+
+// More of them come to shared memory together, where a thread reads what it has copied itself; with the same bits.
+template <typename T>
+__device__ void dot_many(const T* x, int rows_x, int K, bool reads, const Raw8<T> (&a)[2],
+                         float (*sums)[HIDDEN_THREADS / 32]) {
+    extern __shared__ uint4 dynamic[]; // [rows of x][2][HIDDEN_THREADS]
+    T* own = reinterpret_cast<T*>(dynamic + threadIdx.x);
+    constexpr int STEP = HIDDEN_THREADS * 8;
+    if (reads)
+        for (int m = 0; m < rows_x; ++m)
+            for (int i = 0; i < 2; ++i)
+                copy16(own + (2 * m + i) * STEP, x + int64_t(m) * K + i * 8);
+    wait_for_copies();
+    float dots[MMA_ROWS] = {};
+    if (reads)
+#pragma unroll
+        for (int m = 0; m < MMA_ROWS; ++m)
+            if (m < rows_x)
+#pragma unroll 1
+                for (int i = 0; i < 2; ++i) { // one after the other, for want of registers
+                    const Raw8<T> of_a = i == 0 ? a[0] : a[1];
+                    Raw8<T> of_x;
+                    of_x.load(own + (2 * m + i) * STEP);
+                    dots[m] = dot8(dots[m], of_a, of_x);
+                }
+    const float dot = warp_sums(dots);
+    if (lane_id() % 4 == 0)
+        sums[lane_id() / 4][threadIdx.x / 32] = dot;
 }
 
 // What one chunk of K gives to one hidden value, for every row of x. A's elements are rounded to x's dtype, as the
@@ -833,21 +887,10 @@ __device__ void make_hidden(const Products& products, const Adapter& adapter) {
     wait_for_previous_kernel();
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
         announce_end(products.arrived);
-#pragma unroll 2
-    for (int m = 0; m < products.rows_x; ++m) {
-        float dot = 0;
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (reads) {
-                Raw8<T> of_x;
-                of_x.load(x + int64_t(m) * K + i * 8);
-                of_a[i].stay_packed();
-                dot = dot8(dot, of_a[i], of_x);
-            }
-        dot = warp_sum(dot);
-        if (lane_id() == 0)
-            sums[m][threadIdx.x / 32] = dot;
-    }
+    if (products.rows_x <= FEW_ROWS)
+        dot_few(x, products.rows_x, K, reads, of_a, sums);
+    else
+        dot_many(x, products.rows_x, K, reads, of_a, sums);
     __syncthreads();
     if (const int m = threadIdx.x; m < products.rows_x) {
         float sum = 0;
@@ -858,8 +901,15 @@ __device__ void make_hidden(const Products& products, const Adapter& adapter) {
     }
 }
 
-// x and A 16-byte aligned, K % 16 == 0, at most MMA_ROWS rows of x; grid (hidden values, chunks). Registers for one CTA
-// beside one of the products.
+#else
+
+template <typename T, typename A>
+__device__ void make_hidden(const Products&, const Adapter&) {}
+
+#endif
+
+// x and A 16-byte aligned, K % 16 == 0, at most MMA_ROWS rows of x; grid (hidden values, chunks); dynamic shared memory
+// of a chunk of each row of x where there are more than FEW_ROWS. Registers for one CTA beside one of the products.
 #define GEMV_4BIT_HIDDEN(T, dtype)                                                                                     \
     extern "C" __global__ void __launch_bounds__(HIDDEN_THREADS, 16)                                                   \
         gemv_4bit_hidden_##dtype(const __grid_constant__ Products products) {                                          \

@@ -33,6 +33,8 @@ const QUAD: usize = 4;
 /// One copies, one decodes scales, one adds up, one multiplies by adapters or adds up, too.
 const OTHER_WARPS: usize = 4;
 const HIDDEN_THREADS: usize = CHUNK / 16;
+/// Of x: hidden values of more of them are made from a copy in shared memory.
+const FEW_ROWS: usize = 4;
 const BLOCKSIZE: usize = 64;
 /// Scales are read four at a time.
 const GRAIN: usize = BLOCKSIZE * QUAD;
@@ -379,7 +381,8 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     let products = products.fused(fused);
     if ranks > 0 {
         let grid = (extent(ranks), extent(head.shape.k.div_ceil(CHUNK)), 1);
-        let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared: 0, overlaps: true };
+        let shared = if head.shape.m > FEW_ROWS { head.shape.m * CHUNK * size_of::<u16>() } else { 0 };
+        let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared, overlaps: true };
         launcher.launch(&FAMILY, KERNELS[2 * FORMS.len() + dtype(head)], geometry, args![products])?;
     }
     let next = Weights::next(&fused.next, &FORMS[form], limits.multiprocessors);

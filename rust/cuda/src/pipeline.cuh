@@ -58,6 +58,14 @@ __device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Bar
                  : "memory");
 }
 
+// 16 bytes from global into shared memory, for the thread that asks (sm_80 and later).
+__device__ inline void copy16(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// Until all that the thread has asked for is there.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // A tensor map of the driver.
 struct alignas(64) Map {
     uint8_t bytes[128];

@@ -18,6 +18,25 @@ __device__ inline float warp_sum(float value) {
     return value;
 }
 
+// Sums of eight values each over the warp, with warp_sum's bits: that of value i is in the four lanes from 4 i on. Two
+// lanes a step apart share what is left: each adds up one half for both.
+__device__ inline float warp_sums(float (&values)[8]) {
+    int step = 16;
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2, step /= 2) {
+        const bool upper = lane_id() & step;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const float given = upper ? values[i] : values[i + half];
+            values[i] = (upper ? values[i + half] : values[i]) + __shfl_xor_sync(FULL_WARP, given, step);
+        }
+    }
+    float value = values[0];
+    value += __shfl_xor_sync(FULL_WARP, value, 2);
+    value += __shfl_xor_sync(FULL_WARP, value, 1);
+    return value;
+}
+
 // Largest value among `group` neighbouring lanes (a power of two <= 32), in every lane.
 __device__ inline uint32_t lanes_max(uint32_t value, int group) {
 #if __CUDA_ARCH__ >= 800
