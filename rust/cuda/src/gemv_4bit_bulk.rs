@@ -372,7 +372,8 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     }
     let (limits, ranks) = (launcher.limits(), fused.ranks());
     if ranks > 0 && fused.is_tiled() {
-        let expected = "8 rows beside adapters of rank 256; more on capability 9.0, with double quantization and K % 256 == 0";
+        let expected =
+            "8 rows beside adapters of rank 256; more on capability 9.0, with double quantization and K % 256 == 0";
         let got = head.shape.m.to_string();
         return Err(Error::Argument { op: "gemv_4bit_fused", name: "x", expected, got });
     }
