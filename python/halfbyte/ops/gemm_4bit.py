@@ -103,13 +103,15 @@ def _code_rows(x: Tensor, n: int, nested: bool, blocksize: int) -> tuple[int, in
     if not x.is_cuda:
         return 32, 0
     k, found = x.shape[1], capability(x.get_device())
-    if blocksize != 64 or k % 64 or n * k % 256 or x.dtype == torch.float32:
+    if x.dtype == torch.float32 or blocksize < 64 or found < (8, 0):
         return 8, 0
+    if blocksize != 64 or k % 64 or n * k % 256:
+        return 16, 0
     lines = nested and k % 256 == 0
     if found == (9, 0):
         many = len(x) if len(x) > MANY_ROWS and _fills_tiles(x, n) else MANY_ROWS
         return 16, many if lines else 0
-    return (32, 0) if found >= (9, 0) or (found >= (8, 0) and lines) else (8, 0)
+    return (32 if found >= (9, 0) or lines else 16), 0
 
 
 @functools.cache
