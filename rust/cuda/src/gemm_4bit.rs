@@ -107,15 +107,16 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(launcher: &Launcher, products: &[&Gemv4bit<'_>]) -> Self {
+    fn of(launcher: &Launcher, products: &[&Gemv4bit<'_>], adapted: bool) -> Self {
         let ns: Vec<_> = products.iter().map(|product| product.shape.n).collect();
         let head = products[0];
-        plan(head.shape.m, &ns, head.shape.k, head.x.dtype(), launcher.limits().multiprocessors)
+        plan(head.shape.m, &ns, head.shape.k, head.x.dtype(), adapted, launcher.limits().multiprocessors)
     }
 }
 
-/// The plan of least time, by waves of CTAs over the device; `ns`: of all weights that go together.
-fn plan(m: usize, ns: &[usize], k: usize, dtype: DType, multiprocessors: usize) -> Plan {
+/// The plan of least time, by waves of CTAs over the device; `ns`: of all weights that go together; `adapted`: whether
+/// adapters stand beside them, whose hidden values are made on multiprocessors that are left over.
+fn plan(m: usize, ns: &[usize], k: usize, dtype: DType, adapted: bool, multiprocessors: usize) -> Plan {
     let ctas = |tile: &Tile, splits: usize| tiles(ns, tile) * m.div_ceil(tile.tokens) * splits;
     let time = |tile: &Tile, splits: usize| {
         let lines = (k / LINE).div_ceil(splits) as f64;
@@ -125,7 +126,7 @@ fn plan(m: usize, ns: &[usize], k: usize, dtype: DType, multiprocessors: usize) 
     // Some multiprocessors find no three beside them for a cluster of four, more of them no four for one of five. Beyond
     // 64 rows of x, neither many of those nor tiles of three groups have been measured.
     let has_room = |tile: &Tile, splits: usize| match splits {
-        5 => m <= 64 && ctas(tile, splits) <= multiprocessors * 5 / 6,
+        5 => m <= 64 && !adapted && ctas(tile, splits) <= multiprocessors * 5 / 6,
         4 => ctas(tile, splits) <= if m > 64 { multiprocessors / 2 } else { multiprocessors * 8 / 9 },
         // Of many rows of x a second wave of clusters is slower than one more of whole tiles.
         2 => tile.scales_sums || ctas(tile, splits) <= multiprocessors,
@@ -167,7 +168,7 @@ pub(crate) fn launch(launcher: &Launcher, group: Gemv4bitGroup<'_>) -> Result<()
             continue;
         }
         let products: Vec<_> = products.iter().collect();
-        let plan = Plan::of(launcher, &products);
+        let plan = Plan::of(launcher, &products, false);
         let beside = vec![Beside::none(); products.len()];
         multiply(launcher, &products, &beside, Hidden::none(), false, plan)?;
     }
@@ -195,7 +196,7 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     if fused.ranks() > 0 {
         low_rank::launch(launcher, fused, hidden)?;
     }
-    let plan = Plan::of(launcher, &products);
+    let plan = Plan::of(launcher, &products, fused.ranks() > 0);
     multiply(launcher, &products, &Beside::all(fused), hidden, fused.gated, plan)?;
     Ok(true)
 }
@@ -292,7 +293,7 @@ mod tests {
     #[test]
     fn plans_are_those_that_were_fastest() {
         let of_group = |m, ns: &[usize], k| {
-            let Plan { tile, splits } = plan(m, ns, k, DType::BF16, 132);
+            let Plan { tile, splits } = plan(m, ns, k, DType::BF16, false, 132);
             (KERNELS[tile].trim_start_matches("gemm_4bit_").trim_end_matches("_bf16"), splits)
         };
         let chosen = |m, n, k| of_group(m, &[n], k);
@@ -302,6 +303,7 @@ mod tests {
         for (m, three) in [(32, "32x3"), (64, "64x3")] {
             assert_eq!(chosen(m, 4096, 4096), (three, 4));
             assert_eq!([11008, 14336].map(|k| chosen(m, 4096, k)), [(three, 5); 2]);
+            assert_eq!(plan(m, &[4096], 11008, DType::BF16, true, 132).splits, 4);
             assert_eq!(chosen(m, 5120, 13824), (three, 4));
             assert_eq!(of_group(m, &[4096; 3], 4096), (three, 2));
             assert_eq!(of_group(m, &[11008; 2], 4096), (three, 1));
@@ -328,7 +330,7 @@ mod tests {
     fn scales_enter_the_sums_of_fp16() {
         for m in [9, 64, 65, 128, 256, 777] {
             for (n, k) in [(40, 256), (4096, 4096), (28672, 8192)] {
-                assert!(TILES[plan(m, &[n], k, DType::F16, 132).tile].scales_sums);
+                assert!(TILES[plan(m, &[n], k, DType::F16, false, 132).tile].scales_sums);
             }
         }
     }
@@ -336,7 +338,7 @@ mod tests {
     #[test]
     fn splits_have_lines() {
         for k in [256, 512, 768, 1024] {
-            assert!((9..300).all(|m| plan(m, &[128, 40], k, DType::BF16, 132).splits <= k / LINE));
+            assert!((9..300).all(|m| plan(m, &[128, 40], k, DType::BF16, false, 132).splits <= k / LINE));
         }
     }
 }
