@@ -9,45 +9,23 @@ constexpr int WARPS = THREADS / 32;
 constexpr int64_t CHUNK = 65536;    // scales whose sum is one term of the offset
 constexpr int LANES = 256;          // running sums of a chunk
 constexpr int ROWS = CHUNK / LANES; // terms of a running sum
-constexpr int SHARE = 16;           // running sums of a CTA, one for each warp
+constexpr int SHARE = 16;           // running sums of a CTA
 constexpr int CTAS = 2;             // a multiprocessor, where scales are encoded
 constexpr int NESTED = 256;         // scales that share one nested scale, a warp's work
 constexpr int PER_LANE = NESTED / 32;
 
-// Sums of up to ROWS terms between 2^-21 and 1 of the largest, or zeros, are exact in any order: whole numbers of the
-// smallest's last bit, less than 2^53.
-constexpr uint32_t EXACT_RANGE = 21;
-static_assert(SHARE == WARPS);
-
-// Largest and smallest exponent of some terms that are not zero.
-struct Exponents {
-    uint32_t most = 0, least = 255;
-
-    __device__ void add(float v) {
-        const uint32_t bits = magnitude(v);
-        most = max(most, bits >> 23), least = bits > 0 ? min(least, bits >> 23) : least;
-    }
-
-    // Of all lanes' terms: that their sum, and each on the way there, is exact.
-    __device__ bool all_exact() const {
-        const uint32_t high = lanes_max(most, 32), low = 255 - lanes_max(255 - least, 32);
-        return high < 255 && high <= max(low, 1u) + EXACT_RANGE;
-    }
-};
-
-// The running sums of a chunk. One CTA takes SHARE of them: all threads fetch their terms, then a warp adds up each. In
-// order that takes longest, so it is done where the order matters.
+// The running sums of a chunk. One CTA takes SHARE of them: all threads fetch and widen their terms, which is what
+// takes longest, and half a warp adds them in order.
 extern "C" __global__ void __launch_bounds__(THREADS)
     double_quantize_lanes(const float* absmax, // [blocks]
                           double* lanes,       // [ceil(blocks / CHUNK), LANES]
                           int64_t blocks) {
     constexpr int PER_THREAD = ROWS * SHARE / THREADS;
-    __shared__ float terms[SHARE][ROWS + 1];
-    const int group = blockIdx.x % (LANES / SHARE) * SHARE, at = threadIdx.x % SHARE;
-    const int64_t chunk = blockIdx.x / (LANES / SHARE);
-    const int64_t first = chunk * CHUNK + threadIdx.x / SHARE * LANES + group + at;
+    __shared__ double terms[ROWS][SHARE];
+    const int at = blockIdx.x % (LANES / SHARE) * SHARE + threadIdx.x % SHARE;
+    const int64_t chunk = blockIdx.x / (LANES / SHARE), first = chunk * CHUNK + threadIdx.x / SHARE * LANES + at;
+    let_next_kernel_start(); // which reads no weights before it waits
     wait_for_previous_kernel();
-    let_next_kernel_start(); // which may read scales at once
     float v[PER_THREAD];
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) {
@@ -56,29 +34,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i)
-        terms[at][i * (THREADS / SHARE) + threadIdx.x / SHARE] = v[i];
+        terms[i * (THREADS / SHARE) + threadIdx.x / SHARE][threadIdx.x % SHARE] = v[i];
     __syncthreads();
-    const int warp = threadIdx.x / 32;
-    Exponents exponents;
+    if (threadIdx.x >= SHARE)
+        return;
     double sum = 0.0;
-#pragma unroll
-    for (int i = 0; i < ROWS / 32; ++i) {
-        const float term = terms[warp][32 * i + lane_id()];
-        exponents.add(term);
-        sum += term;
-    }
-    if (exponents.all_exact()) {
-#pragma unroll
-        for (int half = 16; half > 0; half /= 2)
-            sum += __shfl_down_sync(FULL_WARP, sum, half);
-    } else {
-        sum = 0.0;
 #pragma unroll 16
-        for (int row = 0; row < ROWS; ++row)
-            sum += terms[warp][row];
-    }
-    if (lane_id() == 0)
-        lanes[chunk * LANES + group + warp] = sum;
+    for (int row = 0; row < ROWS; ++row)
+        sum += terms[row][threadIdx.x];
+    lanes[chunk * LANES + at] = sum;
 }
 
 // The sum of a chunk, in lane 0 of a warp: running sums are halved until one is left.
@@ -164,9 +128,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
                           int64_t blocks) {
     __shared__ __align__(16) uint32_t entries[SIGNED_ENTRIES];
     copy_entries(entries, GRID_ENTRIES[0]);
+    wait_for_previous_kernel();
     int64_t group = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
     Group next(absmax, group, blocks);
-    wait_for_previous_kernel();
     const float middle = mean(lanes, blocks); // all entries are there by its barriers
     if (blockIdx.x == 0 && threadIdx.x == 0)
         *offset = middle;
