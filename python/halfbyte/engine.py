@@ -127,12 +127,12 @@ class Engine:
     halfbyte saved, over a model that carries none itself; requests choose one, and all run in one
     batch. On a GPU they join the launches of a step's products: of compute capability 9.0 over
     doubly quantized weights always, else for up to 8 rows if their ranks together are at most 256;
-    else each layer takes slower ones of its own. max_batch: sequences
-    that run at once, at most 32; others wait. kv_budget: bytes for keys and values; default: what
-    max_batch sequences of the model's whole context need, but at most 80 % of the free device
-    memory (1 GiB on the CPU). max_waiting: requests that may wait before QueueFullError; None: any
-    number. kv_dtype: "int8" keeps keys and values in 8 bits, so that the budget holds nearly twice
-    the tokens (see KVCache); None: in the model's dtype.
+    else each layer takes slower ones of its own. max_batch: sequences that run at once, at most 32;
+    others wait. kv_budget: bytes for keys and values; default: what max_batch sequences of the
+    model's whole context need, but at most 80 % of the free device memory (1 GiB on the CPU).
+    max_waiting: requests that may wait before QueueFullError; None: any number. kv_dtype: "int8"
+    keeps keys and values in 8 bits, so that the budget holds nearly twice the tokens (see KVCache);
+    None: in the model's dtype.
 
     What else runs does not choose a request's tokens. On a GPU a step's logits have the same bits
     for up to 8 rows, 16 where none uses an adapter, over double-quantized 4-bit layers whose inputs
