@@ -211,9 +211,8 @@ __device__ void gemv_shifted(const T*, const uint8_t*, const Absmax&, T*, int, i
 #endif
 
 // x [rows_x, K], packed [ceil(N * K / 2)] 16-byte aligned, blocks of 64 or more, N * K < 2^38; period 64 / gcd(K, 64);
-// 8 to MAX_WARPS warps, panel_warps of which share a panel; pitch the elements of all lines of a row and 8; grid
-// (splits
-// * min(period, N), tiles of x); dynamic shared memory TABLE + 2 * warps * PARTIAL * 4 + tile * pitch * 2.
+// 8 to MAX_WARPS warps, panel_warps of which share a panel; pitch the elements of all lines of a row and 8; splits *
+// min(period, N) by tiles of x CTAs; dynamic shared memory TABLE + 2 * warps * PARTIAL * 4 + tile * pitch * 2.
 #define GEMV_4BIT_SHIFTED(T, dtype)                                                                                    \
     extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) gemv_4bit_shifted_##dtype(                         \
         const T* x, const uint8_t* packed, Absmax absmax, T* out, int rows_x, int N, int K, int log2_blocksize,        \
