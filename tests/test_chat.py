@@ -15,7 +15,7 @@ import torch
 
 from halfbyte.chat import Conversation, chat, repl, stream_chat
 from halfbyte.errors import CheckpointError, ContextLengthError
-from halfbyte.generate import Sampling, generate
+from halfbyte.generate import Sampling, generate, stream
 from halfbyte.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -40,8 +40,9 @@ class Scripted:
         self.samplings: list[Sampling] = []
         self.closed = 0
 
-    def stream(self, ids, sampling=None):
-        self.prompts.append(self.model.tokenizer.decode(ids))
+    def stream(self, prompt, sampling=None):
+        is_text = isinstance(prompt, str)
+        self.prompts.append(prompt if is_text else self.model.tokenizer.decode(prompt))
         self.samplings.append(sampling)
         return ScriptedStream(self, self.answers.pop(0))
 
@@ -401,9 +402,14 @@ def test_raw_on_a_real_base_model(shared, run):
         device="cpu",
         progress=False,
     )
-    ids = model.tokenizer.encode("Once upon a time", add_special_tokens=True)
+    begin = "Once upon a time there"
+    ids = model.tokenizer.encode(begin, add_special_tokens=True)
     assert ids[0] == 1
     story = model.tokenizer.decode(generate(model, ids, max_new_tokens=20))
     sampling = Sampling(max_new_tokens=20)
-    shown = run(Conversation(model, sampling=sampling), "Once upon a time", raw=True)
-    assert shown.startswith(story + "\n") and "there was a little girl" in story
+    shown = run(Conversation(model, sampling=sampling), begin, raw=True)
+    # What goes on with a text keeps the space that the ids alone lose.
+    assert shown.startswith(f" {story}\n") and story.startswith("was a little girl")
+    assert "".join(stream(model, begin, sampling)) == f" {story}"
+    assert "".join(stream(model, ids, sampling)) == story
+    assert generate(model, begin, sampling, stop=(" was",)) == []

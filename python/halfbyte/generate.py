@@ -47,13 +47,13 @@ def _engine(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling
 
 def generate(
     model: Decoder,
-    ids: list[int] | list[list[int]] | Tensor,
+    ids: str | list[int] | list[str] | list[list[int]] | Tensor,
     sampling: Sampling | None = None,
     **overrides: Any,
 ) -> list[int] | list[list[int]]:
     """The tokens that follow a prompt, or each prompt of a batch (of any lengths, unpadded).
 
-    The bos token stands for an empty prompt, which an empty list is here.
+    ids: token ids, or text. The bos token stands for an empty prompt, which an empty list is here.
 
     sampling: greedy by default; overrides are its fields, e.g. `temperature=0.7, seed=1`. A reply
     ends at an eos id (which is not part of it), a stop string (with the last token before it),
@@ -75,7 +75,7 @@ def generate(
 
 def stream(
     model: Decoder,
-    ids: Sequence[int] | Tensor,
+    ids: str | Sequence[int] | Tensor,
     sampling: Sampling | None = None,
     **overrides: Any,
 ) -> Stream:
