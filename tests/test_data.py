@@ -304,8 +304,12 @@ def test_detect_format(row, name):
 def test_detect_format_says_what_it_saw():
     with pytest.raises(DataError, match=r"\['question', 'reply'\].*dataset_format"):
         detect_format([{"question": "x", "reply": "y"}])
-    with pytest.raises(DataError, match="none of the first 1 rows"):
+    with pytest.raises(DataError, match="none of the first 1 rows is an object.*: got 'x'"):
         detect_format(["x"])
+    with pytest.raises(DataError, match="none of the first 2 rows .*: line 1 is not JSON"):
+        detect_format([Malformed("line 1 is not JSON"), "x"])
+    with pytest.raises(DataError, match="none of the first 0 rows"):
+        detect_format([])
 
 
 PAIR, TURNS = {"prompt": "x", "completion": "y"}, {"messages": [{"role": "user"}]}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from halfbyte.data.files import Malformed
 from halfbyte.errors import DataError
 
 ALPACA_WITH_INPUT = (
@@ -198,7 +199,9 @@ def detect_format(rows: Sequence[Any]) -> str:
     first = [row for row in rows[:ROWS_LOOKED_AT] if isinstance(row, dict)]
     if not first:
         count = min(len(rows), ROWS_LOOKED_AT)
-        raise DataError(f"none of the first {count} rows is an object with named columns")
+        said = f"none of the first {count} rows is an object with named columns"
+        why = [r.reason if isinstance(r, Malformed) else f"got {r!r:.60}" for r in rows[:1]]
+        raise DataError(": ".join([said, *why]))
     found = Counter(name for name in map(_format_of, first) if name is not None)
     unknown = len(first) - found.total()
     if len(found) > 1:
