@@ -248,6 +248,10 @@ def test_tensors_and_lists_are_the_same_prompts(model):
     expected = generate(model, prompts, max_new_tokens=4)
     assert generate(model, torch.tensor(prompts), max_new_tokens=4) == expected
     assert generate(model, torch.tensor(prompts[0]), max_new_tokens=4) == expected[0]
+    # Read once, though it is both checked and submitted.
+    assert generate(model, iter([5, 6, 7]), max_new_tokens=4) == generate(
+        model, [5, 6, 7], max_new_tokens=4
+    )
 
 
 def test_a_training_model_generates_without_dropout():

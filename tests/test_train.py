@@ -1161,8 +1161,7 @@ def test_a_folder_is_free_when_its_run_ends(tmp_path):
             time.sleep(60)
             os._exit(0)
     with claimed(folder), pytest.raises(BlockingIOError, match="in use by another run"):
-        with claimed(folder):
-            pass
+        claimed(folder).__enter__()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert not folder.exists()
@@ -1183,8 +1182,8 @@ def test_a_lock_that_was_just_removed_is_taken_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", late)
     with claimed(tmp_path / "out"):
         assert (tmp_path / "out" / ".lock").exists()
-        with pytest.raises(BlockingIOError), claimed(tmp_path / "out"):
-            pass
+        with pytest.raises(BlockingIOError, match="in use by another run"):
+            claimed(tmp_path / "out").__enter__()
 
 
 # Data parallel

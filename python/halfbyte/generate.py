@@ -45,6 +45,12 @@ def _engine(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling
     return engine
 
 
+def _read(model: Decoder, prompt: Any) -> tuple[str | list[int], list[int]]:
+    """What an engine is given of a prompt, and its ids: a reply goes on with a text as it is."""
+    ids = checked_prompt(model, prompt)
+    return prompt if isinstance(prompt, str) else ids, ids
+
+
 def generate(
     model: Decoder,
     ids: str | list[int] | list[str] | list[list[int]] | Tensor,
@@ -65,9 +71,9 @@ def generate(
     sampling = replace(sampling or Sampling(), **overrides)
     batched = is_batch(ids)
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
-    prompts = list(ids) if batched else [ids]
-    engine = _engine(model, [checked_prompt(model, prompt) for prompt in prompts], sampling)
-    requests = [engine.submit(prompt, sampling) for prompt in prompts]
+    prompts = [_read(model, prompt) for prompt in (ids if batched else [ids])]
+    engine = _engine(model, [checked for _, checked in prompts], sampling)
+    requests = [engine.submit(prompt, sampling) for prompt, _ in prompts]
     engine.run(requests)
     replies = [request.reply.tokens for request in requests]
     return replies if batched else replies[0]
@@ -89,5 +95,6 @@ def stream(
         raise ValueError("stream: expected the ids of one prompt, got a batch")
     tokenizer_of(model, "stream")
     sampling = replace(sampling or Sampling(), **overrides)
-    engine = _engine(model, [checked_prompt(model, ids)], sampling)
-    return Stream(engine, engine.submit(ids, sampling), model)
+    prompt, checked = _read(model, ids)
+    engine = _engine(model, [checked], sampling)
+    return Stream(engine, engine.submit(prompt, sampling), model)

@@ -46,7 +46,7 @@ def _locked(lock: Path) -> TextIO:
             file = lock.open("a")
             try:
                 _lock(file, lock.parent)
-                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                if os.fstat(file.fileno()).st_nlink > 0:
                     return file
             except BaseException:
                 file.close()

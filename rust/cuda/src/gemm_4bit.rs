@@ -126,7 +126,7 @@ fn plan(m: usize, ns: &[usize], k: usize, dtype: DType, adapted: bool, multiproc
     // Some multiprocessors find no three beside them for a cluster of four, more of them no four for one of five. Beyond
     // 64 rows of x, neither many of those nor tiles of three groups have been measured.
     let has_room = |tile: &Tile, splits: usize| match splits {
-        5 => m <= 64 && !adapted && ctas(tile, splits) <= multiprocessors * 5 / 6,
+        MAX_SPLITS => m <= 64 && !adapted && ctas(tile, splits) <= multiprocessors * 5 / 6,
         4 => ctas(tile, splits) <= if m > 64 { multiprocessors / 2 } else { multiprocessors * 8 / 9 },
         // Of many rows of x a second wave of clusters is slower than one more of whole tiles.
         2 => tile.scales_sums || ctas(tile, splits) <= multiprocessors,
