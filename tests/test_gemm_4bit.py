@@ -79,7 +79,7 @@ def test_gradient_against_fp64(device, m, n, k, dtype):
 )
 def test_tiles_are_taken_where_they_were_faster_on_an_h200(monkeypatch, rows, n, fills):
     module = sys.modules["halfbyte.ops.gemm_4bit"]
-    monkeypatch.setattr(module, "_multiprocessors", lambda index: 132)
+    monkeypatch.setattr(module, "multiprocessors", lambda index: 132)
     x = torch.empty(rows, 64, dtype=torch.bfloat16)
     assert module._fills_tiles(x, n) == fills
     assert not module._fills_tiles(x.half(), n)
@@ -101,7 +101,7 @@ def test_tiles_are_taken_where_they_were_faster_on_an_h200(monkeypatch, rows, n,
 def test_rows_of_kernels_follow_the_capability(monkeypatch, found, rows, few, many):
     module = sys.modules["halfbyte.ops.gemm_4bit"]
     monkeypatch.setattr(module, "capability", lambda index: found)
-    monkeypatch.setattr(module, "_multiprocessors", lambda index: 132)
+    monkeypatch.setattr(module, "multiprocessors", lambda index: 132)
 
     def taken(k=512, dtype=torch.bfloat16, nested=True, blocksize=64):
         x = torch.empty(rows, k, dtype=dtype, device="cuda")

@@ -266,6 +266,19 @@ def gemv_4bit_fused(
 def has_gemv_4bit_fused(device: int) -> bool:
     """Whether `gemv_4bit_fused` has kernels for a CUDA device; false where there is none."""
 
+def has_lora_product(device: int) -> bool:
+    """Whether `lora_product` has kernels for a CUDA device; false where there is none."""
+
+def lora_product(
+    x: Tensor, w: Tensor, hidden: Tensor, b: Tensor, transposed: bool, out: Tensor
+) -> None:
+    """``out = x w^T + hidden b^T``, ``x w + hidden b`` if ``transposed``, as one sum in fp32.
+
+    x: fp16 or bf16 [M, K]. Of its dtype are w [N, K], hidden [M, r] with rows any distance apart,
+    b [N, r] and out [M, N]; transposed, w is [K, N] and b [r, N]. Every row begins at a multiple of
+    16 bytes. GPUs for which `has_lora_product` is true only.
+    """
+
 def paged_attention(
     q: Tensor,
     k: Tensor,

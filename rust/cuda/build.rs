@@ -28,6 +28,7 @@ const FAMILIES: &[&str] = &[
     "gemv_4bit_bulk",
     "gemv_4bit_mma",
     "gemv_4bit_shifted",
+    "lora_product",
     "low_rank",
     "paged_attention",
     "paged_attention_bulk",

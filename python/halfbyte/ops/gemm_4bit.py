@@ -73,7 +73,7 @@ def _pieces(packed: Tensor, state: QuantState) -> Iterator[tuple[slice, Tensor]]
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
+def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
@@ -85,7 +85,7 @@ def _fills_tiles(x: Tensor, n: int) -> bool:
     """
     if x.dtype != torch.bfloat16:
         return False
-    most = _multiprocessors(x.get_device())
+    most = multiprocessors(x.get_device())
     tiles = -(-len(x) // TILE[0]) * -(-n // TILE[1])
     if 2 * tiles <= most:
         most /= 2  # two share a tile

@@ -11,6 +11,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from halfbyte.ops.dequantize_4bit import values
 from halfbyte.ops.gemm_4bit import accepted, grad_x, is_dequantized, product
 from halfbyte.ops.library import product_fp32
+from halfbyte.ops.lora_product import lora_product
 from halfbyte.ops.quant_state import QuantState
 
 Weight = tuple[Tensor, QuantState]
@@ -88,8 +89,7 @@ def _products(
     outs = []
     for weight, part, own in zip(weights, hidden, b, strict=True):
         if is_dequantized(rows, weight[1]):
-            # The large product comes last: it reads what it adds to while it multiplies.
-            out = torch.mm(part, own.t()).addmm_(rows, values(*weight, rows.dtype).t())
+            out = lora_product(rows, values(*weight, rows.dtype), part, own, False)
         else:
             out = product(rows, *weight).addmm_(part, own.t())
         outs.append(out)
@@ -132,11 +132,15 @@ def _grad_input(
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             total.add_(grad_x(grad, *weight))
         return total if narrow is None else total.addmm_(*narrow)
-    # As in the forward, the large products read what they add to while they multiply.
-    total = None if narrow is None else torch.mm(*narrow)
+    total = None
     for grad, weight in zip(grads, weights, strict=True):
         matrix = first.pop() if first else values(*weight, grad.dtype)
-        total = torch.mm(grad, matrix) if total is None else total.addmm_(grad, matrix)
+        if total is not None:
+            total.addmm_(grad, matrix)
+        elif narrow is not None:
+            total = lora_product(grad, matrix, *narrow, True)
+        else:
+            total = torch.mm(grad, matrix)
         del matrix
     return total
 

@@ -19,8 +19,8 @@ mod _core {
     use super::ops::{
         codebook, cpu_features, cross_entropy, cross_entropy_backward, cuda_build, cuda_status, dequantize_4bit,
         dequantize_blockwise, double_quantize, draw, dynamic_map, gemm_4bit, gemv, gemv_4bit, gemv_4bit_fused,
-        gemv_4bit_group, has_gemv_4bit_fused, paged_attention, quantize_4bit, quantize_blockwise, read_file, rms_norm,
-        rms_norm_backward, rope, swiglu, swiglu_backward,
+        gemv_4bit_group, has_gemv_4bit_fused, has_lora_product, lora_product, paged_attention, quantize_4bit,
+        quantize_blockwise, read_file, rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward,
     };
     #[pymodule_export]
     use super::pager::Pager;

@@ -12,6 +12,7 @@ use halfbyte_core::ops::draw::{Choice, Draw, Drawn};
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
 use halfbyte_core::ops::gemv_4bit_fused::{Adapter, FusedProduct, Gemv4bitFused, Next, NextWeight};
+use halfbyte_core::ops::lora_product::{LoraProduct, LoraShape};
 use halfbyte_core::ops::paged_attention::{
     AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, CodeScales, PagedAttention,
 };
@@ -438,6 +439,38 @@ pub fn gemv_4bit_fused(
 #[pyfunction]
 pub fn has_gemv_4bit_fused(device: u32) -> bool {
     halfbyte_cuda::has_gemv_4bit_fused(device)
+}
+
+#[pyfunction]
+pub fn has_lora_product(device: u32) -> bool {
+    halfbyte_cuda::has_lora_product(device)
+}
+
+#[pyfunction]
+pub fn lora_product(
+    py: Python<'_>,
+    x: Object<'_, '_>,
+    w: Object<'_, '_>,
+    hidden: Object<'_, '_>,
+    b: Object<'_, '_>,
+    transposed: bool,
+    out: Object<'_, '_>,
+) -> PyResult<()> {
+    const OP: &str = "lora_product";
+    let (m, k) = read_matrix(OP, "x", x)?;
+    let (_, n) = read_matrix(OP, "out", out)?;
+    let x = Tensor::read(OP, "x", x)?;
+    let w = Tensor::read(OP, "w", w)?;
+    let (hidden, layout) = Tensor::read_strided(OP, "hidden", hidden, 2)?;
+    let b = Tensor::read(OP, "b", b)?;
+    let out = Tensor::read(OP, "out", out)?;
+    check_overlap(OP, &[&x, &w, &hidden, &b], &[&out])?;
+    let shape = LoraShape { m, n, k, r: layout.shape[1] };
+    // SAFETY: the output was checked for overlap.
+    let target = unsafe { out.as_mut() };
+    let args = LoraProduct::new(x.as_ref(), w.as_ref(), rows(&hidden, &layout), b.as_ref(), target, shape, transposed)
+        .map_err(to_py_err)?;
+    call(py, x.device, |backend| backend.lora_product(args))
 }
 
 #[pyfunction]

@@ -9,6 +9,7 @@ use crate::ops::draw::Draw;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use crate::ops::gemv_4bit_fused::Gemv4bitFused;
+use crate::ops::lora_product::LoraProduct;
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
@@ -30,6 +31,7 @@ pub trait Backend {
     fn gemv_4bit(&self, args: Gemv4bit<'_>) -> Result<()>;
     fn gemv_4bit_group(&self, args: Gemv4bitGroup<'_>) -> Result<()>;
     fn gemv_4bit_fused(&self, args: Gemv4bitFused<'_>) -> Result<()>;
+    fn lora_product(&self, args: LoraProduct<'_>) -> Result<()>;
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()>;
     fn draw(&self, args: Draw<'_>) -> Result<()>;
     fn cross_entropy(&self, args: CrossEntropy<'_>) -> Result<()>;

@@ -10,6 +10,7 @@ use crate::ops::draw::Draw;
 use crate::ops::gemv::Gemv;
 use crate::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use crate::ops::gemv_4bit_fused::Gemv4bitFused;
+use crate::ops::lora_product::LoraProduct;
 use crate::ops::paged_attention::PagedAttention;
 use crate::ops::quantize_4bit::Quantize4bit;
 use crate::ops::quantize_blockwise::QuantizeBlockwise;
@@ -95,6 +96,11 @@ impl Backend for CpuBackend {
     fn gemv_4bit_fused(&self, args: Gemv4bitFused<'_>) -> Result<()> {
         let got = args.products().next().map_or(String::new(), |fused| fused.product.packed.device().to_string());
         Err(Error::Argument { op: "gemv_4bit_fused", name: "packed", expected: "on a GPU", got })
+    }
+
+    fn lora_product(&self, args: LoraProduct<'_>) -> Result<()> {
+        let got = args.x.device().to_string();
+        Err(Error::Argument { op: "lora_product", name: "x", expected: "on a GPU", got })
     }
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {

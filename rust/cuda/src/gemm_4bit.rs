@@ -215,7 +215,8 @@ fn multiply(
     let tile = TILES[index];
     let rows = 64 * tile.groups;
     let map = |product: &Gemv4bit<'_>| {
-        let packed = Matrix { at: product.packed.ptr(), dtype: U8, size: 1, rows: product.shape.n, columns: k / 2 };
+        let (at, columns) = (product.packed.ptr(), k / 2);
+        let packed = Matrix { at, dtype: U8, size: 1, rows: product.shape.n, columns, stride: columns };
         launcher.map_boxes(packed, if tile.scales_sums { rows / 2 } else { rows })
     };
     let mut parts = Vec::with_capacity(MAX_PARTS);
@@ -238,7 +239,7 @@ fn multiply(
     }
     let unused = Part { first_tile: i32::MAX, ..parts[0] };
     let parts = Parts { at: std::array::from_fn(|i| parts.get(i).copied().unwrap_or(unused)), hidden };
-    let x = Matrix { at: head.x.ptr(), dtype: if bf16 { BF16 } else { F16 }, size: 2, rows: m, columns: k };
+    let x = Matrix { at: head.x.ptr(), dtype: if bf16 { BF16 } else { F16 }, size: 2, rows: m, columns: k, stride: k };
     let x_map = launcher.map_boxes(x, tile.tokens)?;
     let geometry = Geometry {
         grid: (extent(first_tile * splits), extent(m.div_ceil(tile.tokens)), 1),
@@ -258,8 +259,8 @@ fn multiply(
 }
 
 const U8: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8;
-const F16: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-const BF16: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+pub(crate) const F16: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+pub(crate) const BF16: CUtensorMapDataType = CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
 /// Of a CTA of that kernel.
 #[cfg(test)]

@@ -26,6 +26,8 @@ pub(crate) struct Matrix {
     pub size: usize,
     pub rows: usize,
     pub columns: usize,
+    /// elements from one row to the next
+    pub stride: usize,
 }
 
 /// How a kernel is spread over the device.
@@ -351,7 +353,7 @@ impl Launcher {
         // SAFETY: all zeros is a valid value of a plain struct.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
         let sizes = [matrix.columns as u64, matrix.rows as u64];
-        let pitch = (matrix.columns * matrix.size) as u64;
+        let pitch = (matrix.stride * matrix.size) as u64;
         let extents = [(128 / matrix.size) as u32, rows as u32];
         // SAFETY: the arrays have as many entries as the matrix has dimensions, and nothing is dereferenced on the
         // device before a kernel does.

@@ -16,6 +16,7 @@ mod gemv_4bit_bulk;
 mod gemv_4bit_mma;
 mod gemv_4bit_shifted;
 mod launch;
+mod lora_product;
 mod low_rank;
 mod paged_attention;
 mod paged_attention_bulk;
@@ -38,6 +39,7 @@ use halfbyte_core::ops::draw::Draw;
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup};
 use halfbyte_core::ops::gemv_4bit_fused::Gemv4bitFused;
+use halfbyte_core::ops::lora_product::LoraProduct;
 use halfbyte_core::ops::paged_attention::PagedAttention;
 use halfbyte_core::ops::quantize_4bit::Quantize4bit;
 use halfbyte_core::ops::quantize_blockwise::QuantizeBlockwise;
@@ -77,6 +79,11 @@ pub fn status() -> std::result::Result<(), String> {
 /// Whether `gemv_4bit_fused` has kernels for a device; false where there is none.
 pub fn has_gemv_4bit_fused(ordinal: u32) -> bool {
     Launcher::new(ordinal, 0).is_ok_and(|launcher| gemv_4bit_bulk::runs_on(launcher.limits()))
+}
+
+/// Whether `lora_product` has kernels for a device; false where there is none.
+pub fn has_lora_product(ordinal: u32) -> bool {
+    Launcher::new(ordinal, 0).is_ok_and(|launcher| lora_product::runs_on(launcher.limits()))
 }
 
 /// The operations on one device, ordered on one stream.
@@ -133,6 +140,10 @@ impl Backend for CudaBackend {
     fn gemv(&self, args: Gemv<'_>) -> Result<()> {
         let got = args.weight.device().to_string();
         Err(Error::Argument { op: "gemv", name: "weight", expected: "on cpu; torch multiplies it on a GPU", got })
+    }
+
+    fn lora_product(&self, args: LoraProduct<'_>) -> Result<()> {
+        lora_product::launch(&self.launcher, args)
     }
 
     fn paged_attention(&self, args: PagedAttention<'_>) -> Result<()> {

@@ -32,9 +32,6 @@ __device__ inline void load_transposed(uint32_t (&m)[4], const void* from) {
                  : "memory");
 }
 
-// Bulk copies that are started after this overwrite what was stored before it.
-__device__ inline void order_before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 __device__ inline void copy_word(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }

@@ -76,6 +76,7 @@ fn map(launcher: &Launcher, shape: AttentionShape, cache: &TensorMut<'_>) -> Res
         size: 2,
         rows: shape.blocks * BLOCK,
         columns: shape.kv_heads * shape.head_dim,
+        stride: shape.kv_heads * shape.head_dim,
     };
     launcher.map_boxes(matrix, BLOCK)
 }

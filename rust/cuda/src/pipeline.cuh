@@ -79,6 +79,23 @@ __device__ inline void copy_box(void* to, const Map* map, int column, int row, B
                  : "memory");
 }
 
+// From shared into global memory, cut where the matrix ends.
+__device__ inline void store_box(const Map* map, int column, int row, const void* from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+                 "cp.async.bulk.commit_group;" ::"l"(map),
+                 "r"(column), "r"(row), "r"(shared_address(from))
+                 : "memory");
+}
+
+// Bulk copies that are started after this see, and overwrite, what the thread stored in shared memory before it.
+__device__ inline void order_before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Until all but the last PENDING boxes that the thread stores have been read.
+template <int PENDING>
+__device__ void wait_for_stores() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+
 // From global memory into L2; address and size are multiples of 16.
 __device__ inline void prefetch_bulk(const void* from, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -38,6 +38,7 @@ static SOURCES: &[Sources] = sources!(
     gemv_4bit_bulk,
     gemv_4bit_mma,
     gemv_4bit_shifted,
+    lora_product,
     low_rank,
     paged_attention,
     paged_attention_bulk,
@@ -99,6 +100,7 @@ fn threads(family: &str, kernel: &str) -> usize {
         "gemv_4bit_bulk" => crate::gemv_4bit_bulk::threads_of(kernel),
         "gemv_4bit_mma" => of_warps(crate::gemv_4bit_mma::MAX_WARPS),
         "gemv_4bit_shifted" => of_warps(crate::gemv_4bit_shifted::MAX_WARPS),
+        "lora_product" => crate::lora_product::THREADS,
         "low_rank" => crate::low_rank::THREADS,
         "paged_attention" | "paged_attention_mma" => of_warps(crate::paged_attention::WARPS),
         "paged_attention_bulk" => crate::paged_attention_bulk::THREADS,
@@ -144,6 +146,7 @@ fn a_cta_of_every_kernel_fits_a_multiprocessor() {
     }
     let asked = crate::gemm_4bit::TILES.map(|tile| tile.shared + crate::gemm_4bit::ALIGNMENT);
     let asked = asked.into_iter().chain(crate::gemv_4bit_bulk::FORMS.map(|form| form.shared));
+    let asked = asked.chain([crate::lora_product::SHARED + crate::gemm_4bit::ALIGNMENT]);
     assert!(asked.max() <= Some(227 << 10), "more than compute capability 9.0 gives a CTA");
 }
 
@@ -188,6 +191,10 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
         ("gemv_4bit_shifted", "MAX_WARPS", crate::gemv_4bit_shifted::MAX_WARPS),
         ("gemv_4bit_shifted", "BLOCK", crate::gemv_4bit_shifted::BLOCK),
+        ("lora_product", "ROWS", crate::lora_product::ROWS),
+        ("lora_product", "COLUMNS", crate::lora_product::COLUMNS),
+        ("lora_product", "THREADS", crate::lora_product::THREADS),
+        ("lora_product", "STEP", crate::lora_product::STEP),
         ("low_rank", "CTAS", crate::low_rank::CTAS),
         ("low_rank", "TILE", crate::low_rank::TILE),
         ("low_rank", "MAX_ADAPTERS", crate::low_rank::MAX_ADAPTERS),

@@ -9,6 +9,7 @@ pub mod draw;
 pub mod gemv;
 pub mod gemv_4bit;
 pub mod gemv_4bit_fused;
+pub mod lora_product;
 pub mod paged_attention;
 pub mod quantize_4bit;
 pub mod quantize_blockwise;
