@@ -21,19 +21,18 @@ __device__ inline void wait_for_previous_kernel() {
 
 // Of three launches in a row the third may need what the first has written before the second has ended. The second,
 // whose CTAs are there before any of the third, says once it has waited that the first has ended.
-constexpr uint32_t ENDED = 1 << 16;
 
 // By one thread that has waited; `word` is zero.
 __device__ inline void announce_end(uint32_t* word) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "n"(ENDED) : "memory");
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(word) : "memory");
 }
 
-// By one thread of each of the CTAs that wait, less than ENDED; the last one leaves zero behind.
+// By one thread of each of the CTAs that wait. They count on from the announcement, the last one back to zero; nobody
+// waits for the count.
 __device__ inline void wait_for_announced_end(uint32_t* word, uint32_t ctas) {
     uint32_t seen;
     do
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(word) : "memory");
-    while (seen < ENDED);
-    if (atomicAdd(word, 1) == ENDED + ctas - 1)
-        atomicExch(word, 0);
+    while (seen == 0);
+    asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(word), "r"(ctas) : "memory");
 }
