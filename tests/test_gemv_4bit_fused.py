@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from halfbyte import Linear4bit, LoraConfig, lora
-from halfbyte.linear import Decoding, project, project_gated
+from halfbyte.linear import Launch, project, project_gated
 from halfbyte.lora import LoRALinear, add_product
-from halfbyte.ops import dequantize_4bit, gemm_4bit, quantize_4bit, swiglu
-from halfbyte.ops.gemv_4bit_fused import LowRank, Product, fuses, gemv_4bit_fused
+from halfbyte.ops import dequantize_4bit, gemm_4bit, quantize_4bit, rms_norm, swiglu
+from halfbyte.ops.gemv_4bit_fused import (
+    Following,
+    LowRank,
+    Norm,
+    Product,
+    Residual,
+    fuses,
+    gemv_4bit_fused,
+    takes_norm,
+    takes_residual,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -98,7 +108,8 @@ def test_any_number_of_blocks_and_plain_scales(double_quant, m, sizes, k):
     x, sizes = random(m, k), [many if n == "many" else n for n in sizes]
     products = [product(n, k, bias=True, double_quant=double_quant) for n in sizes]
     assert fuses(x, products)
-    following = [(p.packed, p.state) for p in products]
+    weight = torch.ones(k, device="cuda", dtype=torch.bfloat16)
+    following = Following([(p.packed, p.state) for p in products], norm=weight)
     outs = gemv_4bit_fused(x, products, following=following)
     for found, p in zip(outs, products, strict=True):
         assert torch.equal(found, alone(x, p))
@@ -129,6 +140,115 @@ def test_biases_and_gates_have_equal_bits(dtype, m, sizes, k):
     pair = [products[0], product(sizes[0], k, dtype)]
     (found,) = gemv_4bit_fused(x, pair, gated=True)
     assert torch.equal(found, swiglu(expected[0], alone(x, pair[1])))
+
+
+# --- norms and residuals ---------------------------------------------------------------------
+
+EPS = 1e-5
+
+
+def waiting(x):
+    """A norm with what the launch before has left of x."""
+    squares = x.float().square().view(len(x), -1, 16).sum(-1)
+    return Norm(1 + 0.1 * torch.randn_like(x[0]), squares, EPS)
+
+
+def normed(x, norm):
+    return rms_norm(x, norm.weight, norm.eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize(
+    "sizes, k", [*SHAPES, LONG[0], ((40, 96), 576), ((8448, 8448), 896), ((64,), 16384)]
+)
+def test_a_norm_joins_the_products(dtype, m, sizes, k):
+    x, products = random(m, k, dtype), [product(n, k, dtype, bias=True) for n in sizes]
+    # Of these the mean square is one, whatever the order of its sum.
+    signs = x.sign() + (x == 0)
+    for given, compare in ((signs, assert_equal), (3 * x, agree)):
+        norm = waiting(given)
+        expected = normed(given, norm)
+        for found, p in zip(gemv_4bit_fused(given, products, norm=norm), products, strict=True):
+            compare(found, alone(expected, p))
+        pair = [products[0], product(sizes[0], k, dtype)]
+        (found,) = gemv_4bit_fused(given, pair, gated=True, norm=norm)
+        if given is signs:
+            assert torch.equal(found, swiglu(*(alone(expected, p) for p in pair)))
+
+
+def assert_equal(found, expected):
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("n, k", [(256, 256), (1008, 1280), (4096, 11008), (8448, 896), (64, 576)])
+def test_a_residual_is_added_with_its_rounding(dtype, m, n, k):
+    x, residual = random(m, k, dtype), Residual.of(random(m, n, dtype))
+    p = product(n, k, dtype, bias=True)
+    (found,) = gemv_4bit_fused(x, [p], residual=residual)
+    assert torch.equal(found, residual.values + alone(x, p))
+    squares = found.double().square().view(m, -1, 16).sum(-1)
+    torch.testing.assert_close(residual.squares.double(), squares, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("rank, lora_dtype", [(5, None), (16, torch.float32), (64, None)])
+@pytest.mark.parametrize("sizes, k", [((256,), 256), ((96, 40), 2112), ((4096, 1024), 4096)])
+def test_adapters_see_the_normed_x(m, rank, lora_dtype, sizes, k):
+    x = random(m, k)
+    products = [
+        product(n, k, rank=rank, lora_dtype=lora_dtype, rows=i * m) for i, n in enumerate(sizes)
+    ]
+    norm = waiting(x)
+    for found, p in zip(gemv_4bit_fused(x, products, norm=norm), products, strict=True):
+        agree(found, alone(normed(x, norm), p))
+    head, residual = products[0], Residual.of(random(m, sizes[0]))
+    (found,) = gemv_4bit_fused(x, [head], residual=residual, norm=norm)
+    agree(found, residual.values + alone(normed(x, norm), head))
+    squares = found.double().square().view(m, -1, 16).sum(-1)
+    torch.testing.assert_close(residual.squares.double(), squares, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_a_row_is_normed_alone(rank):
+    x, p = random(8, 4096), product(512, 4096, rank=rank)
+    x[2] = torch.nan
+    x[5, 7] = torch.inf
+    weight = waiting(x).weight
+    (found,) = gemv_4bit_fused(x, [p], norm=waiting(x)._replace(weight=weight))
+    for row in range(8):
+        alone_ = x[row : row + 1].contiguous()
+        (expected,) = gemv_4bit_fused(alone_, [p], norm=waiting(alone_)._replace(weight=weight))
+        assert torch.equal(found[row], expected[0]) or row in (2, 5)
+        assert found[row].isnan().all() == expected.isnan().all() == (row in (2, 5))
+
+
+def test_what_cannot_take_a_norm_or_a_residual_says_so():
+    x, p = random(17, 256), product(64, 256)
+    adapted, wide = product(64, 256, rank=8), product(16, 16640)
+    for takes in (takes_norm, takes_residual):
+        assert takes(x[:16], [p]) and not takes(x, [p])
+        assert takes(x[:8], [adapted]) and not takes(x[:9], [adapted])
+    assert not takes_norm(random(1, 16640), [wide]) and takes_residual(random(1, 16640), [wide])
+    assert not takes_residual(x[:1], [product(40, 256)])
+    with pytest.raises(ValueError, match="16 rows at most beside a norm or a residual"):
+        gemv_4bit_fused(x, [p], norm=waiting(x))
+    with pytest.raises(ValueError, match="norm_weight.* 16384 elements at most"):
+        gemv_4bit_fused(random(1, 16640), [wide], norm=waiting(random(1, 16640)))
+    x = x[:4].contiguous()
+    norm, residual = waiting(x), Residual.of(random(4, 64))
+    with pytest.raises(ValueError, match="residual.* one product"):
+        gemv_4bit_fused(x, [p, p], residual=residual)
+    with pytest.raises(ValueError, match="residual.* a multiple of 16"):
+        gemv_4bit_fused(x, [product(40, 256)], residual=residual)
+    with pytest.raises(ValueError, match="residual"):
+        gemv_4bit_fused(x, [product(128, 256)], residual=residual)
+    with pytest.raises(ValueError, match="squares"):
+        gemv_4bit_fused(x, [p], norm=norm._replace(squares=norm.squares[:2]))
+    with pytest.raises(ValueError, match="norm_weight"):
+        gemv_4bit_fused(x, [p], norm=norm._replace(weight=norm.weight.float()))
 
 
 def all_alone(x, products):
@@ -336,10 +456,15 @@ def test_what_follows_changes_nothing(k):
     ]:
         following = [product(n, next_k)[:2] for n in sizes]
         before = [(packed.clone(), state.absmax.clone()) for packed, state in following]
-        (found,) = gemv_4bit_fused(x, products, False, following, gated)
-        assert torch.equal(found, expected)
+        for norm in (None, torch.ones(next_k, device="cuda", dtype=torch.float16)):
+            (found,) = gemv_4bit_fused(x, products, False, Following(following, gated, norm))
+            assert torch.equal(found, expected)
         for (packed, state), (codes, absmax) in zip(following, before, strict=True):
             assert torch.equal(packed, codes) and torch.equal(state.absmax, absmax)
+    weight = product(64, 512)[:2]
+    with pytest.raises(ValueError, match="next must have 512 elements"):
+        norm = torch.ones(256, device="cuda", dtype=torch.float16)
+        gemv_4bit_fused(x, products, following=Following([weight], norm=norm))
 
 
 @pytest.mark.parametrize("m", [4, 16, 40])
@@ -393,17 +518,17 @@ def test_layers_join_a_launch_when_they_can(monkeypatch, rows):
         torch.nn.init.normal_(layer.lora_B.weight)
     gate, up = layers.values()
     zeros = torch.zeros(1, device="cuda", dtype=torch.int32)
-    x, decoding = random(rows, 512), Decoding(zeros, [gate, up], gated=True)
+    x, launch = random(rows, 512), Launch(zeros, [gate, up], gated=True)
     skip_unless_fused(x, [product(320, 512, rank=8)])
     with torch.no_grad():
         expected = swiglu(gate(x), up(x))
         assert launched == []
-        agree(project_gated(x, gate, up, decoding), expected)
-        for found, layer in zip(project(x, gate, up, decoding=decoding), (gate, up), strict=True):
+        agree(project_gated(x, gate, up, launch), expected)
+        for found, layer in zip(project(x, gate, up, launch=launch), (gate, up), strict=True):
             agree(found, layer(x))
         assert launched == [2, 2]
         seen = []
         up.register_forward_hook(lambda *_: seen.append(1))
-        assert torch.equal(project_gated(x, gate, up, decoding), expected)
+        assert torch.equal(project_gated(x, gate, up, launch), expected)
         assert launched == [2, 2] and seen == [1]
     assert project_gated(x, gate, up).requires_grad

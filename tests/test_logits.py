@@ -11,6 +11,7 @@ from engines import ADAPTERS, base_model, four_bit_model, gpu_work, write_adapte
 from test_generate import byte_tokenizer  # noqa: F401
 from torch import Tensor
 
+import halfbyte.models.norm
 from halfbyte import Engine, LoraConfig, Sampling, linear, lora
 from halfbyte.capture import Captured
 from halfbyte.decode import DecodeStep, Variant
@@ -184,16 +185,16 @@ def test_serving_rounds_as_training_does(byte_tokenizer, tmp_path, device, named
 
 
 def test_the_launches_of_a_forward_wait_by_words_of_their_own(byte_tokenizer, monkeypatch):  # noqa: F811
-    words, made = [], Step.decoding
+    words, made = [], Step.launch
 
-    def decoding(*arguments, **options):
-        decoding = made(*arguments, **options)
-        if decoding is not None:
-            words.append(decoding.arrived.data_ptr())
-            assert decoding.arrived.shape == (1,)
-        return decoding
+    def spy(*arguments, **options):
+        launch = made(*arguments, **options)
+        if launch is not None:
+            words.append(launch.arrived.data_ptr())
+            assert launch.arrived.shape == (1,)
+        return launch
 
-    monkeypatch.setattr(Step, "decoding", decoding)
+    monkeypatch.setattr(Step, "launch", spy)
     model = base_model(byte_tokenizer)
     engine = Engine(model, max_batch=2)
     with torch.inference_mode():
@@ -202,6 +203,23 @@ def test_the_launches_of_a_forward_wait_by_words_of_their_own(byte_tokenizer, mo
     calls = 4 * len(model.model.layers)
     assert len(set(words)) == 2 * calls and len(words) % calls == 0
     assert all(len(set(words[i : i + calls])) == calls for i in range(0, len(words), calls))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_gpu_norms_join_the_launches_of_a_decode_step(byte_tokenizer, monkeypatch, rows):  # noqa: F811
+    engine, norms = Engine(four_bit_model(byte_tokenizer), max_batch=rows), []
+    decode = started(engine, [None] * rows)
+    made = halfbyte.models.norm.add_rms_norm
+    monkeypatch.setattr("halfbyte.models.norm.add_rms_norm", lambda *a: norms.append(1) or made(*a))
+    with torch.inference_mode():
+        joined = decode._forward(rows, False).float()
+        assert norms == []
+        monkeypatch.setattr("halfbyte.linear.takes_residual", lambda *_: False)
+        apart = decode._forward(rows, False).float()
+    assert len(norms) == 2 * len(engine.model.model.layers)
+    # A root's last bit follows from the order of its sum, and now and then a rounding from that.
+    assert (joined - apart).norm() <= 2e-3 * apart.norm()
 
 
 # --- a row among others, on a GPU ------------------------------------------------------------

@@ -15,9 +15,19 @@ from halfbyte.ops import (
     gemm_4bit,
     gemm_4bit_group,
     quantize_4bit,
+    rms_norm,
     swiglu,
 )
-from halfbyte.ops.gemv_4bit_fused import Product, fuses, gemv_4bit_fused
+from halfbyte.ops.gemv_4bit_fused import (
+    Following,
+    Norm,
+    Product,
+    Residual,
+    fuses,
+    gemv_4bit_fused,
+    takes_norm,
+    takes_residual,
+)
 
 
 class Linear4bit(nn.Linear):
@@ -171,27 +181,59 @@ class Linear4bit(nn.Linear):
         )
 
 
-class Decoding(NamedTuple):
-    """What a forward of few tokens reads next, in one launch; gated: a gate and an up projection.
+class Launch(NamedTuple):
+    """What the one launch for a projection of few tokens knows of what comes behind it.
 
-    arrived: as `gemv_4bit_fused` takes it.
+    arrived: as `gemv_4bit_fused` takes it. following: the layers that the next launch reads; gated:
+    they are a gate and an up projection; norm: the weight of the norm in front of them. residual:
+    what the one output is added to.
     """
 
     arrived: Tensor
     following: Sequence[nn.Module] = ()
     gated: bool = False
+    norm: Tensor | None = None
+    residual: Tensor | None = None
+
+
+def onto(residual: Tensor, launch: Launch | None) -> Launch | None:
+    """A launch that adds its one output to a residual, if there is one."""
+    return None if launch is None else launch._replace(residual=residual)
+
+
+class Summed(NamedTuple):
+    """A residual and the output that its launch has added to it; squares: as `Norm` takes them."""
+
+    total: Tensor
+    squares: Tensor
+
+
+class Unnormed(NamedTuple):
+    """A norm of what is summed that waits for the launch that reads it."""
+
+    summed: Summed
+    weight: Tensor
+    eps: float
+
+    def normed(self) -> Tensor:
+        return rms_norm(self.summed.total, self.weight, self.eps)
 
 
 def project(
-    x: Tensor, *layers: nn.Module, unread: bool = False, decoding: Decoding | None = None
-) -> list[Tensor]:
+    x: Tensor | Unnormed, *layers: nn.Module, unread: bool = False, launch: Launch | None = None
+) -> list[Tensor] | list[Summed]:
     """`[layer(x) for layer in layers]`, the 4-bit products in one launch where a kernel can.
 
     layers: Linear4bit, or what adds something to the product of its `base_layer` by
     `adapt(x, y)`; any others, and layers with hooks, are called one after the other. unread: the
-    outputs are wanted for their gradients only and may hold anything. decoding: given where an
-    engine reads, whose biases and adapters of a few rows join the launch.
+    outputs are wanted for their gradients only and may hold anything. launch: given where an
+    engine reads; what stands around the products of a few rows joins theirs, and an output that
+    was added to a residual is Summed.
     """
+    if (outs := _fused(x, layers, False, launch)) is not None:
+        return outs
+    if isinstance(x, Unnormed):
+        x = x.normed()
     bases = _bases(layers)
     plain = all(map(is_plain, layers, bases))
     together = getattr(type(layers[0]), "together", None)
@@ -199,9 +241,6 @@ def project(
         return outs
     if not plain:
         return [layer(x) for layer in layers]
-    if decoding is not None and x.is_cuda:
-        if (outs := _fused(x, layers, bases, False, decoding)) is not None:
-            return outs
     products = gemm_4bit_group(x, [(base.weight, base._state()) for base in bases])
     outs = [base._biased(y) for base, y in zip(bases, products, strict=True)]
     adapted = zip(layers, bases, outs, strict=True)
@@ -209,24 +248,23 @@ def project(
 
 
 def project_gated(
-    x: Tensor, gate: nn.Module, up: nn.Module, decoding: Decoding | None = None
+    x: Tensor | Unnormed, gate: nn.Module, up: nn.Module, launch: Launch | None = None
 ) -> Tensor:
     """swiglu(gate(x), up(x)), where an engine reads in one launch where a kernel can."""
-    bases = _bases((gate, up))
-    if decoding is not None and x.is_cuda and all(map(is_plain, (gate, up), bases)):
-        if (outs := _fused(x, (gate, up), bases, True, decoding)) is not None:
-            return outs[0]
-    return swiglu(*project(x, gate, up, decoding=decoding))
+    if (outs := _fused(x, (gate, up), True, launch)) is not None:
+        return outs[0]
+    return swiglu(*project(x, gate, up, launch=launch))
 
 
 def _fused(
-    x: Tensor,
-    layers: Sequence[nn.Module],
-    bases: Sequence[nn.Module],
-    gated: bool,
-    decoding: Decoding,
-) -> list[Tensor] | None:
-    """The outputs of plain layers by one kernel with what stands beside their products, if any."""
+    given: Tensor | Unnormed, layers: Sequence[nn.Module], gated: bool, launch: Launch | None
+) -> list[Tensor] | list[Summed] | None:
+    """The outputs of plain layers by one kernel with what stands around their products, if any."""
+    if launch is None:
+        return None
+    x, bases = given.summed.total if isinstance(given, Unnormed) else given, _bases(layers)
+    if not x.is_cuda or not all(map(is_plain, layers, bases)):
+        return None
     training = torch.is_grad_enabled() or layers[0].training or torch.compiler.is_compiling()
     if training or torch.is_autocast_enabled("cuda"):
         return None
@@ -238,13 +276,20 @@ def _fused(
         adapter = None if layer is base else layer.low_rank(len(rows))
         bias = None if base.bias is None else base.bias.to(x.dtype)
         products.append(Product(base.weight, base._state(), bias, adapter))
-    if not fuses(rows, products):
+    norm = residual = None
+    if isinstance(given, Unnormed):
+        norm = Norm(given.weight, given.summed.squares, given.eps)
+    if not fuses(rows, products) or norm is not None and not takes_norm(rows, products):
         return None
-    coming = _bases(decoding.following)
-    plain = all(map(is_plain, decoding.following, coming))
-    following = [(base.weight, base._state()) for base in coming] if plain else []
-    outs = gemv_4bit_fused(rows, products, gated, following, decoding.gated, decoding.arrived)
-    return [out.view(*x.shape[:-1], -1) for out in outs]
+    if launch.residual is not None and takes_residual(rows, products):
+        residual = Residual.of(launch.residual.reshape(-1, launch.residual.shape[-1]))
+    coming = _bases(launch.following)
+    plain = all(map(is_plain, launch.following, coming))
+    weights = [(base.weight, base._state()) for base in coming] if plain else []
+    following = Following(weights, launch.gated, launch.norm if residual is not None else None)
+    outs = gemv_4bit_fused(rows, products, gated, following, launch.arrived, norm, residual)
+    outs = [out.view(*x.shape[:-1], -1) for out in outs]
+    return outs if residual is None else [Summed(outs[0], residual.squares)]
 
 
 def _bases(layers: Sequence[nn.Module]) -> list[nn.Module]:

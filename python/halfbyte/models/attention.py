@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfbyte.kv_cache import CacheStep
-from halfbyte.linear import Decoding, project
+from halfbyte.linear import Launch, Summed, Unnormed, project
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
 from halfbyte.ops import rope
@@ -39,16 +39,21 @@ class Step(NamedTuple):
     spans: dict[int | None, Span]
     cache: CacheStep | None
 
-    def decoding(
-        self, layer: int, launch: int, *following: nn.Module, gated: bool = False
-    ) -> Decoding | None:
+    def launch(
+        self,
+        layer: int,
+        which: int,
+        *following: nn.Module,
+        gated: bool = False,
+        norm: Tensor | None = None,
+    ) -> Launch | None:
         """What `project` takes where an engine reads few tokens, given the layers that come next.
 
-        launch: which of the layer's.
+        which: of the layer's launches.
         """
         if self.cache is None or self.cache.words is None:
             return None
-        return Decoding(self.cache.words[layer, launch : launch + 1], following, gated)
+        return Launch(self.cache.words[layer, which : which + 1], following, gated, norm)
 
 
 def spans(windows: Iterable[int | None], positions: Tensor, cached: int) -> dict[int | None, Span]:
@@ -121,9 +126,11 @@ class Attention(nn.Module):
         """The layers that read the attention's input."""
         return self.q_proj, self.k_proj, self.v_proj
 
-    def forward(self, x: Tensor, step: Step, decoding: Decoding | None = None) -> Tensor:
-        """x [B, T, hidden_size] -> the same shape; decoding: of the last projection."""
-        projected = project(x, *self.inputs, decoding=step.decoding(self.layer, 0, self.o_proj))
+    def forward(
+        self, x: Tensor | Unnormed, step: Step, last: Launch | None = None
+    ) -> Tensor | Summed:
+        """x [B, T, hidden_size] -> the same shape; last: of the last projection."""
+        projected = project(x, *self.inputs, launch=step.launch(self.layer, 0, self.o_proj))
         q, k, v = (part.reshape(*part.shape[:2], -1, self.head_dim) for part in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -137,4 +144,4 @@ class Attention(nn.Module):
                 if span.cached is not None:
                     k, v = step.cache.read(self.layer, span.cached, q.dtype)
             out = attend(q, k, v, span, self.attention_dropout if self.training else 0.0)
-        return project(out.reshape(*out.shape[:2], -1), self.o_proj, decoding=decoding)[0]
+        return project(out.reshape(*out.shape[:2], -1), self.o_proj, launch=last)[0]

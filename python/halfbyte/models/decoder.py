@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kv_cache import CacheStep
-from halfbyte.linear import Decoding, is_watched, project, project_gated
+from halfbyte.linear import (
+    Launch,
+    Summed,
+    Unnormed,
+    is_watched,
+    onto,
+    project,
+    project_gated,
+)
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
 from halfbyte.models.norm import RMSNorm
@@ -44,17 +52,17 @@ class MLP(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Unnormed,
         unread: bool = False,
-        before_down: Decoding | None = None,
-        decoding: Decoding | None = None,
-    ) -> Tensor:
+        first: Launch | None = None,
+        last: Launch | None = None,
+    ) -> Tensor | Summed:
         """x [..., hidden_size] -> the same shape; if `unread`, of any values.
 
-        before_down, decoding: of the first two projections, of the last one.
+        first, last: of the first two projections, of the last one.
         """
-        gated = project_gated(x, self.gate_proj, self.up_proj, before_down)
-        return project(gated, self.down_proj, unread=unread, decoding=decoding)[0]
+        gated = project_gated(x, self.gate_proj, self.up_proj, first)
+        return project(gated, self.down_proj, unread=unread, launch=last)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -70,36 +78,43 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, step: Step, unread: bool = False) -> Tensor:
         """x [B, T, hidden_size] -> the same shape; if `unread`, of any values."""
         x, added = self.split(x, None, step, unread)
-        return x + added
+        return added.total if isinstance(added, Summed) else x + added
 
     def split(
         self,
         x: Tensor,
-        added: Tensor | None,
+        added: Tensor | Summed | None,
         step: Step,
         unread: bool = False,
         following: "DecoderLayer | None" = None,
         only: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | Summed]:
         """From the stream x + added to the one behind the layer, as two terms again.
 
-        The norm that comes next adds them in one pass over both. following: the layer that will.
-        only: takes the tokens that are wanted behind the layer.
+        The norm that comes next adds them in one pass over both, unless a launch of few tokens has
+        added them. following: the layer that will. only: takes the tokens that are wanted behind
+        the layer.
         """
         if added is None:
             normed = self.input_layernorm(x)
         else:
             normed, x = self.input_layernorm.add(added, x)
-        mlp = self.mlp
-        layer = self.self_attn.layer
-        before_mlp = step.decoding(layer, 1, mlp.gate_proj, mlp.up_proj, gated=True)
-        attended = self.self_attn(normed, step, before_mlp)
+        attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
+        launch = partial(step.launch, attention.layer)
+        before_mlp = launch(1, mlp.gate_proj, mlp.up_proj, gated=True, norm=norm.weight)
+        if only is None and not (is_watched(attention) or is_watched(mlp)):
+            before_mlp = onto(x, before_mlp)
+        attended = attention(normed, step, before_mlp)
         if only is not None:
             attended, x = only(attended), only(x)
-        normed, x = self.post_attention_layernorm.add(attended, x)
-        before_down = step.decoding(layer, 2, mlp.down_proj)
-        inputs = following.self_attn.inputs if following is not None else ()
-        return x, mlp(normed, unread, before_down, step.decoding(layer, 3, *inputs))
+        normed, x = norm.add(attended, x)
+        before_down = launch(2, mlp.down_proj)
+        reads, weight, watched = (), None, is_watched(mlp)
+        if following is not None:
+            reads, weight = following.self_attn.inputs, following.input_layernorm.weight
+            watched |= is_watched(following.self_attn)
+        behind = launch(3, *reads, norm=weight)
+        return x, mlp(normed, unread, before_down, behind if watched else onto(x, behind))
 
 
 class Backbone(nn.Module):
@@ -124,7 +139,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Of each token [B, T, hidden_size], or of each row's last one [B, 1, hidden_size]."""
         last = None if cache is None else cache.last
-        only = partial(_last, last=last) if last_only else None
+        only = partial(_last, last=last) if last_only and ids.shape[1] > 1 else None
         x = self.embed_tokens(ids)
         step = self._step(ids, cache, x.dtype)
         if not torch.is_grad_enabled() and not any(map(is_watched, self.layers)):
@@ -132,7 +147,8 @@ class Backbone(nn.Module):
             for layer, following in zip_longest(self.layers, self.layers[1:]):
                 wanted = only if following is None else None
                 x, added = layer.split(x, added, step, following=following, only=wanted)
-            return self.norm(x) if added is None else self.norm.add(added, x)[0]
+            normed = self.norm(x) if added is None else self.norm.add(added, x)[0]
+            return normed.normed() if isinstance(normed, Unnormed) else normed
         if checkpointed and not x.requires_grad:
             x.requires_grad_()
         layers = [partial(recomputed, layer) if checkpointed else layer for layer in self.layers]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from halfbyte.linear import Summed, Unnormed
 from halfbyte.ops import add_rms_norm, rms_norm
 
 
@@ -21,6 +22,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+    def add(self, x: Tensor | Summed, residual: Tensor) -> tuple[Tensor | Unnormed, Tensor]:
+        """The norm of x + residual, and that sum; where it is there already the norm may wait."""
+        if not isinstance(x, Summed):
+            return add_rms_norm(x, residual, self.weight, self.eps)
+        if self.weight.dtype != x.total.dtype:
+            return self(x.total), x.total
+        return Unnormed(x, self.weight, self.eps), x.total

@@ -1,4 +1,4 @@
-"""gemv_4bit_fused: 4-bit products of a few rows with adapter, bias and gate, in one launch."""
+"""gemv_4bit_fused: 4-bit products of a few rows with what stands around them, in one launch."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ MAX_TILED_ROWS = 64
 # begin at a multiple of so many ranks.
 CHUNK = 2048
 RANKS = 16
+# Neighbours in a row whose squares are summed for a norm.
+SQUARES = 16
+# Largest K of x that is normed.
+MAX_NORMED = 16384
 
 
 class LowRank(NamedTuple):
@@ -46,6 +50,33 @@ class Product(NamedTuple):
     adapter: LowRank | None
 
 
+class Norm(NamedTuple):
+    """x / sqrt(mean(x^2) + eps) * weight, before the products of x [M, K].
+
+    weight: [K], x's dtype. squares: fp32 [M, K / 16], sums of squares of neighbours in x.
+    """
+
+    weight: Tensor
+    squares: Tensor
+    eps: float
+
+
+class Residual(NamedTuple):
+    """What the one product is added to: values [M, N], x's dtype, N a multiple of 16.
+
+    squares: fp32 [M, N / 16], made for the norm behind it: as `Norm` takes them.
+    """
+
+    values: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> Residual:
+        """Of contiguous values, with room for the squares."""
+        shape = (len(values), values.shape[1] // SQUARES)
+        return cls(values, values.new_empty(shape, dtype=torch.float32))
+
+
 class _NextWeight(NamedTuple):
     """As the compiled part takes it."""
 
@@ -61,6 +92,7 @@ class _Next(NamedTuple):
 
     weights: Sequence[_NextWeight]
     gated: bool
+    norm: Tensor | None
 
 
 class _Product(NamedTuple):
@@ -92,6 +124,16 @@ def fuses(x: Tensor, products: Sequence[Product]) -> bool:
         and all(_takes(product.packed, product.state, head) for product in products)
         and (not _is_tiled(x, products) or _has_tiles(x.device, products))
     )
+
+
+def takes_norm(x: Tensor, products: Sequence[Product]) -> bool:
+    """Whether the kernel that `fuses` norms x, too."""
+    return x.shape[1] <= MAX_NORMED and not _is_tiled(x, products)
+
+
+def takes_residual(x: Tensor, products: Sequence[Product]) -> bool:
+    """Whether the kernel that `fuses` adds its one product to a residual, too."""
+    return products[0].state.shape[0] % SQUARES == 0 and not _is_tiled(x, products)
 
 
 def _is_tiled(x: Tensor, products: Sequence[Product]) -> bool:
@@ -132,32 +174,49 @@ def _fits_tiles(state: QuantState) -> bool:
     return state.nested is not None and state.shape[1] % 256 == 0
 
 
-def _next(following: Sequence[tuple[Tensor, QuantState]], gated: bool, head: QuantState) -> _Next:
+class Following(NamedTuple):
+    """What the next launch reads: (packed, state) of its weights, a gate and an up one where gated.
+
+    norm: the weight of the norm in front of them.
+    """
+
+    weights: Sequence[tuple[Tensor, QuantState]] = ()
+    gated: bool = False
+    norm: Tensor | None = None
+
+
+NOTHING = Following()
+
+
+def _next(following: Following, head: QuantState) -> _Next:
     """What is moved ahead: weights that the kernel knows to address, or none."""
-    if not all(_takes(*weight, head) and _fits_tiles(weight[1]) for weight in following):
-        return _Next((), gated)
+    known, gated, norm = following
+    if not all(_takes(*weight, head) and _fits_tiles(weight[1]) for weight in known):
+        return _Next((), gated, None)
     weights = [
         _NextWeight(packed, state.absmax, state.nested.absmax, *state.shape)
-        for packed, state in following
+        for packed, state in known
     ]
-    return _Next(weights, gated)
+    return _Next(weights, gated, norm if norm is not None and norm.element_size() == 2 else None)
 
 
 def gemv_4bit_fused(
     x: Tensor,
     products: Sequence[Product],
     gated: bool = False,
-    following: Sequence[tuple[Tensor, QuantState]] = (),
-    following_gated: bool = False,
+    following: Following = NOTHING,
     arrived: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Residual | None = None,
 ) -> list[Tensor]:
     """Up to four products of x [M, K] that `fuses`; each [M, N] in x's dtype.
 
-    Every rounding is that of the operations one after the other (`gemm_4bit`, the bias' sum, the
-    adapter, `swiglu`). gated: the products are a gate and an up projection, and the one result is
-    silu(gate) * up. following: (packed, state) of what the next launch reads, a gate and an up
-    projection where following_gated; its beginning is moved to L2 meanwhile. arrived: int32
-    zeros, which the op leaves as they were; made here where adapters want them and there are none.
+    Every rounding is that of the operations one after the other (`rms_norm`, `gemm_4bit`, the bias'
+    sum, the adapter, `swiglu`, the residual's sum). gated: the products are a gate and an up
+    projection, and the one result is silu(gate) * up. following: its beginning is moved to L2
+    meanwhile. arrived: int32 zeros, which the op leaves as they were; made here where adapters want
+    them and there are none. norm, residual: where the products take them (`takes_norm`,
+    `takes_residual`); with a residual the one result is its sum with the product.
 
     Raises ValueError for what does not fit.
     """
@@ -178,6 +237,6 @@ def gemv_4bit_fused(
     if ranks and arrived is None:
         arrived = x.new_zeros(1, dtype=torch.int32)
     head = products[0].state
-    after = _next(following, following_gated, head)
-    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, after)
+    after = _next(following, head)
+    _core.gemv_4bit_fused(x, given, head.quant_type, gated, hidden, arrived, norm, residual, after)
     return outs

@@ -11,7 +11,7 @@ use halfbyte_core::ops::double_quantize::DoubleQuantize;
 use halfbyte_core::ops::draw::{Choice, Draw, Drawn};
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
-use halfbyte_core::ops::gemv_4bit_fused::{Adapter, FusedProduct, Gemv4bitFused, Next, NextWeight};
+use halfbyte_core::ops::gemv_4bit_fused::{Adapter, FusedProduct, Gemv4bitFused, Next, NextWeight, Norm, Residual};
 use halfbyte_core::ops::lora_product::{LoraProduct, LoraShape};
 use halfbyte_core::ops::paged_attention::{
     AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, CodeScales, PagedAttention,
@@ -370,6 +370,43 @@ impl PyFusedProduct<'_> {
     }
 }
 
+/// What x goes through before the products.
+#[derive(FromPyObject)]
+pub struct PyNorm<'py> {
+    weight: Bound<'py, PyAny>,
+    squares: Bound<'py, PyAny>,
+    eps: f32,
+}
+
+impl PyNorm<'_> {
+    fn build(&self, op: &'static str, read: &mut Vec<Tensor>) -> PyResult<Norm<'static>> {
+        let mut input = |name, object| read_input(op, name, object, read);
+        Ok(Norm::new(input("norm_weight", &self.weight)?, input("squares", &self.squares)?, self.eps))
+    }
+}
+
+/// What the one product is added to.
+#[derive(FromPyObject)]
+pub struct PyResidual<'py> {
+    values: Bound<'py, PyAny>,
+    squares: Bound<'py, PyAny>,
+}
+
+impl PyResidual<'_> {
+    fn build(
+        &self,
+        op: &'static str,
+        read: &mut Vec<Tensor>,
+        written: &mut Vec<Tensor>,
+    ) -> PyResult<Residual<'static>> {
+        let squares = Tensor::read(op, "squares", &self.squares)?;
+        // SAFETY: the caller checks what is written for overlap before anything runs.
+        let residual = Residual::new(read_input(op, "residual", &self.values, read)?, unsafe { squares.as_mut() });
+        written.push(squares);
+        Ok(residual)
+    }
+}
+
 /// A weight [n, k] that the next launch reads.
 #[derive(FromPyObject)]
 pub struct PyNextWeight<'py> {
@@ -385,6 +422,7 @@ pub struct PyNextWeight<'py> {
 pub struct PyNext<'py> {
     weights: Vec<PyNextWeight<'py>>,
     gated: bool,
+    norm: Option<Bound<'py, PyAny>>,
 }
 
 impl PyNext<'_> {
@@ -396,12 +434,13 @@ impl PyNext<'_> {
             let nested_absmax = input(&weight.nested_absmax)?;
             weights.push(NextWeight { packed, absmax, nested_absmax, n: weight.n, k: weight.k });
         }
-        Next::new(weights, self.gated).map_err(to_py_err)
+        let norm = self.norm.as_ref().map(|norm| read_input(op, "next", norm, read)).transpose()?;
+        Next::new(weights, self.gated, norm).map_err(to_py_err)
     }
 }
 
 #[pyfunction]
-#[pyo3(signature = (x, products, quant_type, gated, hidden=None, arrived=None, next=None))]
+#[pyo3(signature = (x, products, quant_type, gated, hidden=None, arrived=None, norm=None, residual=None, next=None))]
 pub fn gemv_4bit_fused(
     py: Python<'_>,
     x: Object<'_, '_>,
@@ -410,6 +449,8 @@ pub fn gemv_4bit_fused(
     gated: bool,
     hidden: Option<Object<'_, '_>>,
     arrived: Option<Object<'_, '_>>,
+    norm: Option<PyNorm<'_>>,
+    residual: Option<PyResidual<'_>>,
     next: Option<PyNext<'_>>,
 ) -> PyResult<()> {
     const OP: &str = "gemv_4bit_fused";
@@ -429,10 +470,12 @@ pub fn gemv_4bit_fused(
     // SAFETY: the outputs are checked for overlap before anything runs.
     let [scratch, word] = [&hidden, &arrived].map(|own| own.as_ref().map(|own| unsafe { own.as_mut() }));
     written.extend(hidden.into_iter().chain(arrived));
+    let norm = norm.map(|norm| norm.build(OP, &mut read)).transpose()?;
+    let residual = residual.map(|residual| residual.build(OP, &mut read, &mut written)).transpose()?;
     read.push(Tensor::read(OP, "x", x)?);
     check_overlap(OP, &read.iter().collect::<Vec<_>>(), &written.iter().collect::<Vec<_>>())?;
     let next = next.map_or(Ok(Next::default()), |next| next.build(OP, &mut read))?;
-    let fused = Gemv4bitFused::new(fused, gated, scratch, word, next).map_err(to_py_err)?;
+    let fused = Gemv4bitFused::new(fused, gated, scratch, word, norm, residual, next).map_err(to_py_err)?;
     call(py, rows.x.device, |backend| backend.gemv_4bit_fused(fused))
 }
 

@@ -12,24 +12,29 @@
 //
 // A K of 1024 or less is work for four warps: where rows of W are many, warps take panels side by side.
 //
-// What is summed up may get a bias and an adapter's share and go through SwiGLU, each rounded as the operation of that
-// name rounds it. A launch of its own, in front of this one, makes the adapters' hidden values x A^T; it says when x is
-// there, so that the codes are multiplied meanwhile.
+// x may still wait for its norm: the sums of squares that the launch before has left make its roots, and every CTA
+// norms what it reads. What is summed up may get a bias and an adapter's share, go through SwiGLU, or be added to a
+// residual, each rounded as the operation of that name rounds it. A launch of its own, in front of this one, makes the
+// adapters' hidden values x A^T; it says when x is there, so that the codes are multiplied meanwhile.
 //
 // Between two launches memory would have nothing to do: what the next one reads first is moved to L2 by the end of this
 // one.
 #include "codes.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
+#include "norm.cuh"
 #include "overlap.cuh"
 #include "pair_table.cuh"
 #include "pipeline.cuh"
 #include "products.cuh"
 #include "sigmoid.cuh"
 
+// From 12.0 on a multiprocessor has less shared memory than this takes.
+#define HAS_ROOM (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+
 constexpr int MMA_ROWS = 8; // of x, of one mma; no more may stand beside adapters
 
-#if __CUDA_ARCH__ >= 900
+#if HAS_ROOM
 
 constexpr int QUAD = 4; // blocks of a slice that one warp multiplies
 constexpr int SUM_ROW = PANEL + 4;
@@ -56,6 +61,7 @@ struct Shared {
     float kept[GROUP][TILE][PANEL];              // of the slices so far
     float share[SUM_BUFFERS][MMA_ROWS][SUM_ROW]; // of the adapter in the sums
     uint16_t hidden[MMA_ROWS][HIDDEN_ROW];       // of the part's adapters
+    float roots[TILE];                           // of x, where it is normed
     Barrier full[STAGES], empty[STAGES], summed[SUM_BUFFERS], taken[SUM_BUFFERS];
 
     // The barriers are there, for the warp that copies; then the table, too, for all others. Warps that multiply meet
@@ -106,6 +112,8 @@ struct Copy {
     __device__ void end() const {
         if (ahead.early > 0)
             each_item(Walk(ahead), Prefetch{ahead});
+        for (int i = blockIdx.x * 64; ahead.norm != nullptr && i < ahead.K; i += gridDim.x * 64)
+            prefetch_l2(static_cast<const uint16_t*>(ahead.norm) + i);
     }
 
     // Rows past the last are not there: what is made of them nobody reads.
@@ -322,6 +330,19 @@ struct DecodeScales {
     }
 };
 
+// The reciprocal root of the mean square of row m of x, by a warp. The order of its sum follows from K alone.
+__device__ inline float root_of(const Products& products, int m) {
+    const int K = products.weights.K, count = K / PANEL;
+    const float* squares = products.norm.squares + int64_t(m) * count;
+    float sum = 0;
+#pragma unroll 2
+    for (int i = lane_id() * 4; i < count; i += 128) {
+        const float4 v = *reinterpret_cast<const float4*>(squares + i);
+        sum += (v.x + v.y) + (v.z + v.w);
+    }
+    return reciprocal_root(warp_sum(sum), K, products.norm.eps);
+}
+
 // The result of an mma, for rows of x that are there.
 __device__ inline void store_sums(float (*sums)[SUM_ROW], const float (&total)[4], int rows_x) {
     const int g = lane_id() / 4, m = lane_id() % 4 * 2;
@@ -341,8 +362,20 @@ struct Multiply {
     int warp, rows_x;
     uint4 (&fragments)[QUAD][TILES][2];
 
-    __device__ void begin(const Walk&) const { wait_for_x(); }
-    __device__ void begin_slice(const Walk&, int block, int blocks) const { load_slice(block, blocks); }
+    __device__ void begin(const Walk& walk) const {
+        if (products.norm.weight != nullptr)
+            copy_norm(walk.blocks);
+        wait_for_x();
+    }
+    __device__ void begin_slice(const Walk&, int block, int blocks) const {
+        load_slice(block, blocks);
+        if (products.norm.weight == nullptr)
+            return;
+        if (block == 0)
+            make_roots();
+        if (first() < blocks)
+            norm_slice(block);
+    }
     __device__ void end() const {}
 
     // Beside adapters x is there before the launch in front, which makes the hidden values, has ended.
@@ -354,6 +387,21 @@ struct Multiply {
         if (threadIdx.x == 0)
             wait_for_announced_end(products.arrived, gridDim.x);
         S::multipliers_meet();
+    }
+
+    // The norm's weight lies behind everything else.
+    __device__ T* norm_weight(int block) const { return reinterpret_cast<T*>(&shared + 1) + block * 64; }
+
+    // What the warp will use of it, four blocks of each slice; zeros past the last.
+    __device__ void copy_norm(int blocks) const {
+        const T* weight = static_cast<const T*>(products.norm.weight);
+        for (int quad = first(); quad < blocks; quad += products.weights.slice) {
+            const int block = quad + lane_id() / 8, at = lane_id() % 8 * 8;
+            if (block < blocks)
+                copy16(norm_weight(block) + at, weight + block * 64 + at);
+            else
+                Raw8<T>{}.store(norm_weight(block) + at);
+        }
     }
 
     // Elements in the order in which the bytes of W feed the contraction; zeros where x has no row or block.
@@ -371,6 +419,33 @@ struct Multiply {
                 for (int i = 0; i < 2; ++i)
                     fragments[j][n][i] = j < there ? from[j * 8 + i] : make_uint4(0, 0, 0, 0);
         }
+    }
+
+    __device__ void norm_slice(int block) const {
+        const T* weight = norm_weight(block + first()) + lane_id() % 4 * 16;
+#pragma unroll
+        for (int j = 0; j < QUAD; ++j) {
+            Raw8<T> of_weight[2];
+            of_weight[0].load(weight + j * 64), of_weight[1].load(weight + j * 64 + 8);
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) {
+                const float root = shared.roots[n * MMA_ROWS + lane_id() / 4];
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    fragments[j][n][i] = multiplied(scaled(Raw8<T>{fragments[j][n][i]}, root), of_weight[i]).words;
+            }
+            __syncwarp(); // one block after the other: there are no registers for more
+        }
+    }
+
+    __device__ void make_roots() const {
+        for (int m = warp; m < S::TILE; m += S::WARPS) {
+            const float root = m < rows_x ? root_of(products, blockIdx.y * S::TILE + m) : 0.0f;
+            if (lane_id() == 0)
+                shared.roots[m] = root;
+        }
+        wait_for_copies();
+        S::multipliers_meet();
     }
 
     __device__ void run(const Item& item) const {
@@ -616,6 +691,10 @@ struct Finish {
         if (place.moves(products.weights, item.panel))
             read_part(m, r);
         const typename S::Buffer buffer(item.index);
+        uint2 before[S::SIDE];
+#pragma unroll
+        for (int side = 0; side < S::SIDE; ++side)
+            before[side] = load_residual(m, place.row(item.panel, r, side));
         shared.summed[buffer.place].wait(buffer.parity);
 #pragma unroll
         for (int side = 0; side < S::SIDE; ++side) {
@@ -624,6 +703,8 @@ struct Finish {
                 float v[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
                 const int n = place.row(item.panel, r, side);
                 finish(shared.share[buffer.place][m % MMA_ROWS] + r, m, n, v);
+                if (products.residual.values != nullptr)
+                    add_residual(before[side], m, n, v);
                 if (!(place.gated && r >= HALF))
                     store4(m, n, v);
             }
@@ -677,6 +758,27 @@ struct Finish {
                 v[i] = silu<T>(gate) * up;
             }
         }
+    }
+
+    // N is a multiple of 16 beside a residual.
+    __device__ uint2 load_residual(int m, int n) const {
+        const T* values = static_cast<const T*>(products.residual.values);
+        if (values == nullptr || m >= rows_x || n >= place.N)
+            return make_uint2(0, 0);
+        return *reinterpret_cast<const uint2*>(values + int64_t(blockIdx.y * S::TILE + m) * place.N + n);
+    }
+
+    // Four lanes have a panel's part of a row.
+    __device__ void add_residual(uint2 before, int m, int n, float (&v)[4]) const {
+        add_rounded<T>(v, {low<T>(before.x), high<T>(before.x), low<T>(before.y), high<T>(before.y)});
+        float squares = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            squares = fmaf(rounded<T>(v[i]), rounded<T>(v[i]), squares);
+        squares += __shfl_xor_sync(FULL_WARP, squares, 1);
+        squares += __shfl_xor_sync(FULL_WARP, squares, 2);
+        if (lane_id() % 4 == 0 && m < rows_x && n < place.N)
+            products.residual.squares[int64_t(blockIdx.y * S::TILE + m) * (place.N / PANEL) + n / PANEL] = squares;
     }
 
     __device__ void store4(int m, int n, const float (&v)[4]) const {
@@ -781,7 +883,8 @@ __device__ void gemv_bulk(const Products&, const Weights&, const Codebook&, floa
 #endif
 
 // x, packed, A and plain scales 16-byte aligned, or nested ones with one map for all and codes 4-byte aligned, blocks
-// of 64, K % 64 == 0, every N * K a multiple of 256 and below 2^38; unused parts begin past the last panel; grid (any,
+// of 64, K % 64 == 0, every N * K a multiple of 256 and below 2^38; a norm's weight 16-byte aligned, with room for it
+// behind the shared memory; unused parts begin past the last panel; grid (any,
 // tiles of x); with adapters at most MMA_ROWS rows of x and no panels side by side; beside each other those of a K that
 // PANEL_WARPS cover.
 #define GEMV_4BIT_BULK(T, name, tile, side, warps, shared_bytes)                                                       \
@@ -792,19 +895,19 @@ __device__ void gemv_bulk(const Products&, const Weights&, const Codebook&, floa
         gemv_bulk<T, tile, side>(products, ahead, codebook, gain);                                                     \
     }
 
-GEMV_4BIT_BULK(f16, 8_f16, 8, 1, 16, 179136)
-GEMV_4BIT_BULK(f16, 16_f16, 16, 1, 8, 188896)
-GEMV_4BIT_BULK(bf16, 8_bf16, 8, 1, 16, 179136)
-GEMV_4BIT_BULK(bf16, 16_bf16, 16, 1, 8, 188896)
-GEMV_4BIT_BULK(f16, 8_short_f16, 8, 4, 16, 179136)
-GEMV_4BIT_BULK(f16, 16_short_f16, 16, 2, 8, 188896)
-GEMV_4BIT_BULK(bf16, 8_short_bf16, 8, 4, 16, 179136)
-GEMV_4BIT_BULK(bf16, 16_short_bf16, 16, 2, 8, 188896)
+GEMV_4BIT_BULK(f16, 8_f16, 8, 1, 16, 179168)
+GEMV_4BIT_BULK(f16, 16_f16, 16, 1, 8, 188960)
+GEMV_4BIT_BULK(bf16, 8_bf16, 8, 1, 16, 179168)
+GEMV_4BIT_BULK(bf16, 16_bf16, 16, 1, 8, 188960)
+GEMV_4BIT_BULK(f16, 8_short_f16, 8, 4, 16, 179168)
+GEMV_4BIT_BULK(f16, 16_short_f16, 16, 2, 8, 188960)
+GEMV_4BIT_BULK(bf16, 8_short_bf16, 8, 4, 16, 179168)
+GEMV_4BIT_BULK(bf16, 16_short_bf16, 16, 2, 8, 188960)
 
 constexpr int HIDDEN_THREADS = CHUNK / 16;
 constexpr int FEW_ROWS = 4; // of x, that need no shared memory
 
-#if __CUDA_ARCH__ >= 900
+#if HAS_ROOM
 
 // sum + the products of eight values each.
 template <typename T>
@@ -817,85 +920,133 @@ __device__ float dot8(float sum, const Raw8<T>& a, const Raw8<T>& b) {
     return sum;
 }
 
-// A few rows of x as they come from memory: less time to the first one.
+// What one chunk of K gives to one hidden value, for every row of x, in shared memory: a thread's eights of A, of the
+// norm's weight and of each row, which nobody else touches.
 template <typename T>
-__device__ void dot_few(const T* x, int rows_x, int K, bool reads, Raw8<T> (&a)[2],
-                        float (*sums)[HIDDEN_THREADS / 32]) {
-#pragma unroll 2
-    for (int m = 0; m < rows_x; ++m) {
-        float dot = 0;
-        if (reads) {
-            Raw8<T> of_x[2];
-            of_x[0].load(x + int64_t(m) * K), of_x[1].load(x + int64_t(m) * K + 8);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                a[i].stay_packed();
-                dot = dot8(dot, a[i], of_x[i]);
-            }
-        }
-        dot = warp_sum(dot);
-        if (lane_id() == 0)
-            sums[m][threadIdx.x / 32] = dot;
+struct Hidden {
+    static constexpr int OF_WEIGHT = 1, OF_X = 2; // rows of shared memory behind that of A
+    static constexpr int WARPS = HIDDEN_THREADS / 32;
+
+    const Products& products;
+    float (&sums)[MMA_ROWS][WARPS];
+    int first; // element of K
+    bool reads;
+
+    __device__ static T* at(int row, int i) {
+        extern __shared__ uint4 dynamic[];
+        return reinterpret_cast<T*>(dynamic + (2 * row + i) * HIDDEN_THREADS + threadIdx.x);
     }
-}
 
-// More of them come to shared memory together, where a thread reads what it has copied itself; with the same bits.
-template <typename T>
-__device__ void dot_many(const T* x, int rows_x, int K, bool reads, const Raw8<T> (&a)[2],
-                         float (*sums)[HIDDEN_THREADS / 32]) {
-    extern __shared__ uint4 dynamic[]; // [rows of x][2][HIDDEN_THREADS]
-    T* own = reinterpret_cast<T*>(dynamic + threadIdx.x);
-    constexpr int STEP = HIDDEN_THREADS * 8;
-    if (reads)
-        for (int m = 0; m < rows_x; ++m)
-            for (int i = 0; i < 2; ++i)
-                copy16(own + (2 * m + i) * STEP, x + int64_t(m) * K + i * 8);
-    wait_for_copies();
-    float dots[MMA_ROWS] = {};
-    if (reads)
+    __device__ static Raw8<T> load(int row, int i) {
+        Raw8<T> raw;
+        raw.load(at(row, i));
+        return raw;
+    }
+
+    // From row `row` of a matrix.
+    __device__ void copy(int to, const void* matrix, int row) const {
+        const T* from = static_cast<const T*>(matrix) + int64_t(row) * products.weights.K + first;
+        for (int i = 0; i < 2; ++i)
+            copy16(at(to, i), from + i * 8);
+    }
+
+    // A's elements are rounded to x's dtype, as the layer uses them.
+    template <typename A>
+    __device__ void load_a(const A* a) const {
 #pragma unroll
-        for (int m = 0; m < MMA_ROWS; ++m)
-            if (m < rows_x)
-#pragma unroll 1
-                for (int i = 0; i < 2; ++i) { // one after the other, for want of registers
-                    const Raw8<T> of_a = i == 0 ? a[0] : a[1];
-                    Raw8<T> of_x;
-                    of_x.load(own + (2 * m + i) * STEP);
-                    dots[m] = dot8(dots[m], of_a, of_x);
-                }
-    const float dot = warp_sums(dots);
-    if (lane_id() % 4 == 0)
-        sums[lane_id() / 4][threadIdx.x / 32] = dot;
-}
+        for (int i = 0; i < 2; ++i) {
+            float v[8] = {};
+            if (reads)
+                load8(a + first + i * 8, v);
+            Raw8<T> raw;
+            raw.pack(v);
+            raw.store(at(0, i));
+        }
+    }
 
-// What one chunk of K gives to one hidden value, for every row of x. A's elements are rounded to x's dtype, as the
-// layer uses them; they are here before x is.
+    // A few rows of x as they come from memory: less time to the first one.
+    __device__ void dot_few() const {
+#pragma unroll 2
+        for (int m = 0; m < products.rows_x; ++m) {
+            float dot = 0;
+            if (reads) {
+                const T* x = static_cast<const T*>(products.x) + int64_t(m) * products.weights.K + first;
+                Raw8<T> of_x[2];
+                of_x[0].load(x), of_x[1].load(x + 8);
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    dot = dot8(dot, load(0, i), of_x[i]);
+            }
+            dot = warp_sum(dot);
+            if (lane_id() == 0)
+                sums[m][threadIdx.x / 32] = dot;
+        }
+    }
+
+    // Rows of x that are normed, or more of them, come to shared memory together; with the same bits.
+    __device__ void dot_many(float (&roots)[MMA_ROWS]) const {
+        if (reads)
+            for (int m = 0; m < products.rows_x; ++m)
+                copy(OF_X + m, products.x, m);
+        if (products.norm.weight != nullptr)
+            make_roots(roots);
+        wait_for_copies();
+        if (reads && products.norm.weight != nullptr)
+            norm(roots);
+        float dots[MMA_ROWS] = {};
+        if (reads)
+#pragma unroll
+            for (int m = 0; m < MMA_ROWS; ++m)
+                if (m < products.rows_x)
+#pragma unroll 1
+                    for (int i = 0; i < 2; ++i) // one after the other, for want of registers
+                        dots[m] = dot8(dots[m], load(0, i), load(OF_X + m, i));
+        const float dot = warp_sums(dots);
+        if (lane_id() % 4 == 0)
+            sums[lane_id() / 4][threadIdx.x / 32] = dot;
+    }
+
+    __device__ void make_roots(float (&roots)[MMA_ROWS]) const {
+        for (int m = threadIdx.x / 32; m < products.rows_x; m += WARPS) {
+            const float root = root_of(products, m);
+            if (lane_id() == 0)
+                roots[m] = root;
+        }
+        __syncthreads();
+    }
+
+    __device__ void norm(const float (&roots)[MMA_ROWS]) const {
+#pragma unroll 1
+        for (int m = 0; m < products.rows_x; ++m)
+#pragma unroll 1
+            for (int i = 0; i < 2; ++i)
+                multiplied(scaled(load(OF_X + m, i), roots[m]), load(OF_WEIGHT, i)).store(at(OF_X + m, i));
+    }
+};
+
+// A and the norm's weight are here before x is.
 template <typename T, typename A>
 __device__ void make_hidden(const Products& products, const Adapter& adapter) {
-    __shared__ float sums[MMA_ROWS][HIDDEN_THREADS / 32];
-    const int r = blockIdx.x - adapter.column, K = products.weights.K, first = blockIdx.y * CHUNK + threadIdx.x * 16;
-    const bool reads = first < K;
-    const A* a = static_cast<const A*>(adapter.a) + int64_t(r) * K + first;
-    const T* x = static_cast<const T*>(products.x) + first;
-    Raw8<T> of_a[2]{};
-    for (int i = 0; i < 2; ++i)
-        if (reads) {
-            float v[8];
-            load8(a + i * 8, v);
-            of_a[i].pack(v);
-        }
+    using H = Hidden<T>;
+    __shared__ float sums[MMA_ROWS][H::WARPS], roots[MMA_ROWS];
+    const int first = blockIdx.y * CHUNK + threadIdx.x * 16;
+    const bool norms = products.norm.weight != nullptr;
+    const H hidden{products, sums, first, first < products.weights.K};
+    if (hidden.reads && norms)
+        hidden.copy(H::OF_WEIGHT, products.norm.weight, 0);
+    hidden.load_a(static_cast<const A*>(adapter.a) + int64_t(blockIdx.x - adapter.column) * products.weights.K);
     wait_for_previous_kernel();
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
         announce_end(products.arrived);
-    if (products.rows_x <= FEW_ROWS)
-        dot_few(x, products.rows_x, K, reads, of_a, sums);
+    if (norms || products.rows_x > FEW_ROWS)
+        hidden.dot_many(roots);
     else
-        dot_many(x, products.rows_x, K, reads, of_a, sums);
+        hidden.dot_few();
     __syncthreads();
     if (const int m = threadIdx.x; m < products.rows_x) {
         float sum = 0;
 #pragma unroll
-        for (int warp = 0; warp < HIDDEN_THREADS / 32; ++warp)
+        for (int warp = 0; warp < H::WARPS; ++warp)
             sum += sums[m][warp];
         products.hidden[(int64_t(blockIdx.y) * products.rows_x + m) * products.ranks + blockIdx.x] = sum;
     }
@@ -909,7 +1060,8 @@ __device__ void make_hidden(const Products&, const Adapter&) {}
 #endif
 
 // x and A 16-byte aligned, K % 16 == 0, at most MMA_ROWS rows of x; grid (hidden values, chunks); dynamic shared memory
-// of a chunk of each row of x where there are more than FEW_ROWS. Registers for one CTA beside one of the products.
+// of a chunk of A and, with a norm or more than FEW_ROWS rows of x, of its weight and of each row. Registers for one
+// CTA beside one of the products.
 #define GEMV_4BIT_HIDDEN(T, dtype)                                                                                     \
     extern "C" __global__ void __launch_bounds__(HIDDEN_THREADS, 16)                                                   \
         gemv_4bit_hidden_##dtype(const __grid_constant__ Products products) {                                          \

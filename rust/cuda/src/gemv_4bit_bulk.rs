@@ -3,7 +3,7 @@ use std::ptr;
 
 use halfbyte_core::codebook::{FP4, INT4, NF4};
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, GemvShape, MAX_GROUP};
-use halfbyte_core::ops::gemv_4bit_fused::{Adapter, CHUNK, Gemv4bitFused, Next, NextWeight};
+use halfbyte_core::ops::gemv_4bit_fused::{self, Adapter, CHUNK, Gemv4bitFused, Next, NextWeight, SQUARES};
 use halfbyte_core::{Absmax, DType, Error, QuantType, Result, TensorMut};
 
 use crate::args::{KernelArg, aligned, args, optional};
@@ -27,13 +27,14 @@ pub(crate) static FAMILY: Family = family!("gemv_4bit_bulk", &KERNELS);
 
 pub(crate) const MAX_PARTS: usize = MAX_GROUP;
 pub(crate) const PANEL: usize = 16;
+const _: () = assert!(PANEL == SQUARES);
 const HALF: usize = PANEL / 2;
 /// Blocks of a slice for each of the warps that multiply.
 const QUAD: usize = 4;
 /// One copies, one decodes scales, one adds up, one multiplies by adapters or adds up, too.
 const OTHER_WARPS: usize = 4;
 const HIDDEN_THREADS: usize = CHUNK / 16;
-/// Of x: hidden values of more of them are made from a copy in shared memory.
+/// Of x: hidden values of more of them, and of normed ones, are made from a copy in shared memory.
 const FEW_ROWS: usize = 4;
 const BLOCKSIZE: usize = 64;
 /// Scales are read four at a time.
@@ -60,10 +61,10 @@ pub(crate) struct Form {
 }
 
 pub(crate) const FORMS: [Form; 4] = [
-    Form { tile: 8, side: 1, panels: 0, warps: 16, shared: 179136 },
-    Form { tile: 16, side: 1, panels: 0, warps: 8, shared: 188896 },
-    Form { tile: 8, side: 4, panels: 4, warps: 16, shared: 179136 },
-    Form { tile: 16, side: 2, panels: 8, warps: 8, shared: 188896 },
+    Form { tile: 8, side: 1, panels: 0, warps: 16, shared: 179168 },
+    Form { tile: 16, side: 1, panels: 0, warps: 8, shared: 188960 },
+    Form { tile: 8, side: 4, panels: 4, warps: 16, shared: 179168 },
+    Form { tile: 16, side: 2, panels: 8, warps: 8, shared: 188960 },
 ];
 
 impl Form {
@@ -101,6 +102,7 @@ struct Weights {
     packed: OfParts<*const c_void>,
     codes: OfParts<*const c_void>,
     nested: OfParts<*const c_void>,
+    norm: *const c_void,
 }
 
 /// `struct Adapter` of the kernels.
@@ -113,6 +115,23 @@ struct LowRank {
     scaling: f32,
     rank: i32,
     column: i32,
+}
+
+/// `struct Norm` of the kernels.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Norm {
+    weight: *const c_void,
+    squares: *const c_void,
+    eps: f32,
+}
+
+/// `struct Residual` of the kernels.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Residual {
+    values: *const c_void,
+    squares: *mut c_void,
 }
 
 /// `struct Products` of the kernels.
@@ -128,6 +147,8 @@ struct Products {
     rows_x: i32,
     ranks: i32,
     adapters_fp32: bool,
+    norm: Norm,
+    residual: Residual,
     out: [*mut c_void; MAX_PARTS],
     bias: OfParts<*const c_void>,
     adapters: OfParts<LowRank>,
@@ -241,15 +262,15 @@ impl Weights {
     }
 
     fn next(next: &Next<'_>, form: &Form, multiprocessors: usize) -> Self {
-        // A wide tile is computed till its end: what is moved meanwhile costs as much as it saves.
-        if form.tile > FORMS[0].tile {
-            return Self::none();
-        }
         let given: Vec<_> = next.weights().map(Weight::from).collect();
         let Some(first) = next.weights().next() else { return Self::none() };
         let (mut weights, ctas) = Self::new(&given, first.k, next.gated, &FORMS[0], multiprocessors);
         let item = PANEL * weights.slice as usize * BLOCKSIZE / 2;
-        weights.early = (EARLY_BYTES / (ctas * item)) as i32;
+        weights.norm = optional(next.norm);
+        // A wide tile is computed till its end: what is moved meanwhile costs as much as it saves.
+        if form.tile == FORMS[0].tile {
+            weights.early = (EARLY_BYTES / (ctas * item)) as i32;
+        }
         weights
     }
 }
@@ -295,6 +316,8 @@ impl Products {
             rows_x: head.shape.m as i32,
             ranks: 0,
             adapters_fp32: false,
+            norm: Norm { weight: ptr::null(), squares: ptr::null(), eps: 0.0 },
+            residual: Residual { values: ptr::null(), squares: ptr::null_mut() },
             out: of_parts(&outs, gated, ptr::null_mut()).map(|halves| halves[0]),
             bias: [[ptr::null(); 2]; MAX_PARTS],
             adapters: [[LowRank::none(); 2]; MAX_PARTS],
@@ -302,7 +325,7 @@ impl Products {
         (products, ctas)
     }
 
-    /// With biases and adapters.
+    /// With biases, adapters, a norm and a residual.
     fn fused(mut self, fused: &Gemv4bitFused<'_>) -> Self {
         let biases: Vec<_> = fused.products().map(|product| optional(product.bias)).collect();
         let mut column = 0;
@@ -319,6 +342,12 @@ impl Products {
         self.adapters = of_parts(&adapters, fused.gated, LowRank::none());
         self.ranks = column as i32;
         self.adapters_fp32 = fused.adapters().any(|adapter| adapter.a.dtype() == DType::F32);
+        if let Some(gemv_4bit_fused::Norm { weight, squares, eps, .. }) = fused.norm {
+            self.norm = Norm { weight: weight.ptr(), squares: squares.ptr(), eps };
+        }
+        if let Some(residual) = &fused.residual {
+            self.residual = Residual { values: residual.values.ptr(), squares: residual.squares.ptr() };
+        }
         if column > 0 {
             let scratch = |own: &Option<TensorMut<'_>>| own.as_ref().map_or(ptr::null_mut(), |own| own.ptr());
             (self.hidden, self.arrived) = (scratch(&fused.hidden), scratch(&fused.arrived));
@@ -382,7 +411,9 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
     let products = products.fused(fused);
     if ranks > 0 {
         let grid = (extent(ranks), extent(head.shape.k.div_ceil(CHUNK)), 1);
-        let shared = if head.shape.m > FEW_ROWS { head.shape.m * CHUNK * size_of::<u16>() } else { 0 };
+        // A; the norm's weight and x.
+        let copied = if head.shape.m > FEW_ROWS || fused.norm.is_some() { 1 + head.shape.m } else { 0 };
+        let shared = (1 + copied) * CHUNK * size_of::<u16>();
         let geometry = Geometry { grid, block: (extent(HIDDEN_THREADS), 1, 1), shared, overlaps: true };
         launcher.launch(&FAMILY, KERNELS[2 * FORMS.len() + dtype(head)], geometry, args![products])?;
     }
@@ -399,7 +430,9 @@ fn launch_products(
     ahead: Weights,
 ) -> Result<()> {
     let (codebook, gain) = codebook(head.quant_type, head.x.dtype());
-    let geometry = geometry(ctas, head.shape.m, &FORMS[form]);
+    // The norm's weight lies behind the rest.
+    let of_norm = if products.norm.weight.is_null() { 0 } else { head.shape.k.next_multiple_of(GRAIN) * 2 };
+    let geometry = geometry(ctas, head.shape.m, &FORMS[form], of_norm);
     launcher.launch(&FAMILY, KERNELS[2 * form + dtype(head)], geometry, args![products, ahead, codebook, gain])
 }
 
@@ -408,11 +441,11 @@ fn dtype(product: &Gemv4bit<'_>) -> usize {
     usize::from(product.x.dtype() == DType::BF16)
 }
 
-fn geometry(ctas: usize, m: usize, form: &Form) -> Geometry {
+fn geometry(ctas: usize, m: usize, form: &Form, of_norm: usize) -> Geometry {
     Geometry {
         grid: (extent(ctas), extent(m.div_ceil(form.tile)), 1),
         block: (extent(32 * (form.warps + OTHER_WARPS)), 1, 1),
-        shared: form.shared,
+        shared: form.shared + of_norm,
         overlaps: true,
     }
 }

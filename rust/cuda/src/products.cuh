@@ -27,6 +27,7 @@ struct alignas(64) Weights {
     int N[MAX_PARTS], first_panel[MAX_PARTS]; // parts that are not there begin past the last panel
     OfParts<const uint8_t*> packed, codes;    // codes of the scales, or the scales
     OfParts<const float*> nested;             // scales of the scales
+    const void* norm;                         // [K] of 16 bits, the weight of x's norm, to be moved to L2, or null
 };
 
 // The adapter beside a weight.
@@ -36,6 +37,19 @@ struct Adapter {
     const float* factors; // [rows of x, rank], null where scaling is all
     float scaling;
     int rank, column; // 0 without an adapter; the first of its hidden values among all
+};
+
+// What x is still to go through, laid out as the launcher's `Norm`.
+struct Norm {
+    const void* weight;   // [K], as x; null where x is to be read as it is
+    const float* squares; // [rows_x, K / PANEL], sums over neighbours in x
+    float eps;
+};
+
+// What the one product is added to, laid out as the launcher's `Residual`.
+struct Residual {
+    const void* values; // [rows_x, N], as x; null where there is none
+    float* squares;     // [rows_x, panels], of what comes out
 };
 
 // Products of one x, laid out as the launcher's `Products`.
@@ -48,6 +62,8 @@ struct Products {
     uint32_t* arrived;     // zero; null without adapters
     int rows_x, ranks;
     bool adapters_fp32; // else as x
+    Norm norm;
+    Residual residual;
     void* out[MAX_PARTS];
     OfParts<const void*> bias; // [N] or null
     OfParts<Adapter> adapters;

@@ -1,12 +1,13 @@
 //! `gemv_4bit_fused`: 4-bit products of one few-rowed x with what a decoder layer puts behind them, in one launch.
 //!
 //! ```text
+//! x   = as given, or rms_norm of it
 //! y   = x Wᵀ, + bias, + factors * (x Aᵀ) Bᵀ
-//! out = y, or silu(y of the gate) * (y of up)
+//! out = y, or silu(y of the gate) * (y of up), or residual + y
 //! ```
 //!
 //! Every step rounds to x's dtype as the operation of its name does, so that the result is that of the operations one
-//! after the other, but for the order of the adapter's sums.
+//! after the other, but for the order of the adapter's sums and of a norm's.
 
 use crate::check::arg;
 use crate::error::{Error, Result};
@@ -22,6 +23,10 @@ pub const MAX_ROWS: usize = 16;
 pub const MAX_RANK: usize = 256;
 /// Elements of K that make a share of a hidden value of so few rows.
 pub const CHUNK: usize = 2048;
+/// Neighbours whose squares are summed for a norm.
+pub const SQUARES: usize = 16;
+/// Largest K of x that is normed.
+pub const MAX_NORMED: usize = 16384;
 /// In tiles the hidden values of an adapter begin at a multiple of this.
 pub const RANKS: usize = 16;
 
@@ -91,6 +96,63 @@ impl<'a> FusedProduct<'a> {
     }
 }
 
+/// What x goes through before the products: `x / sqrt(mean(x²) + eps) * weight`.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Norm<'a> {
+    /// x's dtype `[K]`
+    pub weight: TensorRef<'a>,
+    /// f32 `[M, K / SQUARES]`, of x, as `Residual` leaves them
+    pub squares: TensorRef<'a>,
+    pub eps: f32,
+}
+
+impl<'a> Norm<'a> {
+    pub fn new(weight: TensorRef<'a>, squares: TensorRef<'a>, eps: f32) -> Self {
+        Self { weight, squares, eps }
+    }
+
+    fn check(&self, product: &Gemv4bit<'_>) -> Result<()> {
+        let (shape, device) = (product.shape, product.packed.device());
+        if shape.k > MAX_NORMED {
+            return wrong("norm_weight", "16384 elements at most", shape.k.to_string());
+        }
+        let weight = arg(OP, "norm_weight", self.weight).dtype(product.x.dtype())?.numel(shape.k, "K")?;
+        weight.on(device, "packed")?.aligned_to(16)?;
+        let squares = arg(OP, "squares", self.squares).dtype(DType::F32)?;
+        squares.numel(shape.m * (shape.k / SQUARES), "M x K / 16")?.on(device, "packed")?.aligned_to(16)?;
+        Ok(())
+    }
+}
+
+/// What the one product is added to.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Residual<'a> {
+    /// x's dtype `[M, N]`
+    pub values: TensorRef<'a>,
+    /// f32 `[M, N / SQUARES]`, written: sums of the squares of so many neighbours in the sum
+    pub squares: TensorMut<'a>,
+}
+
+impl<'a> Residual<'a> {
+    pub fn new(values: TensorRef<'a>, squares: TensorMut<'a>) -> Self {
+        Self { values, squares }
+    }
+
+    fn check(&self, product: &Gemv4bit<'_>) -> Result<()> {
+        let (shape, device) = (product.shape, product.packed.device());
+        if !shape.n.is_multiple_of(SQUARES) {
+            return wrong("residual", "a multiple of 16 columns", shape.n.to_string());
+        }
+        let values = arg(OP, "residual", self.values).dtype(product.x.dtype())?;
+        values.numel(shape.m * shape.n, "M x N")?.on(device, "packed")?.aligned_to(8)?;
+        let squares = arg(OP, "squares", self.squares.as_ref()).dtype(DType::F32)?;
+        squares.numel(shape.m * (shape.n / SQUARES), "M x N / 16")?.on(device, "packed")?;
+        Ok(())
+    }
+}
+
 /// A weight `[n, k]` that the next launch reads.
 #[derive(Debug, Clone, Copy)]
 pub struct NextWeight<'a> {
@@ -107,16 +169,18 @@ pub struct NextWeight<'a> {
 pub struct Next<'a> {
     weights: [Option<NextWeight<'a>>; MAX_GROUP],
     pub gated: bool,
+    /// 16 bits `[k]`, of the norm in front of them
+    pub norm: Option<TensorRef<'a>>,
 }
 
 impl<'a> Next<'a> {
     /// `weights`: at most four, or two pairs.
-    pub fn new(weights: Vec<NextWeight<'a>>, gated: bool) -> Result<Self> {
+    pub fn new(weights: Vec<NextWeight<'a>>, gated: bool, norm: Option<TensorRef<'a>>) -> Result<Self> {
         if weights.len() > MAX_GROUP || gated && !weights.len().is_multiple_of(2) {
             return wrong("next", "at most 4, in pairs where gated", weights.len().to_string());
         }
         let mut weights = weights.into_iter();
-        let next = Self { weights: std::array::from_fn(|_| weights.next()), gated };
+        let next = Self { weights: std::array::from_fn(|_| weights.next()), gated, norm };
         next.check()?;
         Ok(next)
     }
@@ -139,6 +203,13 @@ impl<'a> Next<'a> {
                 return wrong("next", "one K, a multiple of 256", weight.k.to_string());
             }
         }
+        if let Some(norm) = self.norm {
+            let norm = arg(OP, "next", norm).numel(first.k, "K of the next launch")?;
+            norm.on(first.packed.device(), "next")?;
+            if norm.tensor.dtype().size() != 2 {
+                return wrong("next", "a norm of 16 bits", format!("{:?}", norm.tensor.dtype()));
+            }
+        }
         Ok(())
     }
 }
@@ -154,6 +225,8 @@ pub struct Gemv4bitFused<'a> {
     pub hidden: Option<TensorMut<'a>>,
     /// i32, a zero before and after, by which launches meet; beside `hidden`
     pub arrived: Option<TensorMut<'a>>,
+    pub norm: Option<Norm<'a>>,
+    pub residual: Option<Residual<'a>>,
     pub next: Next<'a>,
 }
 
@@ -164,6 +237,8 @@ impl<'a> Gemv4bitFused<'a> {
         gated: bool,
         hidden: Option<TensorMut<'a>>,
         arrived: Option<TensorMut<'a>>,
+        norm: Option<Norm<'a>>,
+        residual: Option<Residual<'a>>,
         next: Next<'a>,
     ) -> Result<Self> {
         let count = products.len();
@@ -171,7 +246,8 @@ impl<'a> Gemv4bitFused<'a> {
             return wrong("products", "1 to 4, in pairs where gated", count.to_string());
         }
         let mut products = products.into_iter();
-        let fused = Self { products: std::array::from_fn(|_| products.next()), gated, hidden, arrived, next };
+        let products = std::array::from_fn(|_| products.next());
+        let fused = Self { products, gated, hidden, arrived, norm, residual, next };
         fused.check()?;
         Ok(fused)
     }
@@ -215,7 +291,9 @@ impl<'a> Gemv4bitFused<'a> {
         if self.gated && shapes.chunks(2).any(|pair| pair[0] != pair[1]) {
             return wrong("products", "gate and up of one shape", "two shapes".to_string());
         }
-        let (Some(first), Some(head)) = (self.adapters().next(), self.products().next()) else { return Ok(()) };
+        let Some(head) = self.products().next() else { return Ok(()) };
+        self.check_stream(&head.product)?;
+        let Some(first) = self.adapters().next() else { return Ok(()) };
         if self.adapters().any(|adapter| adapter.a.dtype() != first.a.dtype()) {
             return wrong("lora_a", "one dtype for all adapters", "two".to_string());
         }
@@ -234,6 +312,24 @@ impl<'a> Gemv4bitFused<'a> {
         } else {
             let hidden = hidden.dtype(DType::F32)?;
             hidden.numel(shape.k.div_ceil(CHUNK) * shape.m * self.ranks(), "chunks of K x M x all ranks")?;
+        }
+        Ok(())
+    }
+
+    /// What comes before and behind the products.
+    fn check_stream(&self, head: &Gemv4bit<'_>) -> Result<()> {
+        if (self.norm.is_some() || self.residual.is_some()) && self.is_tiled() {
+            let expected = "16 rows at most beside a norm or a residual, 8 with adapters, of rank 256 at most";
+            return wrong("x", expected, head.shape.m.to_string());
+        }
+        if let Some(norm) = &self.norm {
+            norm.check(head)?;
+        }
+        if let Some(residual) = &self.residual {
+            if self.gated || self.products().count() != 1 {
+                return wrong("residual", "one product", self.products().count().to_string());
+            }
+            residual.check(head)?;
         }
         Ok(())
     }
