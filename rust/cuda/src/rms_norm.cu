@@ -44,6 +44,12 @@ struct Row {
         return load_before(weight, column(group), columns);
     }
 
+    template <typename W>
+    __device__ void prefetch_weight(const W* weight, int group) const {
+        if (column(group) < columns)
+            prefetch_l2(weight + column(group));
+    }
+
     __device__ void store(T* y, int group, const Raw8<T>& raw) const {
         T* const to = y + int64_t(row) * columns;
         if (!ALIGNED)
@@ -103,6 +109,11 @@ __device__ void norm_row(const T* x,        // [rows, columns]
     };
     if (!ADDS)
         load_weights();
+#if __CUDA_ARCH__ >= 900
+    else // there will be registers for them later; elsewhere nobody waits now
+        for (int g = 0; g < HELD; ++g)
+            row.prefetch_weight(weight, g);
+#endif
     wait_for_previous_kernel();
 #pragma unroll
     for (int g = 0; g < HELD; ++g) {
@@ -120,7 +131,7 @@ __device__ void norm_row(const T* x,        // [rows, columns]
         total[0] = add_squares(total[0], v[g]);
         v[g].stay_packed();
     }
-    if (ADDS) // only now are there registers for them
+    if (ADDS)
         load_weights();
 #pragma unroll 1
     for (int g = HELD; row.column(g) < row.end; ++g) {
