@@ -412,6 +412,8 @@ def test_maps_are_shared_but_saved_apart(device):
 def test_weights_are_moved_ahead_where_the_kernel_takes_them(k, double_quant):
     module = sys.modules["halfbyte.ops.gemv_4bit_fused"]
     weights = [quantize_4bit(torch.randn(n, k), double_quant=double_quant) for n in (64, 128)]
-    after = module._next(weights, False, weights[0][1])
+    norm = torch.ones(k, dtype=torch.bfloat16)
+    after = module._next(module.Following(weights, norm=norm), weights[0][1])
     taken = double_quant and k % 256 == 0
     assert [weight.n for weight in after.weights] == ([64, 128] if taken else [])
+    assert after.norm is (norm if taken else None)

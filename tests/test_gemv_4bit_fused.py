@@ -177,6 +177,16 @@ def test_a_norm_joins_the_products(dtype, m, sizes, k):
             assert torch.equal(found, swiglu(*(alone(expected, p) for p in pair)))
 
 
+@pytest.mark.parametrize("m", [2, 16])
+def test_a_norm_joins_more_panels_than_go_together(m):
+    # A CTA then reads x again, of several slices of K.
+    n, k = 16 * 17 * torch.cuda.get_device_properties(0).multi_processor_count, 8192
+    x, p = random(m, k), product(n, k)
+    norm = waiting(x)
+    (found,) = gemv_4bit_fused(x, [p], norm=norm)
+    agree(found, alone(normed(x, norm), p))
+
+
 def assert_equal(found, expected):
     assert torch.equal(found, expected)
 

@@ -222,6 +222,65 @@ def test_gpu_norms_join_the_launches_of_a_decode_step(byte_tokenizer, monkeypatc
     assert (joined - apart).norm() <= 2e-3 * apart.norm()
 
 
+@pytest.mark.gpu
+def test_gpu_hooks_on_blocks_see_tensors(byte_tokenizer):  # noqa: F811
+    engine, seen = Engine(four_bit_model(byte_tokenizer), max_batch=4), []
+    decode = started(engine, [None] * 4)
+    layer = engine.model.model.layers[1]
+    with torch.inference_mode():
+        expected = decode._forward(4, False).float()
+        for module in (layer.self_attn, layer.mlp, layer.post_attention_layernorm):
+            module.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
+        found = decode._forward(4, False).float()
+    assert len(seen) == 6 and all(isinstance(value, Tensor) for value in seen)
+    assert (found - expected).norm() <= 2e-3 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, rank", [(8, 4), (16, 4), (2, 300)])
+def test_gpu_adapters_on_some_layers_leave_no_launch_out(
+    byte_tokenizer,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    rows,
+    rank,
+):
+    config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"])
+    carrier = lora.inject(four_bit_model(byte_tokenizer), config)
+    for parameter in lora.adapter_parameters(carrier):
+        torch.nn.init.normal_(parameter, std=0.05)
+    lora.save_adapter(carrier, tmp_path / "some")
+    model, launched = four_bit_model(byte_tokenizer), []
+    engine = Engine(model, {"some": tmp_path / "some"}, max_batch=rows)
+    decode = started(engine, ["some"] * rows)
+    made = linear.gemv_4bit_fused
+    monkeypatch.setattr(linear, "gemv_4bit_fused", lambda *a: launched.append(1) or made(*a))
+    with torch.inference_mode():
+        found = decode._forward(rows, True).float()
+        assert len(launched) == 4 * len(model.model.layers)
+        monkeypatch.setattr(linear, "fuses", lambda *_: False)
+        apart = decode._forward(rows, True).float()
+    assert (found - apart).norm() <= 1e-2 * apart.norm()
+
+
+@pytest.mark.parametrize("name", ["norm", "input_layernorm", "post_attention_layernorm"])
+def test_norms_that_are_trained_in_full_serve_as_they_train(make, byte_tokenizer, name):  # noqa: F811
+    model = lora.inject(make(byte_tokenizer), LoraConfig(r=4, modules_to_save=[name])).eval()
+    for parameter in lora.adapter_parameters(model):
+        torch.nn.init.uniform_(parameter, 0.0, 0.5)
+    ids = torch.arange(20, device=model.lm_head.weight.device)[None]
+    trained = model(ids).logits.float()
+    with torch.no_grad():
+        read = model(ids).logits.float()
+    assert (read - trained).norm() <= 1e-2 * trained.norm()
+    with Engine(model, max_batch=1) as engine:
+        request = engine.submit(ids[0].tolist(), Sampling(max_new_tokens=1))
+        engine.run([request])
+    (token,) = request.reply.tokens
+    top = trained[0, -1].topk(2)
+    assert token == top.indices[0] or top.values[0] - top.values[1] < 0.05
+
+
 # --- a row among others, on a GPU ------------------------------------------------------------
 
 

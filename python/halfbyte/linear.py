@@ -185,14 +185,14 @@ class Launch(NamedTuple):
     """What the one launch for a projection of few tokens knows of what comes behind it.
 
     arrived: as `gemv_4bit_fused` takes it. following: the layers that the next launch reads; gated:
-    they are a gate and an up projection; norm: the weight of the norm in front of them. residual:
-    what the one output is added to.
+    they are a gate and an up projection; norm: what stands in front of them. residual: what the one
+    output is added to.
     """
 
     arrived: Tensor
     following: Sequence[nn.Module] = ()
     gated: bool = False
-    norm: Tensor | None = None
+    norm: nn.Module | None = None
     residual: Tensor | None = None
 
 
@@ -276,17 +276,20 @@ def _fused(
         adapter = None if layer is base else layer.low_rank(len(rows))
         bias = None if base.bias is None else base.bias.to(x.dtype)
         products.append(Product(base.weight, base._state(), bias, adapter))
-    norm = residual = None
-    if isinstance(given, Unnormed):
-        norm = Norm(given.weight, given.summed.squares, given.eps)
-    if not fuses(rows, products) or norm is not None and not takes_norm(rows, products):
+    if not fuses(rows, products):
         return None
+    norm = residual = None
+    if isinstance(given, Unnormed) and takes_norm(rows, products):
+        norm = Norm(given.weight, given.summed.squares, given.eps)
+    elif isinstance(given, Unnormed):
+        rows = given.normed().view_as(rows)
     if launch.residual is not None and takes_residual(rows, products):
         residual = Residual.of(launch.residual.reshape(-1, launch.residual.shape[-1]))
     coming = _bases(launch.following)
     plain = all(map(is_plain, launch.following, coming))
     weights = [(base.weight, base._state()) for base in coming] if plain else []
-    following = Following(weights, launch.gated, launch.norm if residual is not None else None)
+    ahead = None if residual is None or launch.norm is None else launch.norm.weight
+    following = Following(weights, launch.gated, ahead)
     outs = gemv_4bit_fused(rows, products, gated, following, launch.arrived, norm, residual)
     outs = [out.view(*x.shape[:-1], -1) for out in outs]
     return outs if residual is None else [Summed(outs[0], residual.squares)]

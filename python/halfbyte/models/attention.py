@@ -45,7 +45,7 @@ class Step(NamedTuple):
         which: int,
         *following: nn.Module,
         gated: bool = False,
-        norm: Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> Launch | None:
         """What `project` takes where an engine reads few tokens, given the layers that come next.
 

@@ -22,7 +22,7 @@ from halfbyte.linear import (
 )
 from halfbyte.models.attention import Attention, Step, spans
 from halfbyte.models.config import DecoderConfig
-from halfbyte.models.norm import RMSNorm
+from halfbyte.models.norm import RMSNorm, add_norm
 from halfbyte.models.recompute import recomputed
 from halfbyte.models.rope import RotaryEmbedding
 from halfbyte.offload import ActivationOffload
@@ -91,29 +91,29 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | Summed]:
         """From the stream x + added to the one behind the layer, as two terms again.
 
-        The norm that comes next adds them in one pass over both, unless a launch of few tokens has
-        added them. following: the layer that will. only: takes the tokens that are wanted behind
-        the layer.
+        The norm that comes next adds them in one pass over both; where a launch of few tokens has
+        done so, the sum stands for both. following: the layer of that norm. only: takes the tokens
+        that are wanted behind the layer.
         """
         if added is None:
             normed = self.input_layernorm(x)
         else:
-            normed, x = self.input_layernorm.add(added, x)
+            normed, x = add_norm(self.input_layernorm, added, x)
         attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
         launch = partial(step.launch, attention.layer)
-        before_mlp = launch(1, mlp.gate_proj, mlp.up_proj, gated=True, norm=norm.weight)
+        before_mlp = launch(1, mlp.gate_proj, mlp.up_proj, gated=True, norm=norm)
         if only is None and not (is_watched(attention) or is_watched(mlp)):
             before_mlp = onto(x, before_mlp)
         attended = attention(normed, step, before_mlp)
         if only is not None:
             attended, x = only(attended), only(x)
-        normed, x = norm.add(attended, x)
+        normed, x = add_norm(norm, attended, x)
         before_down = launch(2, mlp.down_proj)
-        reads, weight, watched = (), None, is_watched(mlp)
+        reads, norm, watched = (), None, is_watched(mlp)
         if following is not None:
-            reads, weight = following.self_attn.inputs, following.input_layernorm.weight
+            reads, norm = following.self_attn.inputs, following.input_layernorm
             watched |= is_watched(following.self_attn)
-        behind = launch(3, *reads, norm=weight)
+        behind = launch(3, *reads, norm=norm)
         return x, mlp(normed, unread, before_down, behind if watched else onto(x, behind))
 
 
@@ -147,7 +147,7 @@ class Backbone(nn.Module):
             for layer, following in zip_longest(self.layers, self.layers[1:]):
                 wanted = only if following is None else None
                 x, added = layer.split(x, added, step, following=following, only=wanted)
-            normed = self.norm(x) if added is None else self.norm.add(added, x)[0]
+            normed = self.norm(x) if added is None else add_norm(self.norm, added, x)[0]
             return normed.normed() if isinstance(normed, Unnormed) else normed
         if checkpointed and not x.requires_grad:
             x.requires_grad_()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from halfbyte.linear import Summed, Unnormed
+from halfbyte.linear import Summed, Unnormed, is_watched
 from halfbyte.ops import add_rms_norm, rms_norm
 
 
@@ -22,10 +22,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor | Summed, residual: Tensor) -> tuple[Tensor | Unnormed, Tensor]:
-        """The norm of x + residual, and that sum; where it is there already the norm may wait."""
-        if not isinstance(x, Summed):
-            return add_rms_norm(x, residual, self.weight, self.eps)
-        if self.weight.dtype != x.total.dtype:
-            return self(x.total), x.total
-        return Unnormed(x, self.weight, self.eps), x.total
+
+def add_norm(
+    norm: nn.Module, x: Tensor | Summed, residual: Tensor
+) -> tuple[Tensor | Unnormed, Tensor]:
+    """The norm of x + residual, and that sum; where it is there already the norm may wait.
+
+    norm: an RMSNorm, or what stands in its place.
+    """
+    plain = type(norm) is RMSNorm and not is_watched(norm)
+    if plain and not isinstance(x, Summed):
+        return add_rms_norm(x, residual, norm.weight, norm.eps)
+    total = x.total if isinstance(x, Summed) else x + residual
+    if plain and isinstance(x, Summed) and norm.weight.dtype == total.dtype:
+        return Unnormed(x, norm.weight, norm.eps), total
+    return norm(total), total

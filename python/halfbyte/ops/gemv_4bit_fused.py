@@ -72,9 +72,9 @@ class Residual(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> Residual:
-        """Of contiguous values, with room for the squares."""
+        """With room for the squares."""
         shape = (len(values), values.shape[1] // SQUARES)
-        return cls(values, values.new_empty(shape, dtype=torch.float32))
+        return cls(values.contiguous(), values.new_empty(shape, dtype=torch.float32))
 
 
 class _NextWeight(NamedTuple):

@@ -35,7 +35,7 @@ const QUAD: usize = 4;
 const OTHER_WARPS: usize = 4;
 const HIDDEN_THREADS: usize = CHUNK / 16;
 /// Of x: hidden values of more of them, and of normed ones, are made from a copy in shared memory.
-const FEW_ROWS: usize = 4;
+pub(crate) const FEW_ROWS: usize = 4;
 const BLOCKSIZE: usize = 64;
 /// Scales are read four at a time.
 const GRAIN: usize = BLOCKSIZE * QUAD;
@@ -75,6 +75,11 @@ impl Form {
         let short = |form: &Form| !adapted && k <= form.slice() / form.side * BLOCKSIZE;
         let suits = |form: &Form| n >= form.panels * multiprocessors * PANEL && (form.side == 1 || short(form));
         FORMS.iter().rposition(|form| form.tile == tile && suits(form)).unwrap_or(0)
+    }
+
+    /// Bytes, with a norm's weight [K] behind the rest.
+    pub(crate) fn shared_with_norm(&self, k: usize) -> usize {
+        self.shared + k.next_multiple_of(GRAIN) * size_of::<u16>()
     }
 
     /// Blocks of a slice.
@@ -235,7 +240,7 @@ impl From<&NextWeight<'_>> for Weight {
 
 impl Weights {
     fn none() -> Self {
-        // SAFETY: numbers and pointers, of which zeros are values; without early items nobody looks at the rest.
+        // SAFETY: numbers and pointers, of which zeros are values; of no early items and no norm nothing else is read.
         unsafe { std::mem::zeroed() }
     }
 
@@ -430,9 +435,8 @@ fn launch_products(
     ahead: Weights,
 ) -> Result<()> {
     let (codebook, gain) = codebook(head.quant_type, head.x.dtype());
-    // The norm's weight lies behind the rest.
-    let of_norm = if products.norm.weight.is_null() { 0 } else { head.shape.k.next_multiple_of(GRAIN) * 2 };
-    let geometry = geometry(ctas, head.shape.m, &FORMS[form], of_norm);
+    let normed = if products.norm.weight.is_null() { 0 } else { head.shape.k };
+    let geometry = geometry(ctas, head.shape.m, &FORMS[form], normed);
     launcher.launch(&FAMILY, KERNELS[2 * form + dtype(head)], geometry, args![products, ahead, codebook, gain])
 }
 
@@ -441,11 +445,12 @@ fn dtype(product: &Gemv4bit<'_>) -> usize {
     usize::from(product.x.dtype() == DType::BF16)
 }
 
-fn geometry(ctas: usize, m: usize, form: &Form, of_norm: usize) -> Geometry {
+/// `normed`: K of a norm's weight, or 0.
+fn geometry(ctas: usize, m: usize, form: &Form, normed: usize) -> Geometry {
     Geometry {
         grid: (extent(ctas), extent(m.div_ceil(form.tile)), 1),
         block: (extent(32 * (form.warps + OTHER_WARPS)), 1, 1),
-        shared: form.shared + of_norm,
+        shared: form.shared_with_norm(normed),
         overlaps: true,
     }
 }

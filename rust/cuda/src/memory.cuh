@@ -12,7 +12,6 @@ __device__ inline uint4 load_stream(const uint4* p) {
     return v;
 }
 
-__device__ inline void prefetch_l1(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ inline void load8(const float* p, float (&v)[8]) {

@@ -6,6 +6,7 @@ use halfbyte_core::codebook::{
 };
 
 use halfbyte_core::DType;
+use halfbyte_core::ops::gemv_4bit_fused::MAX_NORMED;
 use halfbyte_core::quant_state::QuantType;
 
 use crate::launch::Family;
@@ -145,7 +146,7 @@ fn a_cta_of_every_kernel_fits_a_multiprocessor() {
         }
     }
     let asked = crate::gemm_4bit::TILES.map(|tile| tile.shared + crate::gemm_4bit::ALIGNMENT);
-    let asked = asked.into_iter().chain(crate::gemv_4bit_bulk::FORMS.map(|form| form.shared));
+    let asked = asked.into_iter().chain(crate::gemv_4bit_bulk::FORMS.map(|form| form.shared_with_norm(MAX_NORMED)));
     let asked = asked.chain([crate::lora_product::SHARED + crate::gemm_4bit::ALIGNMENT]);
     assert!(asked.max() <= Some(227 << 10), "more than compute capability 9.0 gives a CTA");
 }
@@ -188,6 +189,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit", "ANY_ROWS_A_WARP", crate::gemv_4bit::ANY_ROWS / crate::gemv_4bit::ANY_WARPS),
         ("gemv_4bit_bulk", "MMA_ROWS", halfbyte_core::ops::gemv_4bit_fused::MAX_ADAPTED_ROWS),
         ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
+        ("gemv_4bit_bulk", "FEW_ROWS", crate::gemv_4bit_bulk::FEW_ROWS),
         ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
         ("gemv_4bit_shifted", "MAX_WARPS", crate::gemv_4bit_shifted::MAX_WARPS),
         ("gemv_4bit_shifted", "BLOCK", crate::gemv_4bit_shifted::BLOCK),

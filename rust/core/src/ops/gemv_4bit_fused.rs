@@ -25,7 +25,7 @@ pub const MAX_RANK: usize = 256;
 pub const CHUNK: usize = 2048;
 /// Neighbours whose squares are summed for a norm.
 pub const SQUARES: usize = 16;
-/// Largest K of x that is normed.
+/// Largest K of x that is normed: its weight lies in shared memory.
 pub const MAX_NORMED: usize = 16384;
 /// In tiles the hidden values of an adapter begin at a multiple of this.
 pub const RANKS: usize = 16;
@@ -320,7 +320,8 @@ impl<'a> Gemv4bitFused<'a> {
     fn check_stream(&self, head: &Gemv4bit<'_>) -> Result<()> {
         if (self.norm.is_some() || self.residual.is_some()) && self.is_tiled() {
             let expected = "16 rows at most beside a norm or a residual, 8 with adapters, of rank 256 at most";
-            return wrong("x", expected, head.shape.m.to_string());
+            let ranks: Vec<_> = self.adapters().map(|adapter| adapter.rank).collect();
+            return wrong("x", expected, format!("{} and ranks {ranks:?}", head.shape.m));
         }
         if let Some(norm) = &self.norm {
             norm.check(head)?;
