@@ -330,17 +330,23 @@ struct DecodeScales {
     }
 };
 
-// The reciprocal root of the mean square of row m of x, by a warp. The order of its sum follows from K alone.
-__device__ inline float root_of(const Products& products, int m) {
+// The reciprocal roots of the mean squares of rows `first`, `first` + `step` ... of x, by a warp; past the last row,
+// the last one's. The order of a sum follows from K alone.
+template <int COUNT>
+__device__ void roots_of(const Products& products, int first, int step, float (&roots)[COUNT]) {
     const int K = products.weights.K, count = K / PANEL;
-    const float* squares = products.norm.squares + int64_t(m) * count;
-    float sum = 0;
+    float sums[COUNT] = {};
 #pragma unroll 2
-    for (int i = lane_id() * 4; i < count; i += 128) {
-        const float4 v = *reinterpret_cast<const float4*>(squares + i);
-        sum += (v.x + v.y) + (v.z + v.w);
-    }
-    return reciprocal_root(warp_sum(sum), K, products.norm.eps);
+    for (int i = lane_id() * 4; i < count; i += 128)
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            const int64_t row = min(first + n * step, products.rows_x - 1);
+            const float4 v = *reinterpret_cast<const float4*>(products.norm.squares + row * count + i);
+            sums[n] += (v.x + v.y) + (v.z + v.w);
+        }
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n)
+        roots[n] = reciprocal_root(warp_sum(sums[n]), K, products.norm.eps);
 }
 
 // The result of an mma, for rows of x that are there.
@@ -439,10 +445,14 @@ struct Multiply {
     }
 
     __device__ void make_roots() const {
-        for (int m = warp; m < S::TILE; m += S::WARPS) {
-            const float root = m < rows_x ? root_of(products, blockIdx.y * S::TILE + m) : 0.0f;
-            if (lane_id() == 0)
-                shared.roots[m] = root;
+        constexpr int EACH = S::TILE > S::WARPS ? S::TILE / S::WARPS : 1; // rows, of one warp
+        if (warp < S::TILE) {
+            float roots[EACH];
+            roots_of(products, blockIdx.y * S::TILE + warp, S::WARPS, roots);
+#pragma unroll
+            for (int n = 0; n < EACH; ++n)
+                if (lane_id() == 0)
+                    shared.roots[warp + n * S::WARPS] = roots[n];
         }
         wait_for_copies();
         S::multipliers_meet();
@@ -1007,10 +1017,11 @@ struct Hidden {
     }
 
     __device__ void make_roots(float (&roots)[MMA_ROWS]) const {
-        for (int m = threadIdx.x / 32; m < products.rows_x; m += WARPS) {
-            const float root = root_of(products, m);
+        for (int m = threadIdx.x / 32; m < products.rows_x; m += WARPS) { // one at a time, for want of registers
+            float root[1];
+            roots_of(products, m, WARPS, root);
             if (lane_id() == 0)
-                roots[m] = root;
+                roots[m] = root[0];
         }
         __syncthreads();
     }
