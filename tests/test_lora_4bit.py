@@ -103,6 +103,16 @@ def test_unread_outputs_have_the_same_gradients(device, rows):
     assert all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+def test_second_derivatives_are_refused(device):
+    weights, a, b = group(device, 64, [32], [8])
+    x = torch.randn(9, 64, device=device, requires_grad=True)
+    (out,) = lora_4bit(x, weights, a, b, SCALING)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_autocast_computes_in_its_dtype(device):
     weights, a, b = group(device, 64, [32], [8])
     x = torch.randn(9, 64, device=device, requires_grad=True)

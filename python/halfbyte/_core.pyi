@@ -273,13 +273,24 @@ def has_lora_product(device: int) -> bool:
     """Whether `lora_product` has kernels for a CUDA device; false where there is none."""
 
 def lora_product(
-    x: Tensor, w: Tensor, hidden: Tensor, b: Tensor, transposed: bool, out: Tensor
+    x: Tensor,
+    w: Tensor,
+    hidden: Tensor,
+    b: Tensor,
+    transposed: bool,
+    out: Tensor,
+    a: Tensor | None = None,
+    scaling: float = 1.0,
+    progress: Tensor | None = None,
 ) -> None:
     """``out = x w^T + hidden b^T``, ``x w + hidden b`` if ``transposed``, as one sum in fp32.
 
-    x: fp16 or bf16 [M, K]. Of its dtype are w [N, K], hidden [M, r] with rows any distance apart,
-    b [N, r] and out [M, N]; transposed, w is [K, N] and b [r, N]. Every row begins at a multiple of
-    16 bytes. GPUs for which `has_lora_product` is true only.
+    With a and progress hidden's first columns become ``scaling x a^T``, ``scaling x a``, before.
+
+    x: fp16 or bf16 [M, K]. Of its dtype are w [N, K], hidden [M, r or more] with rows any distance
+    apart, b [N, r], out [M, N] and a [s, K], s at most hidden's columns; transposed, w is [K, N],
+    b [r, N] and a [K, s]. Every row begins at a multiple of 16 bytes. progress: int32
+    [1 + ceil(M / 128)], zeros before. GPUs for which `has_lora_product` is true only.
     """
 
 def paged_attention(

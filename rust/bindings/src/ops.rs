@@ -12,7 +12,7 @@ use halfbyte_core::ops::draw::{Choice, Draw, Drawn};
 use halfbyte_core::ops::gemv::Gemv;
 use halfbyte_core::ops::gemv_4bit::{Gemv4bit, Gemv4bitGroup, GemvShape};
 use halfbyte_core::ops::gemv_4bit_fused::{Adapter, FusedProduct, Gemv4bitFused, Next, NextWeight, Norm, Residual};
-use halfbyte_core::ops::lora_product::{LoraProduct, LoraShape};
+use halfbyte_core::ops::lora_product::{LoraProduct, LoraShape, Narrow};
 use halfbyte_core::ops::paged_attention::{
     AttentionInputs, AttentionOutputs, AttentionShape, BLOCK, CodeScales, PagedAttention,
 };
@@ -490,6 +490,7 @@ pub fn has_lora_product(device: u32) -> bool {
 }
 
 #[pyfunction]
+#[pyo3(signature = (x, w, hidden, b, transposed, out, a=None, scaling=1.0, progress=None))]
 pub fn lora_product(
     py: Python<'_>,
     x: Object<'_, '_>,
@@ -498,20 +499,35 @@ pub fn lora_product(
     b: Object<'_, '_>,
     transposed: bool,
     out: Object<'_, '_>,
+    a: Option<Object<'_, '_>>,
+    scaling: f32,
+    progress: Option<Object<'_, '_>>,
 ) -> PyResult<()> {
     const OP: &str = "lora_product";
+    let rank = |name, own| read_matrix(OP, name, own).map(|own| if transposed { own } else { (own.1, own.0) });
     let (m, k) = read_matrix(OP, "x", x)?;
     let (_, n) = read_matrix(OP, "out", out)?;
+    let (r, _) = rank("b", b)?;
+    let s = a.map_or(Ok(0), |a| rank("a", a).map(|(_, s)| s))?;
     let x = Tensor::read(OP, "x", x)?;
     let w = Tensor::read(OP, "w", w)?;
     let (hidden, layout) = Tensor::read_strided(OP, "hidden", hidden, 2)?;
     let b = Tensor::read(OP, "b", b)?;
     let out = Tensor::read(OP, "out", out)?;
-    check_overlap(OP, &[&x, &w, &hidden, &b], &[&out])?;
-    let shape = LoraShape { m, n, k, r: layout.shape[1] };
-    // SAFETY: the output was checked for overlap.
-    let target = unsafe { out.as_mut() };
-    let args = LoraProduct::new(x.as_ref(), w.as_ref(), rows(&hidden, &layout), b.as_ref(), target, shape, transposed)
+    let a = a.map(|a| Tensor::read(OP, "a", a)).transpose()?;
+    let progress = progress.map(|progress| Tensor::read(OP, "progress", progress)).transpose()?;
+    let read: Vec<&Tensor> = [&x, &w, &b].into_iter().chain(&a).collect();
+    let written: Vec<&Tensor> = [&out, &hidden].into_iter().chain(&progress).collect();
+    check_overlap(OP, &read, &written)?;
+    // SAFETY: what is written was checked for overlap.
+    let [target, values] = [&out, &hidden].map(|own| unsafe { own.as_mut() });
+    let narrow = a.zip(progress).map(|(a, progress)| {
+        // SAFETY: as above.
+        let progress = unsafe { progress.as_mut() };
+        Narrow { a: a.as_ref(), s, scaling, progress }
+    });
+    let shape = LoraShape { m, n, k, r, width: layout.shape[1], stride: layout.strides[0] };
+    let args = LoraProduct::new(x.as_ref(), w.as_ref(), values, b.as_ref(), target, narrow, shape, transposed)
         .map_err(to_py_err)?;
     call(py, x.device, |backend| backend.lora_product(args))
 }

@@ -1,9 +1,11 @@
 // x wᵀ + hidden bᵀ on Hopper's warpgroup instructions: one sum whose contraction goes on from x and w to hidden and b,
-// so that an adapter costs its layer no second pass over the outputs.
+// so that an adapter costs its layer no second pass over the outputs. hidden = scaling x aᵀ may be made on the way.
 //
 // A CTA stays and takes tile after tile of out. One warp copies both operands through a ring of stages; two warpgroups
 // multiply 64 rows each, and while one stores its half of a tile the other one still multiplies, or the next tile's
-// stages come in. Tiles that would be a last wave of less than half of the multiprocessors are cut in two.
+// stages come in. Tiles at the end are cut in two where that keeps more multiprocessors busy. Tiles of hidden are half
+// as wide and come in front of those that read them, which have all of x to multiply before they do. Tiles are then
+// taken from a queue: whoever waits does so for a tile that a running CTA has taken before.
 #include "overlap.cuh"
 #include "pipeline.cuh"
 #include "scalars.cuh"
@@ -15,15 +17,21 @@ constexpr int COLUMNS = 256;
 constexpr int THREADS = 384;
 constexpr int STEP = 64; // of the contraction
 
-// Laid out as the launcher's. Maps of x and hidden have boxes of ROWS rows, those of w and b of 128, or of 64 where the
-// contraction goes down their rows, out's of 64; all of 64 columns.
+// Laid out as the launcher's. Maps of x and hidden have boxes of ROWS rows, those of w, b and a of 128, or of 64 where
+// the contraction goes down their rows, those of out and made of 64; all of 64 columns.
 struct alignas(128) Product {
     Map x, w, hidden, b, out;
+    Map a, made; // made: what is written of hidden
     int tile_rows, tile_columns;
+    int hidden_columns; // of tiles
     int whole, units;   // tiles that are not cut, and these with the halves of the others
     int steps_x, steps; // of x, and of x and hidden
+    float scaling;
+    // Tiles that are taken, then of each row of tiles the warpgroups that have stored their share of hidden; zeros
+    // before. Null where hidden is there.
+    uint32_t* progress;
 };
-static_assert(sizeof(Product) == 768, "as the launcher's");
+static_assert(sizeof(Product) == 1024, "as the launcher's");
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -35,6 +43,7 @@ struct alignas(1024) Shared {
     uint16_t x[STAGES][ROWS][STEP];
     uint16_t w[STAGES][COLUMNS][STEP]; // transposed: squares of 64 columns of out by STEP
     uint16_t out[MULTIPLIERS / 128][2][64][64];
+    int unit[STAGES]; // of which the stage is a part
     Barrier full[STAGES], empty[STAGES];
 };
 
@@ -68,18 +77,29 @@ __device__ inline void store_matrices(void* to, uint32_t a, uint32_t b, uint32_t
                  : "memory");
 }
 
-// A tile, or half of one.
+// A tile of out, half of one, or a tile of hidden.
 struct Tile {
     int row, column;
-    bool half;
+    bool of_hidden, half;
 
-    __device__ Tile(const Product& p, int unit) : half(unit >= p.whole) {
-        const int tile = half ? p.whole + (unit - p.whole) / 2 : unit;
-        const int first = tile / (BAND * p.tile_columns) * BAND, rows = min(p.tile_rows - first, BAND);
-        const int in = tile - first * p.tile_columns;
+    __device__ Tile(const Product& p, int unit) {
+        const bool cut = unit >= p.whole;
+        const int tile = cut ? p.whole + (unit - p.whole) / 2 : unit;
+        const int columns = p.hidden_columns + p.tile_columns;
+        const int first = tile / (BAND * columns) * BAND, rows = min(p.tile_rows - first, BAND);
+        const int in = tile - first * columns, place = in / rows;
         row = (first + in % rows) * ROWS;
-        column = in / rows * COLUMNS + (half ? (unit - p.whole) % 2 * (COLUMNS / 2) : 0);
+        of_hidden = place < p.hidden_columns;
+        half = cut || of_hidden;
+        column = of_hidden ? place * (COLUMNS / 2) : (place - p.hidden_columns) * COLUMNS;
+        if (cut)
+            column += (unit - p.whole) % 2 * (COLUMNS / 2);
     }
+
+    __device__ int steps(const Product& p) const { return of_hidden ? p.steps_x : p.steps; }
+
+    // How many warpgroups have stored hidden values of these rows.
+    __device__ uint32_t* stored(const Product& p) const { return p.progress + 1 + row / ROWS; }
 };
 
 // The place in the ring of stages, and the parity of its phase.
@@ -93,19 +113,45 @@ struct Place {
     }
 };
 
+// By one thread: the first unit of a CTA, or the one after `unit`.
+__device__ int next_unit(const Product& p, int unit) {
+    return p.progress ? atomicAdd(p.progress, 1) : unit + gridDim.x;
+}
+
+// By one thread, until all hidden values of a tile's rows are stored; bulk copies that are started after this see them.
+__device__ void wait_for_hidden(const Product& p, const Tile& tile) {
+    uint32_t seen;
+    do
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(tile.stored(p)) : "memory");
+    while (seen < p.hidden_columns * (MULTIPLIERS / 128));
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// By the thread that has stored a warpgroup's share of hidden.
+__device__ void announce_hidden(const Product& p, const Tile& tile) {
+    asm volatile("cp.async.bulk.wait_group 0;\n"
+                 "fence.proxy.async;\n"
+                 "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(tile.stored(p))
+                 : "memory");
+}
+
 // By one thread.
 template <bool TRANSPOSED>
 __device__ void copy(Shared& shared, const Product& p) {
     Place at;
-    for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+    int unit = next_unit(p, blockIdx.x - gridDim.x);
+    for (; unit < p.units; unit = next_unit(p, unit)) {
         const Tile tile(p, unit);
         const int columns = tile.half ? COLUMNS / 2 : COLUMNS;
-        for (int step = 0; step < p.steps; ++step, at.advance()) {
+        for (int step = 0; step < tile.steps(p); ++step, at.advance()) {
             const bool of_x = step < p.steps_x;
             const int k = (of_x ? step : step - p.steps_x) * STEP;
-            const Map* const w = of_x ? &p.w : &p.b;
+            const Map* const w = tile.of_hidden ? &p.a : of_x ? &p.w : &p.b;
             Barrier& full = shared.full[at.stage];
+            if (p.progress && step == p.steps_x)
+                wait_for_hidden(p, tile);
             shared.empty[at.stage].wait(at.parity ^ 1);
+            shared.unit[at.stage] = unit;
             full.arrive_expecting((ROWS + columns) * STEP * 2);
             copy_box(shared.x[at.stage], of_x ? &p.x : &p.hidden, k, tile.row, full);
             for (int i = 0; i < columns; i += TRANSPOSED ? 64 : 128)
@@ -113,11 +159,14 @@ __device__ void copy(Shared& shared, const Product& p) {
                          full);
         }
     }
+    shared.empty[at.stage].wait(at.parity ^ 1);
+    shared.unit[at.stage] = unit;
+    shared.full[at.stage].arrive();
 }
 
 // By a warpgroup: its rows of a tile, of which it stores 64 columns at a time.
 template <typename T, int N>
-__device__ void store(Shared& shared, const Product& p, const Tile& tile, int group, const float (&sum)[N / 2]) {
+__device__ void store(Shared& shared, const Map* to, const Tile& tile, int group, const float (&sum)[N / 2]) {
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     const bool leads = threadIdx.x % 128 == 0;
 #pragma unroll
@@ -136,7 +185,7 @@ __device__ void store(Shared& shared, const Product& p, const Tile& tile, int gr
         order_before_bulk_copies();
         asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
         if (leads)
-            store_box(&p.out, tile.column + block * 64, tile.row + group * 64, out);
+            store_box(to, tile.column + block * 64, tile.row + group * 64, out);
     }
 }
 
@@ -149,7 +198,7 @@ __device__ void multiply(Shared& shared, const Product& p, const Tile& tile, int
         if (threadIdx.x % 128 == 0)
             shared.empty[previous].arrive();
     };
-    for (int step = 0; step < p.steps; ++step, at.advance()) {
+    for (int step = 0; step < tile.steps(p); ++step, at.advance()) {
         shared.full[at.stage].wait(at.parity);
         const uint64_t a = swizzled_rows(shared.x[at.stage][group * 64]);
         const void* const w = shared.w[at.stage];
@@ -168,14 +217,25 @@ __device__ void multiply(Shared& shared, const Product& p, const Tile& tile, int
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     hold(sum);
     release();
-    store<T, N>(shared, p, tile, group, sum);
+    if (tile.of_hidden) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i)
+            sum[i] *= p.scaling;
+    }
+    store<T, N>(shared, tile.of_hidden ? &p.made : &p.out, tile, group, sum);
+    if (tile.of_hidden && threadIdx.x % 128 == 0)
+        announce_hidden(p, tile);
 }
 
 template <typename T, bool TRANSPOSED>
 __device__ void multiply_all(Shared& shared, const Product& p) {
     const int group = threadIdx.x / 128;
     Place at;
-    for (int unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+    while (true) {
+        shared.full[at.stage].wait(at.parity);
+        const int unit = shared.unit[at.stage];
+        if (unit >= p.units)
+            break;
         const Tile tile(p, unit);
         if (tile.half)
             multiply<T, COLUMNS / 2, TRANSPOSED>(shared, p, tile, group, at);

@@ -197,6 +197,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("lora_product", "COLUMNS", crate::lora_product::COLUMNS),
         ("lora_product", "THREADS", crate::lora_product::THREADS),
         ("lora_product", "STEP", crate::lora_product::STEP),
+        ("lora_product", "BAND", crate::lora_product::BAND),
         ("low_rank", "CTAS", crate::low_rank::CTAS),
         ("low_rank", "TILE", crate::low_rank::TILE),
         ("low_rank", "MAX_ADAPTERS", crate::low_rank::MAX_ADAPTERS),
