@@ -88,6 +88,13 @@ def test_a_model_in_training_is_sampled_between_steps(device):
     assert not engine.stale
 
 
+def test_a_callers_autocast_chooses_no_tokens(model):
+    engine = Engine(model, max_batch=2)
+    expected = engine.generate(["one", "two"], max_new_tokens=9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert engine.generate(["one", "two"], max_new_tokens=9) == expected
+
+
 def moved(model, _) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data * 1.7

@@ -161,6 +161,46 @@ def test_loss_and_gradients_equal_transformers(name):
         torch.testing.assert_close(param.grad, wanted[key].grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_autocast_rounds_as_in_transformers(name, dtype):
+    reference, ours = pair(name)
+    ids = token_ids(2, 23)
+    exact = ours(ids).logits
+    with torch.autocast("cpu", dtype=dtype):
+        expected, got = reference(ids).logits, ours(ids).logits
+    assert got.dtype == expected.dtype == dtype
+    distance = (expected.float() - exact).abs().max()
+    assert 0 < (got.float() - exact).abs().max() <= 2 * distance
+
+
+def test_gradients_under_autocast_are_those_of_the_recomputed_layers():
+    model, ids = decoder("llama").train(), token_ids(2, 13)
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        gradients.append({key: param.grad.clone() for key, param in model.named_parameters()})
+    for key, grad in gradients[0].items():
+        assert torch.equal(grad, gradients[1][key]), key
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_hooks_see_every_module_that_computes(grad):
+    model = decoder("qwen3")
+    names = {n for n, module in model.named_modules() if next(module.children(), None) is None}
+    names -= {"model.rotary_emb"}
+    seen = set()
+    for name in names:
+        hook = model.get_submodule(name).register_forward_hook
+        hook(lambda *_, name=name: seen.add(name))
+    with torch.set_grad_enabled(grad):
+        model(token_ids(1, 5))
+    assert seen == names
+
+
 def test_num_items_divides_the_summed_loss():
     model, ids = decoder(), token_ids(2, 9)
     labels = ids.clone()

@@ -426,8 +426,10 @@ class Engine:
             return
         device = self._scheduler.cache.device
         try:
-            # The thread's own device, which graphs and events go by, may be another.
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            # The thread's own device, which graphs and events go by, may be another, and so may the
+            # dtype that its autocast computes in.
+            on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            with on_device, torch.autocast(device.type, enabled=False):
                 self._scheduler.step()
         except BaseException as error:
             self._scheduler.abandon(error if isinstance(error, Exception) else None)
@@ -556,7 +558,7 @@ def _completion(request: Request) -> Completion:
 def _seed(sampling: Sampling) -> int:
     if sampling.seed is not None or sampling.temperature == 0:
         return sampling.seed or 0
-    return int(torch.randint(1 << 62, ()))
+    return int(torch.randint(1 << 62, (), device="cpu"))
 
 
 def _ends(model: Decoder, sampling: Sampling) -> set[int]:

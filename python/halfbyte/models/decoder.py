@@ -141,7 +141,9 @@ class Backbone(nn.Module):
         last = None if cache is None else cache.last
         only = partial(_last, last=last) if last_only and ids.shape[1] > 1 else None
         x = self.embed_tokens(ids)
-        step = self._step(ids, cache, x.dtype)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        step = self._step(ids, cache, dtype)
         if not torch.is_grad_enabled() and not any(map(is_watched, self.layers)):
             added = None
             for layer, following in zip_longest(self.layers, self.layers[1:]):

@@ -32,7 +32,8 @@ def add_norm(
     """
     plain = type(norm) is RMSNorm and not is_watched(norm)
     if plain and not isinstance(x, Summed):
-        return add_rms_norm(x, residual, norm.weight, norm.eps)
+        # What autocast computed is narrower than the stream.
+        return add_rms_norm(x.to(residual.dtype), residual, norm.weight, norm.eps)
     total = x.total if isinstance(x, Summed) else x + residual
     if plain and isinstance(x, Summed) and norm.weight.dtype == total.dtype:
         return Unnormed(x, norm.weight, norm.eps), total
