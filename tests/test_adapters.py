@@ -131,6 +131,7 @@ def test_adapters_that_do_not_fit_are_refused(adapters, byte_tokenizer, tmp_path
     with pytest.raises(CheckpointError, match="no such file"):
         Engine(base_model(byte_tokenizer), adapters={"x": tmp_path / "nothing"})
     saved = lora.inject(base_model(None), LoraConfig(r=2, modules_to_save=["lm_head"]))
+    saved.lm_head.trained["weight"].data += 1
     lora.save_adapter(saved, tmp_path / "saved")
     with pytest.raises(CheckpointError, match="only LoRA matrices can be served"):
         Engine(base_model(byte_tokenizer), adapters={"x": tmp_path / "saved"})

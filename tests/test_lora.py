@@ -170,6 +170,44 @@ def test_round_trip(tmp_path, config):
     assert len(lora.adapter_parameters(resumed)) == len(lora.adapter_parameters(model))
 
 
+@pytest.mark.parametrize("frozen", ["", "lora_A", "lora"])
+def test_an_adapter_is_saved_whole_whatever_trains(tmp_path, frozen):
+    model = shake(lora.inject(decoder(), LoraConfig(r=4, modules_to_save=["lm_head"])))
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    lora.save_adapter(model, tmp_path / "once")
+    again = lora.load_adapter(decoder(), tmp_path / "once")
+    lora.save_adapter(again, tmp_path / "twice")
+    assert torch.equal(logits(lora.load_adapter(decoder(), tmp_path / "twice")), logits(model))
+
+
+def test_every_file_of_an_adapter_follows_the_umask(tmp_path):
+    lora.save_adapter(lora.inject(decoder(), LoraConfig(r=2)), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_what_trains_but_no_adapter_holds_is_named(tmp_path):
+    model = lora.inject(decoder(), LoraConfig(r=4))
+    model.model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match="model.norm.weight: .* Hint: name its module in modules"):
+        lora.save_adapter(model, tmp_path / "adapter")
+
+
+def test_a_compiled_models_adapter_has_the_models_names(tmp_path):
+    model = shake(lora.inject(decoder(), LoraConfig(r=4)))
+    lora.save_adapter(torch.compile(model, backend="eager"), tmp_path)
+    assert torch.equal(logits(lora.load_adapter(decoder(), tmp_path)), logits(model))
+
+
+def test_norms_that_train_are_used_in_every_forward():
+    model = shake(lora.inject(decoder(), LoraConfig(r=4, modules_to_save=["norm"])))
+    assert len([m for m in model.modules() if isinstance(m, SavedModule)]) == 5
+    with_gradients = model(IDS).logits
+    assert not torch.allclose(with_gradients, logits(decoder()), atol=1e-2)
+    torch.testing.assert_close(logits(model), with_gradients, rtol=1e-5, atol=1e-5)
+
+
 def hf_twin(model: nn.Module):
     """transformers' model with the dequantized weights of ours."""
     transformers = pytest.importorskip("transformers")
@@ -189,6 +227,9 @@ PEFT_CASES = [
     LoraConfig(r=4, use_rslora=True, target_modules=["q_proj", "up_proj"]),
     LoraConfig(r=4, modules_to_save=["lm_head"]),
     LoraConfig(r=4, target_modules=["model.layers.1.self_attn.k_proj"]),
+    LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"]),
+    LoraConfig(r=4, target_modules=["q_proj", "up_proj"], bias="all"),
+    LoraConfig(r=4, target_modules=["q_proj", "up_proj"], bias="lora_only"),
 ]
 
 
@@ -231,6 +272,9 @@ PEFT_EXTRAS = [
     {"modules_to_save": ["lm_head"]},
     {"use_rslora": True},
     {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+    {"modules_to_save": ["norm"]},
+    {"bias": "all"},
+    {"bias": "lora_only"},
 ]
 
 
@@ -250,6 +294,29 @@ def test_what_peft_writes_loads_here(tmp_path, targets, extra):
     model = lora.load_adapter(base, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(IDS).logits, logits(model), rtol=1e-4, atol=1e-4)
+
+
+@PEERS_WARNINGS
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_an_adapted_head_comes_from_peft_with_its_weight(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = decoder()
+    targets = ["q_proj", "lm_head"]
+    theirs = peft.get_peft_model(hf_twin(base), peft.LoraConfig(r=4, target_modules=targets))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    with Engine(decoder(), {"theirs": tmp_path}, max_batch=1) as engine:
+        served = engine.generate([1, 2], adapter="theirs", max_new_tokens=9).token_ids
+    model = lora.load_adapter(base, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(IDS).logits, logits(model), rtol=1e-4, atol=1e-4)
+    assert served == model.generate([1, 2], max_new_tokens=9)
+    other = decoder()
+    other.lm_head.weight.data[0] += 1
+    with pytest.raises(CheckpointError, match="unexpected .'lm_head.weight'"):
+        lora.load_adapter(other, tmp_path)
 
 
 def test_golden_adapter_with_full_paths_loads(shared):
@@ -311,6 +378,7 @@ DAMAGES = {
     "alpha": (lora.CONFIG_FILE, {"lora_alpha": "x"}, "lora_alpha: expected a number, got 'x'"),
     "huge alpha": (lora.CONFIG_FILE, {"lora_alpha": 1e300}, "lora_alpha: expected a number"),
     "dropout": (lora.CONFIG_FILE, {"lora_dropout": [1]}, "lora_dropout: expected a number"),
+    "other base": (lora.CONFIG_FILE, {"init_lora_weights": "pissa_niter_4"}, "leaves the base"),
     "pattern": (lora.CONFIG_FILE, {"rank_pattern": {"(": 4}}, "rank_pattern: expected"),
     "pattern list": (lora.CONFIG_FILE, {"rank_pattern": [1]}, "rank_pattern: expected ranks"),
     "pattern alpha": (lora.CONFIG_FILE, {"alpha_pattern": {"q": "x"}}, "alpha_pattern: expected"),
@@ -323,6 +391,7 @@ DAMAGES = {
     "cut weights": (lora.WEIGHTS_FILE, "{", "corrupt or truncated"),
     "no matrix": (lora.WEIGHTS_FILE, lambda x: x.flatten(), "lora_A.weight: expected a matrix"),
     "no pair": (lora.WEIGHTS_FILE, lambda x: None, "lora_A.weight: missing beside"),
+    "width": (lora.WEIGHTS_FILE, lambda x: x[:, 1:].clone(), "lora_A.weight: expected ["),
 }
 
 
@@ -348,8 +417,12 @@ def damaged(folder, how: str):
 def test_damaged_adapters_name_file_and_field(tmp_path, how):
     lora.save_adapter(lora.inject(decoder(), LoraConfig(r=2)), tmp_path)
     expected = damaged(tmp_path, how)
+    model = decoder()
+    before = logits(model)
     with pytest.raises(CheckpointError, match=expected):
-        lora.load_adapter(decoder(), tmp_path)
+        lora.load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+    lora.inject(model, LoraConfig(r=2))
     with pytest.raises(CheckpointError, match=expected):
         Engine(decoder(), {"damaged": tmp_path}, max_batch=1)
 

@@ -47,8 +47,12 @@ class Layout(NamedTuple):
     def of(cls, adapters: list[tuple[int, LowRank]]) -> Layout:
         key = tuple((place, share.scaling) for place, share in adapters for _ in share.a)
         device = adapters[0][1].a.device
-        places, scalings = (torch.tensor(x, device=device) for x in zip(*key, strict=True))
-        return cls(key, places, scalings)
+        places, scalings = zip(*key, strict=True)
+        return cls(
+            key,
+            torch.tensor(places, device=device),
+            torch.tensor(scalings, dtype=torch.float32, device=device),
+        )
 
 
 @dataclass
@@ -163,16 +167,14 @@ class Adapters:
             )
         folder = Path(folder)
         fields, tensors = lora._read_config(folder), lora._read_tensors(folder)
-        layers = {}
         for key in sorted(tensors):
-            layer, _, kind = key.removesuffix(".weight").rpartition(".")
-            if kind not in ("lora_A", "lora_B"):
+            if "lora_" not in key and not lora.repeats(self.model, key, tensors[key]):
                 raise CheckpointError(
                     f"{folder}: {key}: only LoRA matrices can be served beside other adapters. "
                     "Hint: lora.load_adapter takes biases and modules_to_save, one adapter a model"
                 )
-            if kind == "lora_A":
-                layers[layer] = self._share(folder, layer, fields, tensors)
+        ranks = lora.layers_of(self.model, tensors, fields, folder)
+        layers = {name: self._share(folder, name, fields, tensors) for name in ranks}
         # Before the first wrapping, as a fingerprint names the model's layers.
         self._base_record = self._base_record or fingerprint(self.model)
         warning = lora._base_difference(folder, self.model, self._base_record)
@@ -181,25 +183,8 @@ class Adapters:
         return Adapter(name, str(folder), layers, warning)
 
     def _share(self, folder: Path, name: str, fields: dict, tensors: dict[str, Tensor]) -> LowRank:
-        try:
-            linear = self.model.get_submodule(name)
-        except AttributeError:
-            linear = None
-        base = linear.base_layer if isinstance(linear, AdaptedLinear) else linear
-        if not isinstance(base, nn.Linear):
-            raise CheckpointError(
-                f"{folder}: {name}: the model has no such linear layer. "
-                "Hint: the adapter belongs to another base model"
-            )
         a, b = (tensors[f"{name}.{kind}.weight"] for kind in ("lora_A", "lora_B"))
-        rank = lora._rank(folder, name, fields, a)
-        expected = {"lora_A": (rank, base.in_features), "lora_B": (base.out_features, rank)}
-        for kind, value in {"lora_A": a, "lora_B": b}.items():
-            if tuple(value.shape) != expected[kind]:
-                raise CheckpointError(
-                    f"{folder}: {name}.{kind}.weight: expected {list(expected[kind])}, "
-                    f"got {list(value.shape)}"
-                )
+        rank = len(a)
         alpha = lora._pattern_value(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8))
         divisor = rank**0.5 if fields.get("use_rslora") else rank
         weight = self.model.model.embed_tokens.weight
@@ -244,7 +229,8 @@ class Adapters:
             shares = enumerate(adapter.layers.get(name) for adapter in self._places)
             layer.set([(place, share) for place, share in shares if share is not None])
         device = self.model.model.embed_tokens.weight.device
-        self._columns = torch.zeros(len(self._of_row), 1, len(self._places), device=device)
+        size = len(self._of_row), 1, len(self._places)
+        self._columns = torch.zeros(size, dtype=torch.float32, device=device)
         self._only = torch.zeros_like(self._columns[:1])
         for row, adapter in enumerate(self._of_row):
             if adapter is not None:

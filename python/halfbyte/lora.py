@@ -8,7 +8,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "halfbyte_base.json"
 PREFIX = "base_model.model."
 OUTPUT_LAYER = "lm_head"
+# How the names of the biases end that train with an adapter.
+BIASES = {"none": [], "lora_only": [".base_layer.bias"], "all": [".bias"]}
+# Ways to begin, of PEFT's, that leave another base than the one that is loaded.
+CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 # Config entries whose tensors or arithmetic the layers below do not implement.
 UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "fan_in_fan_out")
 
@@ -41,7 +45,8 @@ class LoraConfig:
     expression that matches whole module paths, or a list of path suffixes or full paths.
     use_rslora: scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).
     bias: "none", "all" or "lora_only": which biases train too.
-    modules_to_save: suffixes of modules trained in full beside the adapters.
+    modules_to_save: how the paths of modules end that train in full beside the adapters: "norm"
+    means every norm.
     """
 
     r: int = 64
@@ -61,7 +66,7 @@ class LoraConfig:
             )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"LoraConfig: lora_dropout: expected [0, 1), got {self.lora_dropout}")
-        if self.bias not in ("none", "all", "lora_only"):
+        if self.bias not in BIASES:
             raise ValueError(
                 f"LoraConfig: bias: expected 'none', 'all' or 'lora_only', got {self.bias!r}"
             )
@@ -121,11 +126,12 @@ class LoRALinear(nn.Module):
         device = base_layer.weight.device
         k, n = base_layer.in_features, base_layer.out_features
         # Drawn on the CPU, so that a seed gives the same adapter on every device.
-        a = torch.empty(r, k).uniform_(-1, 1, generator=generator) / math.sqrt(k)
+        a = torch.empty(r, k, dtype=torch.float32, device="cpu")
+        a.uniform_(-1, 1, generator=generator).div_(math.sqrt(k))
         self.lora_A = nn.Linear(k, r, bias=False, device="meta")
         self.lora_B = nn.Linear(r, n, bias=False, device="meta")
         self.lora_A.weight = nn.Parameter(a.to(device))
-        self.lora_B.weight = nn.Parameter(torch.zeros(n, r, device=device))
+        self.lora_B.weight = nn.Parameter(torch.zeros(n, r, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]. Returns [..., out_features] in the base layer's output dtype."""
@@ -251,14 +257,16 @@ def inject(
         _wrap(model, name, config.r, config.lora_alpha, config, generator)
     for name in saved:
         _replace(model, name, SavedModule(model.get_submodule(name)))
-    _train_biases(model, config.bias)
     model.lora_config = config
+    for part in _parts(model).values():
+        part.requires_grad_(True)
     return model
 
 
 def _saved_names(model: nn.Module, suffixes: list[str]) -> list[str]:
-    names = [n for n, _ in model.named_modules() if any(_is_suffix(s, n) for s in suffixes)]
-    if missing := [s for s in suffixes if not any(_is_suffix(s, n) for n in names)]:
+    # PEFT's rule: unlike those of target_modules, suffixes may begin within a word.
+    names = [n for n, _ in model.named_modules() if n.endswith(tuple(suffixes))]
+    if missing := [s for s in suffixes if not any(n.endswith(s) for n in names)]:
         raise ValueError(f"LoraConfig: modules_to_save: no module matches {missing}")
     if containers := [n for n in names if next(model.get_submodule(n).children(), None)]:
         raise ValueError(
@@ -284,28 +292,34 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _train_biases(model: nn.Module, which: str) -> None:
-    for module in model.modules():
-        if which == "all" and isinstance(getattr(module, "bias", None), nn.Parameter):
-            module.bias.requires_grad_(True)
-        if which == "lora_only" and isinstance(module, LoRALinear):
-            if module.base_layer.bias is not None:
-                module.base_layer.bias.requires_grad_(True)
-
-
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Everything that trains, in module order."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter under PEFT's names: A, B, modules_to_save, trained biases."""
-    tensors = {}
+    """The adapter under PEFT's names, frozen or not: A, B, modules_to_save, biases.
+
+    Raises ValueError where something else trains, which no adapter holds.
+    """
+    parts = _parts(model)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = name.replace(".trained.", ".").replace(".base_layer.", ".")
-            tensors[PREFIX + plain] = parameter.detach()
-    return tensors
+        if parameter.requires_grad and name not in parts:
+            raise ValueError(
+                f"{name}: expected only the adapter to train, got a parameter that is no part of "
+                "it. Hint: name its module in modules_to_save, or freeze it"
+            )
+    return {PREFIX + name.replace(".trained.", "."): part.detach() for name, part in parts.items()}
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What of the model's parameters belongs to the adapter that it carries."""
+    endings = [".lora_A.weight", ".lora_B.weight", *BIASES[model.lora_config.bias]]
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(tuple(endings)) or ".trained." in name
+    }
 
 
 def save_adapter(
@@ -321,17 +335,19 @@ def save_adapter(
     the adapter trains biases of the base in place, when only the caller can have it from before.
     Raises ValueError when the model carries no adapter.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    # Names within what torch.compile returns are others.
+    model = getattr(model, "_orig_mod", model)
     config = getattr(model, "lora_config", None)
     if config is None:
         raise ValueError("save_adapter: the model carries no adapter. Hint: lora.inject it first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.float().cpu().contiguous() for k, v in adapter_tensors(model).items()}
-    _write_aside(
-        folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"})
-    )
+    # Its save_file would leave the file to its owner alone.
+    weights = save(tensors, metadata={"format": "pt"})
+    _write_aside(folder / WEIGHTS_FILE, lambda path: path.write_bytes(weights))
     fields = json.dumps(_peft_config(model, config, base_name), indent=2, sort_keys=True)
     _write_aside(folder / CONFIG_FILE, lambda path: path.write_text(fields + "\n"))
     if base_record is None and config.bias == "none":
@@ -411,25 +427,27 @@ def load_adapter(
     fields = _read_config(folder)
     tensors = _read_tensors(folder)
     if hasattr(model, "lora_config"):
-        raise ValueError("load_adapter: the model already carries an adapter")
+        raise ValueError(
+            "load_adapter: the model already carries an adapter. Hint: load the base again; an "
+            "Engine takes several"
+        )
     config = _config_of(folder, fields, trainable)
-    targets = sorted(n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n)
-    for name in targets:
-        _check_target(model, name, folder)
+    # The model is not touched before all is known to fit.
+    ranks = layers_of(model, tensors, fields, folder)
+    saved = _saved_names(model, config.modules_to_save or [])
+    _check_others(model, tensors, ranks, saved, config.bias, folder)
     if difference := _base_difference(folder, model, base_record):
         warnings.warn(difference, stacklevel=2)
     model.requires_grad_(False)
-    for name in targets:
-        rank = _rank(folder, name, fields, tensors[f"{name}.lora_A.weight"])
+    for name, rank in ranks.items():
         alpha = _pattern_value(fields.get("alpha_pattern"), name, config.lora_alpha)
         _wrap(model, name, rank, alpha, config)
-    for name in _saved_names(model, config.modules_to_save or []):
+    for name in saved:
         _replace(model, name, SavedModule(model.get_submodule(name)))
-    _train_biases(model, config.bias)
     model.lora_config = config
-    _fill(model, tensors, folder)
-    if not trainable:
-        model.requires_grad_(False)
+    for name, part in _parts(model).items():
+        part.data.copy_(tensors[_plain(name)])
+        part.requires_grad_(trainable)
     return model
 
 
@@ -482,6 +500,11 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_dropout": ("a number", _is_number),
     "rank_pattern": ("ranks by regular expressions", partial(_are_patterns, _is_rank)),
     "alpha_pattern": ("numbers by regular expressions", partial(_are_patterns, _is_number)),
+    "init_lora_weights": (
+        "one that leaves the base as it is (PEFT's save_pretrained makes plain LoRA of others by "
+        "path_initial_model_for_weight_conversion)",
+        lambda value: not str(value).lower().startswith(CHANGE_THE_BASE),
+    ),
     "modules_to_save": (
         "a list of names",
         lambda value: (
@@ -523,7 +546,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: corrupt or truncated: {error}") from None
-    plain = {name.removeprefix(PREFIX): value for name, value in tensors.items()}
+    plain = {_plain(name): value for name, value in tensors.items()}
     for name, value in plain.items():
         if "lora_" in name:
             _check_matrix(path, name, value, plain)
@@ -542,27 +565,63 @@ def _check_matrix(path: Path, name: str, value: Tensor, tensors: Mapping[str, Te
         raise CheckpointError(f"{path}: {layer}.{other}.weight: missing beside {name}")
 
 
-def _check_target(model: nn.Module, name: str, folder: Path) -> None:
-    try:
-        found = model.get_submodule(name)
-    except AttributeError:
-        found = None
-    if not isinstance(found, nn.Linear):
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE}: {name}: the model has no such linear layer. "
-            "Hint: the adapter belongs to another base model"
-        )
+def _plain(name: str) -> str:
+    """A parameter's name in the model without its adapter."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".trained.", ".")
 
 
-def _rank(folder: Path, name: str, fields: Mapping[str, Any], a: Tensor) -> int:
+def layers_of(
+    model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], folder: Path
+) -> dict[str, int]:
+    """The layers that the file has matrices for, which have to fit them, with their ranks."""
+    names = sorted(n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n)
+    return {name: _rank(model, name, tensors, fields, folder) for name in names}
+
+
+def _rank(
+    model: nn.Module,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+    folder: Path,
+) -> int:
     """The rank of a layer by its lora_A, which has to be the one that the config names."""
+    layer = _linear(model, name, folder)
     rank = _pattern_value(fields.get("rank_pattern"), name, fields["r"])
+    a = tensors[f"{name}.lora_A.weight"]
     if a.shape[0] != rank:
         raise CheckpointError(
             f"{folder}: {name}.lora_A.weight: expected rank {rank} by {CONFIG_FILE}, got "
             f"{a.shape[0]} in {list(a.shape)}. Hint: config and weights are of two adapters"
         )
+    _check_shape(f"{name}.lora_A.weight", (rank, layer.in_features), tensors, folder)
+    _check_shape(f"{name}.lora_B.weight", (layer.out_features, rank), tensors, folder)
     return rank
+
+
+def _linear(model: nn.Module, name: str, folder: Path) -> nn.Linear:
+    """The layer of that name, also beneath other adapters."""
+    try:
+        found: Any = model.get_submodule(name)
+    except AttributeError:
+        found = None
+    found = getattr(found, "base_layer", found)
+    if not isinstance(found, nn.Linear):
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: {name}: the model has no such linear layer. "
+            "Hint: the adapter belongs to another base model"
+        )
+    return found
+
+
+def _check_shape(
+    name: str, expected: tuple[int, ...], tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    shape = tuple(tensors[name].shape)
+    if shape != expected:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: {name}: expected {list(expected)}, got {list(shape)}"
+        )
 
 
 def _pattern_value(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
@@ -573,25 +632,37 @@ def _pattern_value(patterns: Mapping[str, float] | None, name: str, default: flo
     return default
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy every stored tensor into its parameter; anything left over or absent is an error."""
-    slots = {n.removeprefix(PREFIX): n for n in adapter_tensors(model)}
-    parameters = {
-        name.replace(".trained.", ".").replace(".base_layer.", "."): p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-    path = folder / WEIGHTS_FILE
-    missing = sorted(set(slots) - set(tensors))
-    unexpected = sorted(set(tensors) - set(slots))
+def _check_others(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layers: Collection[str],
+    saved: Collection[str],
+    bias: str,
+    folder: Path,
+) -> None:
+    """Raise CheckpointError unless the file holds, beside matrices, what trained with them."""
+    trained = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        with_it = leaf == "bias" and (bias == "all" or bias == "lora_only" and owner in layers)
+        if with_it or owner in saved:
+            trained[name] = tuple(parameter.shape)
+    others = [n for n in sorted(tensors) if "lora_" not in n and n not in trained]
+    missing = sorted(set(trained) - set(tensors))
+    unexpected = [name for name in others if not repeats(model, name, tensors[name])]
     if missing or unexpected:
-        raise CheckpointError(f"{path}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    for name, value in tensors.items():
-        if parameters[name].shape != value.shape:
-            raise CheckpointError(
-                f"{path}: {name}: expected {list(parameters[name].shape)}, got {list(value.shape)}"
-            )
-        parameters[name].data.copy_(value)
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE}: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    for name, shape in trained.items():
+        _check_shape(name, shape, tensors, folder)
+
+
+def repeats(model: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether an adapter's tensor is the base's own: PEFT adds the weight of an adapted head."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    own = next((p for other, p in parameters if _plain(other) == name), None)
+    return own is not None and own.shape == value.shape and torch.equal(own, value.to(own))
 
 
 def _base_difference(

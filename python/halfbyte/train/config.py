@@ -48,7 +48,7 @@ class TrainConfig:
     target_modules: "all-linear", a regular expression, or one or more names of layers.
     use_rslora: scale by lora_alpha / sqrt(lora_r) instead.
     lora_bias: "none", "all" or "lora_only": biases that train too.
-    modules_to_save: names of modules trained in full beside the adapter.
+    modules_to_save: how the names of modules end that train in full beside the adapter.
 
     dataset_format: how rows are read; None tells it from the columns and says which.
     source_max_len: tokens kept of a source (prompt).

@@ -240,7 +240,6 @@ def _add_adapter(model: Decoder, config: TrainConfig) -> None:
             )
         _warn_of_unused(config.lora, cast(LoraConfig, model.lora_config))
         return
-    _check_modules_to_save(model, config.lora.modules_to_save or [])
     inject(model, config.lora, generator=torch.Generator().manual_seed(config.seed))
 
 
@@ -255,16 +254,6 @@ def _warn_of_unused(asked: LoraConfig, carried: LoraConfig) -> None:
         warnings.warn(
             f"the model carries an adapter already; not used: {', '.join(unused)}", stacklevel=2
         )
-
-
-def _check_modules_to_save(model: Decoder, names: list[str]) -> None:
-    for path, module in model.named_modules():
-        inside = [child for child, _ in module.named_children()]
-        if inside and any(path == name or path.endswith(f".{name}") for name in names):
-            raise ValueError(
-                f"modules_to_save: expected single layers, got {path}, which holds {inside}. "
-                "hint: name those of its layers that shall train in full"
-            )
 
 
 def _alphas(model: Decoder) -> list[float]:
