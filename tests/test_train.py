@@ -25,12 +25,13 @@ import pytest
 import torch
 from tiny import tiny_folder, tiny_model, tiny_rows, write_tokenizer
 
-from halfbyte import _core
-from halfbyte.checkpoint import load
+from halfbyte import Engine, _core, quantize_4bit
+from halfbyte.checkpoint import load, save
 from halfbyte.data import Batches, DataReport, Encoder, collate, encode_rows
 from halfbyte.errors import CheckpointError, DataError
 from halfbyte.linear import Linear4bit
-from halfbyte.lora import LoraConfig, LoRALinear, inject, load_adapter
+from halfbyte.lora import LoraConfig, LoRALinear, adapter_parameters, inject, load_adapter
+from halfbyte.optim import AdamW
 from halfbyte.tokenizer import Tokenizer
 from halfbyte.train import TrainConfig, finetune, loop
 from halfbyte.train.checkpoints import (
@@ -50,6 +51,7 @@ from halfbyte.train.setup import prepare
 from halfbyte.train.world import World, join_world
 
 ROWS = tiny_rows(22)
+BLOCK = torch.linspace(-1, 1, 64)
 
 
 def config(tmp_path, **changes) -> TrainConfig:
@@ -67,6 +69,43 @@ def config(tmp_path, **changes) -> TrainConfig:
         progress=False,
     )
     return TrainConfig(**settings | changes)
+
+
+def journey(base: Path, folder: Path) -> list:
+    """What everything gives that makes tensors of its own."""
+    model = load(base, dtype=torch.bfloat16, progress=False)
+    settings = dict(temperature=0.7, top_p=0.9, repetition_penalty=1.2, logit_bias={7: 1.0}, seed=1)
+    found = [model.generate([1, 2, 3], max_new_tokens=9, **settings), quantize_4bit(BLOCK)[0]]
+    save(model, folder / "saved")
+    run = finetune(config(folder, model=folder / "saved", optim="8bit", eval_dataset_size=4))
+    tensors = adapter_values(run.adapter_dir)
+    with Engine(load(folder / "saved", progress=False), {"own": run.adapter_dir}) as engine:
+        found.append(engine.generate([1, 2, 3], adapter="own", max_new_tokens=9, logprobs=2))
+    optimizer = AdamW(adapter_parameters(run.model), state="8bit")
+    optimizer.load_state_dict(optimizer.export("torch"))
+    saved = (folder / "saved/model.safetensors").read_bytes()
+    return [*found, run.losses, run.eval_losses, saved, *tensors.values()]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")])
+def test_what_torch_makes_by_default_changes_nothing(tmp_path, default):
+    base = tiny_folder(tmp_path / "base")
+    expected = journey(base, tmp_path / "plain")
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        got = journey(base, tmp_path / "changed")
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert all(map(_same, got, expected)) and len(got) == len(expected)
+
+
+def _same(one, other) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def adapter_values(folder: Path) -> dict[str, torch.Tensor]:
@@ -337,7 +376,7 @@ def test_modules_to_save_are_layers(tmp_path):
     result = finetune(config(tmp_path, modules_to_save="lm_head", max_steps=1))
     assert "base_model.model.lm_head.weight" in adapter_values(result.adapter_dir)
     settings = dict(modules_to_save=["mlp"], target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"got model.layers.0.mlp, which holds \['gate_proj'"):
+    with pytest.raises(ValueError, match=r"got \['model.layers.0.mlp', .*Hint: name what they"):
         finetune(config(tmp_path / "b", **settings))
 
 

@@ -81,7 +81,7 @@ class DecodeStep:
         """Let the sequence that `sampling` has in a row run there: its blocks and adapter."""
         self.adapters.use(row, adapter)
         padded = [*table, *[SPARE_BLOCK] * (self.tables.shape[1] - len(table))]
-        blocks = torch.tensor(padded, dtype=torch.int32)
+        blocks = torch.tensor(padded, dtype=torch.int32, device="cpu")
         self.tables[row].copy_(blocks, non_blocking=True)
 
     def remove(self, row: int) -> None:
@@ -153,4 +153,5 @@ def _bucket(rows: int) -> int:
 
 
 def _pinned(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    return host.copy_(x, non_blocking=True)

@@ -58,7 +58,10 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if state.nested is not None:
                 yield f"{path}.nested_absmax", state.nested.absmax
                 yield f"{path}.nested_quant_map", state.nested.map
-                yield f"{path}.nested_offset", torch.tensor([state.offset])
+                yield (
+                    f"{path}.nested_offset",
+                    torch.tensor([state.offset], dtype=torch.float32, device="cpu"),
+                )
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -67,7 +67,8 @@ class Grammar:
     def __init__(self, matcher: Any, vocab_size: int, device: torch.device) -> None:
         self._matcher = matcher
         words = (vocab_size + 31) // 32
-        self.mask = torch.zeros(words, dtype=torch.int32, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self.mask = torch.zeros(words, dtype=torch.int32, device="cpu", pin_memory=pinned)
         self.fill()
 
     def fill(self) -> Tensor:

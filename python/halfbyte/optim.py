@@ -288,7 +288,7 @@ class AdamW(torch.optim.Optimizer):
         for index, param in enumerate(slab.params):
             moments = found.get(param)
             if moments is None:
-                zeros = torch.zeros(param.shape)
+                zeros = torch.zeros(param.shape, dtype=torch.float32, device="cpu")
                 moments = {"exp_avg": zeros, "exp_avg_sq": zeros}
             shape = next(value for name, value in moments.items() if name != "step").shape
             if shape.numel() != param.numel():
@@ -360,7 +360,10 @@ def _as_8bit(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _to_torch(state: dict[str, Any]) -> dict[str, Any]:
-    return {"step": torch.tensor(float(state["step"])), **_as_fp32(state)}
+    return {
+        "step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu"),
+        **_as_fp32(state),
+    }
 
 
 def _to_bitsandbytes(state: dict[str, Any]) -> dict[str, Any]:

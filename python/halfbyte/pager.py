@@ -173,11 +173,12 @@ class Slab:
         self.core.rewritten()
 
     def _empty(self, param: Tensor) -> dict[str, Tensor]:
+        values = torch.empty(param.shape, dtype=torch.float32, device="cpu")
         if self.moments == "fp32":
-            return {name: torch.empty(param.shape) for name in ("exp_avg", "exp_avg_sq")}
+            return {name: torch.empty_like(values) for name in ("exp_avg", "exp_avg_sq")}
+        codes = {n: torch.empty_like(values, dtype=torch.uint8) for n in ("state1", "state2")}
         blocks = -(-param.numel() // BLOCKSIZE)
-        codes = {name: torch.empty(param.shape, dtype=torch.uint8) for name in ("state1", "state2")}
-        return codes | {name: torch.empty(blocks) for name in ("absmax1", "absmax2")}
+        return codes | {name: values.new_empty(blocks) for name in ("absmax1", "absmax2")}
 
     def _spans(self, first: int, pages: int, name: str) -> Iterator[tuple[int, slice, slice]]:
         """(parameter, slice of its array, slice of the pages' array) for what these pages hold."""

@@ -72,8 +72,10 @@ class Prefill:
         """Write a chunk to where forwards read it; the shape of the one that it needs."""
         width = self.tables.shape[1]
         padded = [*table, *[SPARE_BLOCK] * (width - len(table))]
-        self.ids[0, : len(ids)].copy_(torch.tensor(ids), non_blocking=True)
-        self.tables[0].copy_(torch.tensor(padded, dtype=torch.int32), non_blocking=True)
+        self.ids[0, : len(ids)].copy_(torch.tensor(ids, device="cpu"), non_blocking=True)
+        self.tables[0].copy_(
+            torch.tensor(padded, dtype=torch.int32, device="cpu"), non_blocking=True
+        )
         self.lengths.fill_(start + len(ids))
         torch.add(self.places, start, out=self.positions)
         size = next(size for size in SIZES if size >= len(ids))

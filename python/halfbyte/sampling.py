@@ -207,13 +207,14 @@ class Edits(NamedTuple):
         """Let a row be that of a sequence which holds `prompt` and has replied `reply`."""
 
         def ids(tokens: Iterable[int]) -> Tensor:
-            return torch.tensor(list(tokens), dtype=torch.int64).to(self.seen.device)
+            return torch.tensor(list(tokens), dtype=torch.int64, device=self.seen.device)
 
         for table in self:
             table[row].zero_()
         self.seen[row, ids([*prompt, *reply])] = True
-        self.replied[row].index_add_(0, ids(reply), torch.ones(len(reply)).to(self.bias.device))
-        self.bias[row, ids(bias)] = torch.tensor(list(bias.values())).to(self.bias)
+        once = torch.ones_like(ids(reply), dtype=torch.float32)
+        self.replied[row].index_add_(0, ids(reply), once)
+        self.bias[row, ids(bias)] = self.bias.new_tensor(list(bias.values()))
         self.ends[row, ids(ends)] = True
 
     def apply(self, logits: Tensor, penalties: Tensor, early: Tensor) -> Tensor:
@@ -253,8 +254,8 @@ class SamplingRows:
         self.vocab_size = vocab_size
         self.tokens, self.lengths, self.running = ints(), ints(1), ints()
         # temperature, top_p, min_p; then the penalties: repetition, frequency, presence.
-        self.settings = torch.zeros(rows, 3, device=device)
-        self.penalties = torch.zeros(rows, 3, device=device)
+        self.settings = torch.zeros(rows, 3, dtype=torch.float32, device=device)
+        self.penalties = torch.zeros_like(self.settings)
         self.top_k, self.keys = ints(), ints(dtype=torch.int64)
         # Of a sequence, when its next token may be an end.
         self.first_ends = ints()
@@ -273,15 +274,14 @@ class SamplingRows:
         ends: Sequence[int],
     ) -> None:
         """Let a sequence run in a row that holds `prompt` and has replied `reply`."""
-        self.settings[row].copy_(
-            torch.tensor([sampling.temperature, sampling.top_p, sampling.min_p]), non_blocking=True
-        )
+        settings = (sampling.temperature, sampling.top_p, sampling.min_p)
+        self.settings[row].copy_(_on_host(settings), non_blocking=True)
         penalties = (
             sampling.repetition_penalty,
             sampling.frequency_penalty,
             sampling.presence_penalty,
         )
-        self.penalties[row].copy_(torch.tensor(penalties), non_blocking=True)
+        self.penalties[row].copy_(_on_host(penalties), non_blocking=True)
         self.top_k[row].fill_(min(sampling.top_k or self.vocab_size, self.vocab_size))
         self.keys[row].fill_(seed_key(seed))
         self.first_ends[row].fill_(min(len(prompt) + sampling.min_new_tokens, INT32_MAX))
@@ -343,11 +343,15 @@ class SamplingRows:
         return Sampled(reported, logprobs, alternatives)
 
 
+def _on_host(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 def _shared(slots: int, rows: int, device: torch.device) -> Tensor:
     """int32 [slots, rows] on the host, where `device` can write."""
     if device.type != "cuda":
-        return torch.zeros(slots, rows, dtype=torch.int32)
-    shared = torch.zeros(slots, rows, dtype=torch.int32, pin_memory=True)
+        return torch.zeros(slots, rows, dtype=torch.int32, device="cpu")
+    shared = torch.zeros(slots, rows, dtype=torch.int32, device="cpu", pin_memory=True)
     # A copy tells torch that the stream writes here: nobody else gets the memory before that ends.
     return shared.copy_(torch.zeros_like(shared, device=device), non_blocking=True)
 

@@ -194,7 +194,7 @@ class GGUF(Source):
         metadata = self.metadata
         factors = next((t for t in metadata.reader.tensors if t.name == ROPE_FACTORS), None)
         if factors is not None:
-            stored = torch.tensor(np.asarray(factors.data, dtype=np.float32))
+            stored = torch.from_numpy(np.array(factors.data, dtype=np.float32))
             return self._llama3_scaling(stored, theta, head_dim)
         kind = metadata.text(".rope.scaling.type", "none")
         if kind == "none":

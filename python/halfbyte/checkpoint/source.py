@@ -87,7 +87,7 @@ class Staging:
         self._device = device
         self._buffers = cycle(
             (
-                torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=on_gpu),
+                torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=on_gpu),
                 torch.cuda.Event() if on_gpu else None,
             )
             for _ in range(2)

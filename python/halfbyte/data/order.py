@@ -39,7 +39,7 @@ def grouped_by_length(
     that does not suffice shows in the first step.
     """
     mega = max(1, min(len(lengths) // (batch_size * 4), MEGA_BATCH)) * batch_size
-    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    shuffled = torch.randperm(len(lengths), generator=generator, device="cpu").tolist()
     batches = [shuffled[start : start + mega] for start in range(0, len(shuffled), mega)]
     batches = [sorted(batch, key=lambda row: lengths[row], reverse=True) for batch in batches]
     longest = max(range(len(batches)), key=lambda number: lengths[batches[number][0]])
@@ -95,4 +95,4 @@ def epoch_order(batches: Batches, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(batches.seed + epoch)
     if batches.group_by_length:
         return grouped_by_length(batches.lengths, batches.rows_per_step, generator)
-    return torch.randperm(len(batches.lengths), generator=generator).tolist()
+    return torch.randperm(len(batches.lengths), generator=generator, device="cpu").tolist()

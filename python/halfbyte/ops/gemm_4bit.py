@@ -50,7 +50,7 @@ def _pieces(packed: Tensor, state: QuantState) -> Iterator[tuple[slice, Tensor]]
     span = state.blocksize * NESTED_BLOCKSIZE
     step = span // math.gcd(span, k)
     rows = step * max(1, PIECE // max(1, step * k))
-    buffer = torch.empty(min(rows, n), k)
+    buffer = torch.empty(min(rows, n), k, dtype=torch.float32, device=packed.device)
     codes = packed.view(-1)
     absmax, nested_absmax, nested_map, offset = state.scale_args()
     for first in range(0, n, rows):
@@ -145,7 +145,8 @@ def _forward(x: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     state = _state(*scales, quant_type, blocksize, (n, k))
     if x.is_cuda or _multiplies(x.dtype):
         return torch.mm(x, values(packed, state, x.dtype).t())
-    rows, out = x.float(), torch.empty(m, n)
+    rows = x.float()
+    out = rows.new_empty(m, n)
     for part, weight in _pieces(packed, state):
         torch.mm(rows, weight.t(), out=out[:, part])
     return out.to(x.dtype)
@@ -182,7 +183,8 @@ def _backward(grad_y: Tensor, packed: Tensor, *scales_and_sizes) -> Tensor:
     state = _state(*scales, quant_type, blocksize, (n, k))
     if grad_y.is_cuda or _multiplies(grad_y.dtype):
         return torch.mm(grad_y, values(packed, state, grad_y.dtype))
-    rows, out = grad_y.float(), torch.zeros(m, k)
+    rows = grad_y.float()
+    out = rows.new_zeros(m, k)
     for part, weight in _pieces(packed, state):
         out.addmm_(rows[:, part], weight)
     return out.to(grad_y.dtype)

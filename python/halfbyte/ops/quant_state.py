@@ -93,14 +93,14 @@ class QuantState:
             )
         tensors = {
             f"{prefix}.absmax": self.absmax,
-            f"{prefix}.quant_map": torch.tensor(_core.codebook(self.quant_type)),
+            f"{prefix}.quant_map": _codebook(self.quant_type),
         }
         if self.nested is not None:
             tensors[f"{prefix}.nested_absmax"] = self.nested.absmax
             tensors[f"{prefix}.nested_quant_map"] = self.nested.map.clone()
         blob = json.dumps(self._json()).encode()
         tensors[f"{prefix}.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
-            list(blob), dtype=torch.uint8
+            list(blob), dtype=torch.uint8, device="cpu"
         )
         return tensors
 
@@ -221,10 +221,14 @@ def _take(tensors: dict[str, Tensor], key: str, dtype: torch.dtype, numel: int) 
     return tensor
 
 
+def _codebook(quant_type: str) -> Tensor:
+    return torch.tensor(_core.codebook(quant_type), dtype=torch.float32, device="cpu")
+
+
 def _check_codebook(prefix: str, tensors: dict[str, Tensor], quant_type: str) -> None:
     """The kernels hold the codebook as constants, so another one must not pass unnoticed."""
     stored = _take(tensors, f"{prefix}.quant_map", torch.float32, 16).tolist()
-    if stored != torch.tensor(_core.codebook(quant_type)).tolist():
+    if stored != _codebook(quant_type).tolist():
         raise CheckpointError(
             f"{prefix}.quant_map: expected the {quant_type} codebook, got {stored}"
         )

@@ -340,7 +340,7 @@ def _gradients(run: Run) -> list[Tensor]:
 
 def _sum_over_ranks(run: Run, losses: list[Tensor], stop: StopRequest) -> tuple[Tensor, bool]:
     """The loss of the step, after adding up gradients and losses of all ranks."""
-    loss = torch.zeros((), device=run.world.device)
+    loss = torch.zeros((), dtype=torch.float32, device=run.world.device)
     for part in losses:
         loss += part
     asked = torch.tensor(float(stop.signum is not None), device=run.world.device)
