@@ -6,6 +6,8 @@ import asyncio
 import copy
 import gc
 import random
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -29,6 +31,25 @@ from halfbyte import Engine, LoraConfig, Sampling, lora, optim
 from halfbyte.capture import Captured
 from halfbyte.engine import eos_ids
 from halfbyte.errors import ContextLengthError, QueueFullError
+
+FORKED = """
+import asyncio, os, time, torch, halfbyte
+engine = halfbyte.Engine(halfbyte.load("{base}", progress=False))
+
+def reply():
+    awaited = asyncio.wait_for(engine.agenerate([1, 2], max_new_tokens=5), 30)
+    return asyncio.run(awaited).token_ids
+
+expected = reply()
+while engine._work.is_set():  # its thread has yet to find that nothing is left to do
+    time.sleep(0.01)
+time.sleep(0.1)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if reply() == expected else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +344,29 @@ def test_a_loop_that_ends_early_disturbs_no_one(model):
     loop.run_until_complete(pieces.__anext__())
     loop.close()
     assert len(engine.generate([2], max_new_tokens=150).token_ids) == 150
+
+
+def test_a_second_reader_of_a_stream_is_refused(model):
+    async def main() -> list:
+        stream = Engine(model, max_batch=1).stream([1], max_new_tokens=20)
+
+        async def read() -> str:
+            return "".join([piece async for piece in stream])
+
+        readers = asyncio.gather(read(), read(), return_exceptions=True)
+        return await asyncio.wait_for(readers, 30)
+
+    text, error = asyncio.run(main())
+    assert text == Engine(model, max_batch=1).generate([1], max_new_tokens=20).text
+    assert isinstance(error, RuntimeError) and "one task" in str(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="os.fork is not safe elsewhere")
+def test_a_forked_engine_has_a_thread_of_its_own(tmp_path):
+    tiny_folder(tmp_path / "base")
+    program = FORKED.format(base=tmp_path / "base")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "0\n", run.stderr
 
 
 def test_an_engine_and_its_thread_end_with_their_last_user(model):

@@ -84,6 +84,8 @@ class Stream:
         return self._request.pieces.popleft()
 
     async def __aiter__(self) -> AsyncIterator[str]:
+        if self._request.listener is not None:
+            raise RuntimeError("the stream is being read already. Hint: let one task read it")
         try:
             async for item in self._engine.arrivals([self._request]):
                 if item is not None and item[1] is not None:
@@ -474,13 +476,16 @@ class Engine:
                 if left:
                     await arrived.wait()
         finally:
+            for request in requests:
+                request.listener = None
             if beating:
                 beating.cancel()
 
     def _drive(self) -> None:
         """Have a thread of its own step the engine from now on."""
         self._work.set()
-        if self._driver is None:
+        # A forked process has none of the threads.
+        if self._driver is None or not self._driver.is_alive():
             self._driver = threading.Thread(
                 target=_drive, args=(weakref.ref(self),), name="halfbyte-engine", daemon=True
             )

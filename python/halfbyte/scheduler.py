@@ -324,8 +324,9 @@ def _tell(request: Request, piece: str) -> None:
     if piece:
         request.pieces.append(piece)
     request.done = request.reply.finish_reason is not None
-    if request.listener is not None and (piece or request.done):
-        request.listener()
+    listener = request.listener
+    if listener is not None and (piece or request.done):
+        listener()
 
 
 def _not_finite(request: Request) -> FloatingPointError:
