@@ -360,6 +360,8 @@ def test_wrong_arguments_are_named():
     model, ids = decoder(), token_ids(1, 5)
     with pytest.raises(ValueError, match=r"ids: expected \[B, T\]"):
         model(ids[0])
+    with pytest.raises(ValueError, match=r"ids: expected .*, got \[0, 5\]"):
+        model(ids[:0])
     with pytest.raises(ValueError, match="labels: expected the shape of ids"):
         model(ids, labels=ids[:, :3])
     with pytest.raises(ValueError, match="neither cache nor last_only"):

@@ -124,6 +124,18 @@ def test_bad_options(kwargs):
         AdamW([torch.nn.Parameter(torch.ones(2))], **kwargs)
 
 
+def test_parameters_that_cannot_train_are_refused():
+    weights = [torch.nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)]
+    with pytest.raises(ValueError, match="got torch.uint8 .* Hint: lora.adapter_parameters"):
+        AdamW(weights)
+
+
+def test_a_copy_that_would_lose_the_state_is_refused():
+    optimizer, _, _ = trained("fp32")
+    with pytest.raises(TypeError, match="saved by its state_dict"):
+        copy.deepcopy(optimizer)
+
+
 def trained(state, n=(8192, 77), dtype=torch.float32):
     """An optimizer after three steps, with its parameters and two more gradients."""
     params, grads = problem("cpu", n=n, dtype=dtype)

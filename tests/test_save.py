@@ -254,6 +254,12 @@ def test_int4_has_no_file_format(source, tmp_path):
         quantize(source, tmp_path / "out", "int4")
 
 
+def test_a_compiled_model_is_saved_as_the_model(source, tmp_path):
+    model = load_cpu(source)
+    save(torch.compile(model, backend="eager"), tmp_path / "out")
+    assert fingerprint(load_cpu(tmp_path / "out")) == fingerprint(model)
+
+
 def test_adapters_are_not_dropped_silently(source, tmp_path):
     model = inject(load_cpu(source), LoraConfig(r=2))
     with pytest.raises(ValueError, match="got one that carries an adapter. Hint: save the adapter"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.ops import dequantize_blockwise, dynamic_map, quantize_blockwise
+from halfbyte.ops.quantize_4bit import FLOAT_DTYPES
 from halfbyte.pager import BLOCKSIZE, Pager, Slab
 
 # As bitsandbytes: below this an 8-bit state saves nothing worth its noise.
@@ -103,6 +104,11 @@ class AdamW(torch.optim.Optimizer):
         """Give parameters pages, a slab for each device and format."""
         slabs: dict[tuple[torch.device, str], list[Tensor]] = {}
         for param in params:
+            if param.dtype not in FLOAT_DTYPES:
+                raise ValueError(
+                    f"AdamW: params: expected fp32, fp16 or bf16, got {param.dtype} "
+                    f"{list(param.shape)}. Hint: lora.adapter_parameters(model) is what trains"
+                )
             small = param.numel() < MIN_8BIT_SIZE
             slabs.setdefault((param.device, "fp32" if small else self.state_kind), []).append(param)
         for (_, moments), members in slabs.items():
@@ -224,6 +230,12 @@ class AdamW(torch.optim.Optimizer):
         self.grad_norm = torch.nn.utils.get_total_norm(grads)
         scale = (self.max_grad_norm / (self.grad_norm.float() + 1e-6)).clamp(max=1.0).reshape(1)
         return {device: scale.to(device) for device in {grad.device for grad in grads}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "AdamW: expected to be saved by its state_dict(), got a copy or a pickle of the whole, "
+            "whose state lies in pages"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """torch's layout of groups and states; the moments are CPU tensors, wherever they were.

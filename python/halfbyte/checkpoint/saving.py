@@ -61,6 +61,8 @@ def save(
     CheckpointError for int4 layers, which no file format has, ValueError when the model carries
     an adapter.
     """
+    # Names within what torch.compile returns are others.
+    model = getattr(model, "_orig_mod", model)
     target = Path(folder).expanduser().resolve()
     with _aside(target, overwrite, model.source) as aside:
         _write(model, aside, max_shard_bytes)

@@ -188,7 +188,9 @@ class Decoder(nn.Module):
     """A causal language model of the Llama, Mistral, Qwen2 or Qwen3 family.
 
     Parameters have the names of transformers' checkpoints. `gradient_checkpointing = True` makes a
-    training forward keep one activation per layer and recompute the rest in the backward.
+    training forward keep one activation per layer and recompute the rest in the backward, which
+    then has to be `loss.backward()`: torch finds no way to the layers' parameters where it is given
+    `inputs`, nor does torch.autograd.grad.
     """
 
     generate: Callable[..., Any]
@@ -258,8 +260,8 @@ class Decoder(nn.Module):
     def _check(
         self, ids: Tensor, labels: Tensor | None, cache: CacheStep | None, last_only: bool
     ) -> None:
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"ids: expected [B, T] with T >= 1, got {list(ids.shape)}")
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise ValueError(f"ids: expected [B, T], both at least 1, got {list(ids.shape)}")
         if labels is None:
             return
         if labels.shape != ids.shape:
