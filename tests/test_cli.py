@@ -215,6 +215,21 @@ def test_a_single_target_module_is_a_name(base, trained, tmp_path):
     assert state["config"]["save_total_limit"] is None
 
 
+def test_no_color_means_none(base, monkeypatch):
+    words = ["quantize", str(base), "out", "--dtype", "int8"]
+    assert "\x1b[" in CliRunner().invoke(cli.app, words, color=True).output
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[" not in CliRunner().invoke(cli.app, words, color=True).output
+
+
+def test_a_chat_whose_standard_input_is_closed_ends(base, monkeypatch):
+    from halfbyte.chat import Conversation, repl
+    from halfbyte.checkpoint import load
+
+    monkeypatch.setattr("sys.stdin", None)
+    repl(Conversation(load(base, progress=False)))
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     from halfbyte import doctor
 

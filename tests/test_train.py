@@ -780,6 +780,17 @@ def test_a_save_that_fails_names_the_folder_and_leaves_nothing(tmp_path, monkeyp
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to Linux's /dev/full")
+def test_measurements_on_a_full_disk_name_their_file(tmp_path):
+    run = Monitor(config(tmp_path), tmp_path, main=True, shown=False)
+    run.start(0, 1)
+    run.file.close()
+    run.file = open("/dev/full", "w")
+    for write in (partial(run.row, {"step": 1}), run.close):
+        with pytest.raises(OSError, match="metrics.jsonl could not be written: .*No space left"):
+            write()
+
+
 def test_prune_counts_intact_checkpoints_and_keeps_what_was_just_written(tmp_path):
     for step in (1, 2, 3, 4, 5, 9):
         write_checkpoint(tmp_path / f"checkpoint-{step}", fill)

@@ -211,7 +211,7 @@ class _Terminal:
         self.console = console or Console()
 
     def run(self) -> None:
-        if sys.stdin.isatty():
+        if _asks():
             self._note("/help lists the commands, Ctrl-D leaves")
         for line in self._lines():
             try:
@@ -222,8 +222,8 @@ class _Terminal:
                 self._note(f"{error}", "red")
 
     def _lines(self) -> Iterator[str]:
-        if not sys.stdin.isatty():
-            yield from (line.rstrip("\r\n") for line in sys.stdin)
+        if not _asks():
+            yield from (line.rstrip("\r\n") for line in sys.stdin or ())
             return
         with suppress(ImportError):
             import readline  # noqa: F401  gives input() a history and keys to edit with
@@ -307,6 +307,11 @@ class _Terminal:
             used = len(_tokenizer(conversation.model).chat_ids(conversation.history))
         context = conversation.model.config.max_position_embeddings
         return "\n".join([*lines, f"length: {len(turns)} messages, {used} of {context} tokens"])
+
+
+def _asks() -> bool:
+    """Whether a person sits there; standard input may be closed."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _file(name: str) -> Path:

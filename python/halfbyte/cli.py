@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -41,12 +42,18 @@ class Commands(TyperGroup):
             except SHOWN_PLAINLY as error:
                 if ctx.params["debug"] or isinstance(error, BrokenPipeError):
                     raise
-                typer.secho(f"error: {error}", fg="red", bold=True, err=True)
+                _complain(f"error: {error}", fg="red", bold=True)
                 raise typer.Exit(1) from None
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    typer.secho(f"warning: {message}", fg="yellow", err=True)
+    _complain(f"warning: {message}", fg="yellow")
+
+
+def _complain(text: str, **style: Any) -> None:
+    # Of the libraries beneath, rich alone heeds it (https://no-color.org).
+    color = False if os.environ.get("NO_COLOR") else None
+    typer.secho(text, err=True, color=color, **style)
 
 
 app = typer.Typer(

@@ -7,7 +7,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def unwritten(path: Path, error: Exception) -> OSError:
         f"{path} could not be written: {error}. hint: see that the disk has room and the folder "
         "may be written; checkpoints from before are as they were"
     )
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Say which file an error of the block is about: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritten(path, error) from error
 
 
 def _write_aside(aside: Path, fill: Callable[[Path], None]) -> None:

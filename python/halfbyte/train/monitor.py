@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
+from halfbyte.train.checkpoints import named
 from halfbyte.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -80,8 +81,9 @@ class Monitor:
         """Open metrics.jsonl and trackers after `step`, show the bar; returns the rows so far."""
         if not self.main:
             return []
-        rows = keep_rows(self.path, step)
-        self.file = self.path.open("a")
+        with named(self.path):
+            rows = keep_rows(self.path, step)
+            self.file = self.path.open("a")
         self.trackers = [new(step) for new in self.new_trackers]
         if self.shown and sys.stderr.isatty():
             self.bar = _bar()
@@ -93,8 +95,9 @@ class Monitor:
         """Record the measurements after a step."""
         if self.file is None:
             return
-        self.file.write(_line(values))
-        self.file.flush()
+        with named(self.path):
+            self.file.write(_line(values))
+            self.file.flush()
         if self.bar is not None and "loss" in values:
             self.bar.update(self.task, completed=values["step"], numbers=_sentence(values))
         if "loss" in values and values["step"] % self.logging_steps:
@@ -113,12 +116,13 @@ class Monitor:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        if self.file is not None:
-            self.file.close()
-            self.file = None
         for _, close in self.trackers:
             close()
         self.trackers = []
+        file, self.file = self.file, None
+        if file is not None:
+            with named(self.path):
+                file.close()
 
 
 def _sentence(values: dict[str, Any]) -> str:
