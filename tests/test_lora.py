@@ -456,6 +456,18 @@ def test_merge_keeps_the_delta_and_can_use_the_original():
     assert not torch.allclose(merged, base + delta, atol=1e-3)
 
 
+@pytest.mark.parametrize("change", [lambda x: None, lambda x: x[:1]])
+def test_merge_into_another_model_is_refused_and_changes_nothing(change):
+    model = shake(lora.inject(decoder(), LoraConfig(r=4)))
+    expected = logits(model)
+    original = {n: p.detach() for n, p in decoder(quantized=False).named_parameters()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    original[name] = change(original[name])
+    with pytest.raises(CheckpointError, match=f"{name}: expected .96, 64., got"):
+        lora.merge(model, torch.float32, original)
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.parametrize("kwargs, word", [({"r": 0}, "r"), ({"lora_dropout": 1.0}, "lora_dropout"),
                                           ({"lora_alpha": math.nan}, "lora_alpha"),
                                           ({"bias": "some"}, "bias")])  # fmt: skip

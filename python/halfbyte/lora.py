@@ -700,7 +700,11 @@ def merge(
     by parameter name ("model.layers.0.self_attn.q_proj.weight") to add the delta to instead;
     the result then differs from the trained model by the quantization error. Never re-quantizes:
     a second rounding to 4 bits drops nearly all of a normal fine-tune.
+
+    Raises CheckpointError where `original` has not the weights of this model.
     """
+    if original is not None:
+        _check_original(model, original)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear | Linear4bit) and not name.endswith(".base_layer"):
             _replace(model, name, _merged_linear(module, name, dtype, original))
@@ -713,6 +717,20 @@ def merge(
     if hasattr(model, "lora_config"):
         del model.lora_config
     return model
+
+
+def _check_original(model: nn.Module, original: Mapping[str, Tensor]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear | Linear4bit) and not name.endswith(".base_layer"):
+            base = module.base_layer if isinstance(module, LoRALinear) else module
+            found = original.get(f"{name}.weight")
+            expected = [base.out_features, base.in_features]
+            if found is None or list(found.shape) != expected:
+                raise CheckpointError(
+                    f"merge: original: {name}.weight: expected {expected}, got "
+                    f"{'none' if found is None else list(found.shape)}. Hint: it has to be the "
+                    "model that was quantized, in 16 bits"
+                )
 
 
 def _merged_linear(module, name: str, dtype: torch.dtype, original) -> nn.Linear:
