@@ -215,6 +215,23 @@ def test_a_single_target_module_is_a_name(base, trained, tmp_path):
     assert state["config"]["save_total_limit"] is None
 
 
+def test_a_home_folder_that_no_shell_has_expanded(base, monkeypatch, tmp_path):
+    """As in --output-dir=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DATA))
+    (tmp_path / "base").symlink_to(base)
+    options = "--output-dir=~/run --max-steps 1 --lora-r 4 --device cpu"
+    result = run("finetune", "~/base", "~/data.jsonl", *options.split())
+    assert result.exit_code == 0, result.output
+    result = run("merge", "~/base", "~/run/adapter", "~/merged", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    chat = run("chat", "~/base", "--adapter=~/run/adapter", "--device", "cpu", stdin="hi\n")
+    assert chat.exit_code == 0, chat.output
+    folders = cli._named_folders(["a=~/run/adapter"], "base")
+    halfbyte.Engine(load(base, progress=False), folders, max_batch=1).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "data.jsonl", "merged", "run"}
+
+
 def test_no_color_means_none(base, monkeypatch):
     words = ["quantize", str(base), "out", "--dtype", "int8"]
     assert "\x1b[" in CliRunner().invoke(cli.app, words, color=True).output

@@ -165,7 +165,7 @@ class Adapters:
                 "adapters: expected a base model without an adapter of its own. Hint: load the "
                 "base again, or leave out `adapters` to use the one that it carries"
             )
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         fields, tensors = lora._read_config(folder), lora._read_tensors(folder)
         for key in sorted(tensors):
             if "lora_" not in key and not lora.repeats(self.model, key, tensors[key]):

@@ -160,11 +160,11 @@ class Conversation:
         """Write {"messages", "sampling"} as JSON; the messages are also a row to train on."""
         saved = {"messages": self.history, "sampling": asdict(self.sampling)}
         text = json.dumps(saved, ensure_ascii=False, indent=2) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).expanduser().write_text(text, encoding="utf-8")
 
     def load(self, path: str | Path) -> None:
         """Go on with what `save` wrote. Raises ValueError for another kind of file."""
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8")
         try:
             messages, sampling = _parse(json.loads(text))
         except (ValueError, TypeError, KeyError) as error:
@@ -317,7 +317,7 @@ def _asks() -> bool:
 def _file(name: str) -> Path:
     if not name:
         raise ValueError("expected the name of a file")
-    return Path(name).expanduser()
+    return Path(name)
 
 
 def _with_setting(sampling: Sampling, text: str) -> Sampling:

@@ -310,7 +310,7 @@ def run(model: str | None, output_dir: Path, device: str | None) -> None:
     chats = read_notes("heldout.jsonl")
     before = _timed_score(decoder, chats, "before", say)
     loaded = memory_in_use(where)
-    folder = output_dir / time.strftime("%Y-%m-%d-%H%M%S")
+    folder = output_dir.expanduser() / time.strftime("%Y-%m-%d-%H%M%S")
     result = finetune(train_config(decoder, folder))
     after = _timed_score(result.model, chats, "after", say)
     console.print(_examples(chats, before, after))

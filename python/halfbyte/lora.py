@@ -342,7 +342,7 @@ def save_adapter(
     config = getattr(model, "lora_config", None)
     if config is None:
         raise ValueError("save_adapter: the model carries no adapter. Hint: lora.inject it first")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.float().cpu().contiguous() for k, v in adapter_tensors(model).items()}
     # Its save_file would leave the file to its owner alone.
@@ -423,7 +423,7 @@ def load_adapter(
     Raises CheckpointError naming file and tensor for a missing or corrupt file, a tensor that
     does not fit the model, and adapter kinds other than LoRA.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     fields = _read_config(folder)
     tensors = _read_tensors(folder)
     if hasattr(model, "lora_config"):

@@ -33,7 +33,7 @@ def read_rows(path: str | Path) -> list[Any]:
 
     Raises FileNotFoundError, DataError (unknown extension, not UTF-8, damaged file), ImportError.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"data file {path} {what}")

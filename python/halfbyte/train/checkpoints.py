@@ -158,7 +158,7 @@ def find_checkpoint(output_dir: Path, resume: bool | str | Path) -> tuple[Path |
             notes = "".join(f"\n{line}" for line in passed_over)
             raise FileNotFoundError(f"resume: no complete checkpoint in {output_dir}{notes}")
         return folder, passed_over
-    folder = Path(resume)
+    folder = Path(resume).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"resume: {folder} is not a checkpoint folder")
     if reason := damage(folder):

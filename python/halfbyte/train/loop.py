@@ -72,7 +72,7 @@ def finetune(config: TrainConfig) -> TrainResult:
     device = config.device
     if device is None and isinstance(config.model, Decoder):
         device = config.model.model.embed_tokens.weight.device
-    output_dir = Path(config.output_dir)
+    output_dir = Path(config.output_dir).expanduser()
     with (
         join_world(device) as world,
         _deterministic(config.deterministic, world.device),
