@@ -11,7 +11,7 @@ import pytest
 from engines import ADAPTERS, base_model, fully_free, write_adapters
 from test_generate import byte_tokenizer, tiny  # noqa: F401
 
-from halfbyte import Engine, LoraConfig, Sampling, lora
+from halfbyte import Engine, LoraConfig, Sampling, checkpoint, lora
 from halfbyte.errors import AdapterNotFoundError, CheckpointError, QueueFullError
 
 
@@ -189,6 +189,21 @@ def test_close_gives_the_model_back(adapters, byte_tokenizer):  # noqa: F811
         with pytest.raises(RuntimeError, match="the engine was closed. Hint: make a new one"):
             work()
     assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_model_under_adapters_is_left_alone(adapters, byte_tokenizer, tmp_path):  # noqa: F811
+    folders, _ = adapters
+    model = base_model(byte_tokenizer)
+    with Engine(model, adapters=folders):
+        for work in (
+            lambda: lora.inject(model, LoraConfig(r=2)),
+            lambda: lora.load_adapter(model, folders["one"]),
+            lambda: lora.merge(model),
+            lambda: checkpoint.save(model, tmp_path / "saved"),
+        ):
+            with pytest.raises(ValueError, match="Hint: engine.close.. gives the model back"):
+                work()
+    checkpoint.save(lora.merge(lora.inject(model, LoraConfig(r=2))), tmp_path / "saved")
 
 
 def test_a_with_block_closes(adapters, byte_tokenizer):  # noqa: F811

@@ -166,8 +166,8 @@ FORBIDDEN = {
     "no notes to self": r"\b(TODO|FIXME|XXX)\b",
     "nothing downloads code to run": r"trust_remote_code=True",
 }
-# The user's cache folder, torchrun's variables and cuBLAS' workspace are others' conventions.
-READS_ENVIRONMENT = {"demo.py", "world.py", "loop.py"}
+# The user's cache folder, NO_COLOR, torchrun's variables and cuBLAS' workspace are others'.
+READS_ENVIRONMENT = {"cli.py", "demo.py", "world.py", "loop.py"}
 
 
 @pytest.mark.parametrize("rule", FORBIDDEN)

@@ -244,10 +244,12 @@ def inject(
     """Freeze `model`, wrap its target layers in LoRALinear, in place; returns the model.
 
     generator: source of A's initial values (a CPU generator).
-    Raises ValueError when the model already carries an adapter or a target matches nothing.
+    Raises ValueError when the model already carries an adapter, an engine has some over it, or a
+    target matches nothing.
     """
     if hasattr(model, "lora_config"):
         raise ValueError("inject: the model already carries an adapter. Hint: load the base again")
+    check_own_layers(model, "inject")
     names = target_names(model, config.target_modules)
     saved = _saved_names(model, config.modules_to_save or [])
     if both := sorted(set(names) & set(saved)):
@@ -261,6 +263,16 @@ def inject(
     for part in _parts(model).values():
         part.requires_grad_(True)
     return model
+
+
+def check_own_layers(model: nn.Module, purpose: str) -> None:
+    """Raise ValueError where an engine has put its adapters round the model's layers."""
+    wrapped = any(hasattr(module, "base_layer") for module in model.modules())
+    if wrapped and not hasattr(model, "lora_config"):
+        raise ValueError(
+            f"{purpose}: an engine has adapters over the model's layers. Hint: engine.close() "
+            "gives the model back as it was"
+        )
 
 
 def _saved_names(model: nn.Module, suffixes: list[str]) -> list[str]:
@@ -431,6 +443,7 @@ def load_adapter(
             "load_adapter: the model already carries an adapter. Hint: load the base again; an "
             "Engine takes several"
         )
+    check_own_layers(model, "load_adapter")
     config = _config_of(folder, fields, trainable)
     # The model is not touched before all is known to fit.
     ranks = layers_of(model, tensors, fields, folder)
@@ -703,6 +716,7 @@ def merge(
 
     Raises CheckpointError where `original` has not the weights of this model.
     """
+    check_own_layers(model, "merge")
     if original is not None:
         _check_original(model, original)
     for name, module in list(model.named_modules()):

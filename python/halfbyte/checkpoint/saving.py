@@ -22,6 +22,7 @@ from halfbyte.checkpoint.loading import Settings, checked_device, load_source, o
 from halfbyte.errors import CheckpointError
 from halfbyte.fingerprint import stored_state
 from halfbyte.linear import Linear4bit
+from halfbyte.lora import check_own_layers
 from halfbyte.models import Decoder
 from halfbyte.ops.quant_state import FILE_QUANT_TYPES
 from halfbyte.tokenizer.folder import read_json
@@ -110,6 +111,7 @@ def _write(model: Decoder, folder: Path, max_shard_bytes: int) -> None:
             "save: expected a plain model, got one that carries an adapter. "
             "Hint: save the adapter with lora.save_adapter, or lora.merge it first"
         )
+    check_own_layers(model, "save")
     tensors = _file_tensors(model)
     _write_json(folder / "config.json", _file_config(model))
     if model.generation_config:
