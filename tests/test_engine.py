@@ -271,6 +271,25 @@ def test_cancelled_streams_give_back_what_they_held(model):
     assert fully_free(engine)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
+def test_a_batch_that_was_interrupted_leaves_nothing_behind(model, monkeypatch, error):
+    engine = Engine(model, max_batch=4)
+    advance, calls = engine._advance, []
+
+    def interrupted(request) -> bool:
+        calls.append(request)
+        if len(calls) == 3:
+            raise error
+        return advance(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_advance", interrupted)
+        with pytest.raises(error):
+            engine.generate([[1], [2], [3]], max_new_tokens=200)
+    engine.generate([4], max_new_tokens=1)
+    assert fully_free(engine)
+
+
 def test_a_forgotten_stream_is_cancelled(model):
     engine = Engine(model, max_batch=1)
     pieces = engine.stream([1, 2], max_new_tokens=200)

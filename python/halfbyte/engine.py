@@ -67,7 +67,7 @@ class Stream:
 
     Afterwards (and so far, meanwhile): finish_reason, "stop" (eos or stop string), "length",
     "context" or, after close(), "cancelled"; token_ids; logprobs; usage, token counts named as in
-    OpenAI's API. Also an async iterator, fed by the engine's own thread.
+    OpenAI's API. `async for` works too, fed by the engine's own thread.
     """
 
     def __init__(self, engine: Engine, request: Request, model: Decoder) -> None:
@@ -263,7 +263,7 @@ class Engine:
         adapter: str | None = None,
         **overrides: Any,
     ) -> Stream:
-        """Like `generate` for one prompt, as an iterator over its text; also an async iterator.
+        """Like `generate` for one prompt, as an iterator over its text, also for `async for`.
 
         Raises ValueError when the model has no tokenizer.
         """
@@ -358,10 +358,15 @@ class Engine:
 
     def run(self, requests: Sequence[Request]) -> None:
         """Work until all these requests are done. Raises the first one's error, if any has one."""
-        for request in requests:
-            while self._advance(request):
-                # Where many wait, text is read from the reply at the end.
-                request.pieces.clear()
+        try:
+            for request in requests:
+                while self._advance(request):
+                    # Where many wait, text is read from the reply at the end.
+                    request.pieces.clear()
+        finally:
+            # After an error or Ctrl-C nobody waits for the others.
+            for request in requests:
+                request.cancelled = True
 
     def refresh(self) -> None:
         """Follow the model's weights, which have changed: forget cached prefixes, and where they
