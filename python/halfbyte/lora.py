@@ -353,7 +353,10 @@ def save_adapter(
     model = getattr(model, "_orig_mod", model)
     config = getattr(model, "lora_config", None)
     if config is None:
-        raise ValueError("save_adapter: the model carries no adapter. Hint: lora.inject it first")
+        raise ValueError(
+            "save_adapter: the model carries no adapter. Hint: lora.inject it first; of a wrapper "
+            "such as DistributedDataParallel pass its `module`"
+        )
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.float().cpu().contiguous() for k, v in adapter_tensors(model).items()}
