@@ -378,6 +378,11 @@ DAMAGES = {
     "alpha": (lora.CONFIG_FILE, {"lora_alpha": "x"}, "lora_alpha: expected a number, got 'x'"),
     "huge alpha": (lora.CONFIG_FILE, {"lora_alpha": 1e300}, "lora_alpha: expected a number"),
     "dropout": (lora.CONFIG_FILE, {"lora_dropout": [1]}, "lora_dropout: expected a number"),
+    "other rule": (
+        lora.CONFIG_FILE,
+        {"alora_invocation_tokens": [5]},
+        "['alora_invocation_tokens']",
+    ),
     "other base": (lora.CONFIG_FILE, {"init_lora_weights": "pissa_niter_4"}, "leaves the base"),
     "pattern": (lora.CONFIG_FILE, {"rank_pattern": {"(": 4}}, "rank_pattern: expected"),
     "pattern list": (lora.CONFIG_FILE, {"rank_pattern": [1]}, "rank_pattern: expected ranks"),

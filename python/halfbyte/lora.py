@@ -34,7 +34,16 @@ BIASES = {"none": [], "lora_only": [".base_layer.bias"], "all": [".bias"]}
 # Ways to begin, of PEFT's, that leave another base than the one that is loaded.
 CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 # Config entries whose tensors or arithmetic the layers below do not implement.
-UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "fan_in_fan_out")
+UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+)
 
 
 @dataclasses.dataclass(frozen=True)
