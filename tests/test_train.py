@@ -372,6 +372,17 @@ def test_target_modules_are_a_name_a_path_a_list_or_a_regular_expression(tmp_pat
         first_targets(tmp_path, "q_projj")
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_that_wants_no_gradients_gets_a_run_all_the_same(tmp_path, mode):
+    base = tiny_folder(tmp_path / "base")
+    expected = finetune(config(tmp_path / "plain", model=base, max_steps=2))
+    with mode():
+        assert not torch.is_grad_enabled()
+        run = finetune(config(tmp_path, model=base, max_steps=2))
+        assert not torch.is_grad_enabled()
+    assert run.losses == expected.losses
+
+
 def test_modules_to_save_are_layers(tmp_path):
     result = finetune(config(tmp_path, modules_to_save="lm_head", max_steps=1))
     assert "base_model.model.lm_head.weight" in adapter_values(result.adapter_dir)

@@ -75,6 +75,8 @@ def finetune(config: TrainConfig) -> TrainResult:
     output_dir = Path(config.output_dir).expanduser()
     with (
         join_world(device) as world,
+        torch.inference_mode(False),
+        torch.enable_grad(),
         _deterministic(config.deterministic, world.device),
         ExitStack() as stack,
     ):
