@@ -71,9 +71,10 @@ def base_model(tokenizer):
     return made
 
 
-def four_bit_model(tokenizer, device="cuda"):
+def four_bit_model(tokenizer, device="cuda", **changes):
     """bf16 over 4-bit layers of sizes that the fast kernels take."""
-    made = tiny(hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=1024)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    made = tiny(**sizes, max_position_embeddings=1024, **changes)
     made.bfloat16()
     for name, linear in list(made.named_modules()):
         if type(linear) is torch.nn.Linear and name != "lm_head":

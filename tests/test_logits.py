@@ -206,25 +206,36 @@ def test_the_launches_of_a_forward_wait_by_words_of_their_own(byte_tokenizer, mo
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("key_heads", [2, 4])
 @pytest.mark.parametrize("rows", [1, 8, 16])
-def test_gpu_norms_join_the_launches_of_a_decode_step(byte_tokenizer, monkeypatch, rows):  # noqa: F811
-    engine, norms = Engine(four_bit_model(byte_tokenizer), max_batch=rows), []
+def test_gpu_residuals_and_norms_join_the_launches_of_a_decode_step(
+    byte_tokenizer,  # noqa: F811
+    monkeypatch,
+    rows,
+    key_heads,
+):
+    model = four_bit_model(byte_tokenizer, num_key_value_heads=key_heads)
+    engine, sums, norms = Engine(model, max_batch=rows), [], []
     decode = started(engine, [None] * rows)
-    made = halfbyte.models.norm.add_rms_norm
-    monkeypatch.setattr("halfbyte.models.norm.add_rms_norm", lambda *a: norms.append(1) or made(*a))
+    module, layers = halfbyte.models.norm, len(model.model.layers)
+    add, norm = module.add_rms_norm, module.rms_norm
+    monkeypatch.setattr(module, "add_rms_norm", lambda *a: sums.append(1) or add(*a))
+    monkeypatch.setattr(module, "rms_norm", lambda *a: norms.append(1) or norm(*a))
     with torch.inference_mode():
         joined = decode._forward(rows, False).float()
-        assert norms == []
+        # The first and the last one, and those that do not wait where heads share keys.
+        assert sums == [] and len(norms) == (2 if key_heads == 4 else 1 + 2 * layers)
         monkeypatch.setattr("halfbyte.linear.takes_residual", lambda *_: False)
         apart = decode._forward(rows, False).float()
-    assert len(norms) == 2 * len(engine.model.model.layers)
+    assert len(sums) == 2 * layers
     # A root's last bit follows from the order of its sum, and now and then a rounding from that.
     assert (joined - apart).norm() <= 2e-3 * apart.norm()
 
 
 @pytest.mark.gpu
 def test_gpu_hooks_on_blocks_see_tensors(byte_tokenizer):  # noqa: F811
-    engine, seen = Engine(four_bit_model(byte_tokenizer), max_batch=4), []
+    model = four_bit_model(byte_tokenizer, num_key_value_heads=4)
+    engine, seen = Engine(model, max_batch=4), []
     decode = started(engine, [None] * 4)
     layer = engine.model.model.layers[1]
     with torch.inference_mode():
@@ -245,12 +256,12 @@ def test_gpu_adapters_on_some_layers_leave_no_launch_out(
     rows,
     rank,
 ):
-    config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"])
-    carrier = lora.inject(four_bit_model(byte_tokenizer), config)
+    make = functools.partial(four_bit_model, byte_tokenizer, num_key_value_heads=4)
+    carrier = lora.inject(make(), LoraConfig(r=rank, target_modules=["q_proj", "v_proj"]))
     for parameter in lora.adapter_parameters(carrier):
         torch.nn.init.normal_(parameter, std=0.05)
     lora.save_adapter(carrier, tmp_path / "some")
-    model, launched = four_bit_model(byte_tokenizer), []
+    model, launched = make(), []
     engine = Engine(model, {"some": tmp_path / "some"}, max_batch=rows)
     decode = started(engine, ["some"] * rows)
     made = linear.gemv_4bit_fused

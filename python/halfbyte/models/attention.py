@@ -118,6 +118,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.layer = layer
         self.head_dim = head_dim
+        self.is_grouped = kv_size < q_size
         self.window = config.sliding_windows[layer]
         self.attention_dropout = config.attention_dropout
 

@@ -24,17 +24,18 @@ class RMSNorm(nn.Module):
 
 
 def add_norm(
-    norm: nn.Module, x: Tensor | Summed, residual: Tensor
+    norm: nn.Module, x: Tensor | Summed, residual: Tensor, waits: bool = False
 ) -> tuple[Tensor | Unnormed, Tensor]:
-    """The norm of x + residual, and that sum; where it is there already the norm may wait.
+    """The norm of x + residual, and that sum.
 
-    norm: an RMSNorm, or what stands in its place.
+    norm: an RMSNorm, or what stands in its place. waits: for the launch behind it, if it can, where
+    the sum is there already.
     """
     plain = type(norm) is RMSNorm and not is_watched(norm)
     if plain and not isinstance(x, Summed):
         # What autocast computed is narrower than the stream.
         return add_rms_norm(x.to(residual.dtype), residual, norm.weight, norm.eps)
     total = x.total if isinstance(x, Summed) else x + residual
-    if plain and isinstance(x, Summed) and norm.weight.dtype == total.dtype:
+    if waits and plain and isinstance(x, Summed) and norm.weight.dtype == total.dtype:
         return Unnormed(x, norm.weight, norm.eps), total
     return norm(total), total

@@ -25,8 +25,9 @@ CHUNK = 2048
 RANKS = 16
 # Neighbours in a row whose squares are summed for a norm.
 SQUARES = 16
-# Largest K of x that is normed.
-MAX_NORMED = 16384
+# Most rows and largest K of an x that is normed sooner beside its products than before them.
+NORMED_ROWS = 8
+NORMED_WIDTH = 4096
 
 
 class LowRank(NamedTuple):
@@ -127,8 +128,12 @@ def fuses(x: Tensor, products: Sequence[Product]) -> bool:
 
 
 def takes_norm(x: Tensor, products: Sequence[Product]) -> bool:
-    """Whether the kernel that `fuses` norms x, too."""
-    return x.shape[1] <= MAX_NORMED and not _is_tiled(x, products)
+    """Whether the kernel that `fuses` norms x, too, and sooner than a launch of its own.
+
+    More rows or a larger K are read in pieces, each of which is normed while the memory waits.
+    """
+    fits = len(x) <= NORMED_ROWS and x.shape[1] <= NORMED_WIDTH
+    return fits and not _is_tiled(x, products)
 
 
 def takes_residual(x: Tensor, products: Sequence[Product]) -> bool:
