@@ -296,9 +296,11 @@ def test_norms_that_are_trained_in_full_serve_as_they_train(make, byte_tokenizer
 
 
 @pytest.mark.gpu
-def test_gpu_rows_have_the_bits_of_smaller_batches(byte_tokenizer, tmp_path):  # noqa: F811
-    folders, _ = write_adapters(tmp_path, None, four_bit_model)
-    engine = Engine(four_bit_model(byte_tokenizer), folders, max_batch=16)
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_gpu_rows_have_the_bits_of_smaller_batches(byte_tokenizer, tmp_path, key_heads):  # noqa: F811
+    make = functools.partial(four_bit_model, num_key_value_heads=key_heads)
+    folders, _ = write_adapters(tmp_path, None, make)
+    engine = Engine(make(byte_tokenizer), folders, max_batch=16)
     decode = started(engine, [*ADAPTERS, None] * 4)
     with torch.inference_mode():
         for adapted, most in ((True, 8), (False, 16)):
