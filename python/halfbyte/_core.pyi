@@ -259,10 +259,9 @@ def gemv_4bit_fused(
 
     products, norm, residual, next: as `halfbyte.ops.gemv_4bit_fused` makes them, read by attribute;
     where gated, pairs of gate and up that share an out. norm, residual: beside 16 rows at most, 8
-    with adapters. hidden: float32 [ceil(K / 2048), M, ranks of all
-    adapters], for more than 8 rows or 256 ranks of one adapter x's dtype [M, the same ranks, each
-    padded to a multiple of 16], scratch; arrived: int32, its first element zero before and after;
-    adapters need both.
+    with adapters. hidden: float32 [ceil(K / 2048), M, ranks of all adapters], for more than 8 rows
+    or 256 ranks of one adapter x's dtype [M, the same ranks, each padded to a multiple of 16],
+    scratch; arrived: int32, its first element zero before and after; adapters need both.
     GPUs for which `has_gemv_4bit_fused` is true only.
     """
 

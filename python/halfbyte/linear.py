@@ -257,42 +257,54 @@ def project_gated(
 
 
 def _fused(
-    given: Tensor | Unnormed, layers: Sequence[nn.Module], gated: bool, launch: Launch | None
+    x: Tensor | Unnormed, layers: Sequence[nn.Module], gated: bool, launch: Launch | None
 ) -> list[Tensor] | list[Summed] | None:
     """The outputs of plain layers by one kernel with what stands around their products, if any."""
     if launch is None:
         return None
-    x, bases = given.summed.total if isinstance(given, Unnormed) else given, _bases(layers)
-    if not x.is_cuda or not all(map(is_plain, layers, bases)):
+    stream = x.summed.total if isinstance(x, Unnormed) else x
+    rows = stream.reshape(-1, stream.shape[-1])
+    products = _products(rows, layers)
+    if products is None or not fuses(rows, products):
+        return None
+    norm = residual = None
+    if isinstance(x, Unnormed) and takes_norm(rows, products):
+        norm = Norm(x.weight, x.summed.squares, x.eps)
+    elif isinstance(x, Unnormed):
+        rows = x.normed().view_as(rows)
+    if launch.residual is not None and takes_residual(rows, products):
+        residual = Residual.of(launch.residual.reshape(-1, launch.residual.shape[-1]))
+    following = _following(launch, residual is not None)
+    outs = gemv_4bit_fused(rows, products, gated, following, launch.arrived, norm, residual)
+    outs = [out.view(*stream.shape[:-1], -1) for out in outs]
+    return outs if residual is None else [Summed(outs[0], residual.squares)]
+
+
+def _products(rows: Tensor, layers: Sequence[nn.Module]) -> list[Product] | None:
+    """What the kernel is asked for, where it may stand for the layers."""
+    bases = _bases(layers)
+    if not rows.is_cuda or not all(map(is_plain, layers, bases)):
         return None
     training = torch.is_grad_enabled() or layers[0].training or torch.compiler.is_compiling()
     if training or torch.is_autocast_enabled("cuda"):
         return None
-    rows = x.reshape(-1, x.shape[-1])
     products = []
     for layer, base in zip(layers, bases, strict=True):
         if layer is not base and not hasattr(layer, "low_rank"):
             return None
         adapter = None if layer is base else layer.low_rank(len(rows))
-        bias = None if base.bias is None else base.bias.to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(rows.dtype)
         products.append(Product(base.weight, base._state(), bias, adapter))
-    if not fuses(rows, products):
-        return None
-    norm = residual = None
-    if isinstance(given, Unnormed) and takes_norm(rows, products):
-        norm = Norm(given.weight, given.summed.squares, given.eps)
-    elif isinstance(given, Unnormed):
-        rows = given.normed().view_as(rows)
-    if launch.residual is not None and takes_residual(rows, products):
-        residual = Residual.of(launch.residual.reshape(-1, launch.residual.shape[-1]))
-    coming = _bases(launch.following)
-    plain = all(map(is_plain, launch.following, coming))
-    weights = [(base.weight, base._state()) for base in coming] if plain else []
-    ahead = None if residual is None or launch.norm is None else launch.norm.weight
-    following = Following(weights, launch.gated, ahead)
-    outs = gemv_4bit_fused(rows, products, gated, following, launch.arrived, norm, residual)
-    outs = [out.view(*x.shape[:-1], -1) for out in outs]
-    return outs if residual is None else [Summed(outs[0], residual.squares)]
+    return products
+
+
+def _following(launch: Launch, summed: bool) -> Following:
+    """What the next launch reads; summed: a norm comes next, as what it norms is there."""
+    bases = _bases(launch.following)
+    plain = all(map(is_plain, launch.following, bases))
+    weights = [(base.weight, base._state()) for base in bases] if plain else []
+    norm = launch.norm.weight if summed and launch.norm is not None else None
+    return Following(weights, launch.gated, norm)
 
 
 def _bases(layers: Sequence[nn.Module]) -> list[nn.Module]:

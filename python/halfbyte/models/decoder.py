@@ -111,12 +111,14 @@ class DecoderLayer(nn.Module):
             attended, x = only(attended), only(x)
         normed, x = add_norm(norm, attended, x, waits)
         before_down = launch(2, mlp.down_proj)
-        reads, norm, watched = (), None, is_watched(mlp)
+        inputs, norm, watched = (), None, is_watched(mlp)
         if following is not None:
-            reads, norm = following.self_attn.inputs, following.input_layernorm
+            inputs, norm = following.self_attn.inputs, following.input_layernorm
             watched |= is_watched(following.self_attn)
-        behind = launch(3, *reads, norm=norm)
-        return x, mlp(normed, unread, before_down, behind if watched else onto(x, behind))
+        before_next = launch(3, *inputs, norm=norm)
+        if not watched:
+            before_next = onto(x, before_next)
+        return x, mlp(normed, unread, before_down, before_next)
 
 
 class Backbone(nn.Module):

@@ -88,7 +88,7 @@ def _outputs(
     if unread:
         outs = [rows.new_zeros(()).expand(rows.shape[0], own.shape[0]) for own in b]
     elif made:
-        outs = _products(rows, weights, [hidden, *parts[1:]], b, a, scaling)
+        outs = _products(rows, weights, [hidden, *parts[1:]], b, (a, scaling))
     else:
         outs = _products(rows, weights, parts, b)
     return [out.view(*lead, out.shape[1]) for out in outs], [hidden, a, *b, *inputs]
@@ -99,7 +99,7 @@ def _products(
     weights: Sequence[Weight],
     hidden: Sequence[Tensor],
     b: Sequence[Tensor],
-    *narrow: Tensor | float,
+    narrow: tuple[Tensor, float] | tuple[()] = (),
 ) -> list[Tensor]:
     """rows W^T + hidden b^T for each weight; narrow: a and scaling, where they make hidden[0]."""
     outs = []

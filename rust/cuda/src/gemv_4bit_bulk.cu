@@ -933,7 +933,7 @@ __device__ float dot8(float sum, const Raw8<T>& a, const Raw8<T>& b) {
 // What one chunk of K gives to one hidden value, for every row of x, in shared memory: a thread's eights of A, of the
 // norm's weight and of each row, which nobody else touches.
 template <typename T>
-struct Hidden {
+struct HiddenShare {
     static constexpr int OF_WEIGHT = 1, OF_X = 2; // rows of shared memory behind that of A
     static constexpr int WARPS = HIDDEN_THREADS / 32;
 
@@ -1038,26 +1038,26 @@ struct Hidden {
 // A and the norm's weight are here before x is.
 template <typename T, typename A>
 __device__ void make_hidden(const Products& products, const Adapter& adapter) {
-    using H = Hidden<T>;
-    __shared__ float sums[MMA_ROWS][H::WARPS], roots[MMA_ROWS];
+    using Share = HiddenShare<T>;
+    __shared__ float sums[MMA_ROWS][Share::WARPS], roots[MMA_ROWS];
     const int first = blockIdx.y * CHUNK + threadIdx.x * 16;
     const bool norms = products.norm.weight != nullptr;
-    const H hidden{products, sums, first, first < products.weights.K};
-    if (hidden.reads && norms)
-        hidden.copy(H::OF_WEIGHT, products.norm.weight, 0);
-    hidden.load_a(static_cast<const A*>(adapter.a) + int64_t(blockIdx.x - adapter.column) * products.weights.K);
+    const Share share{products, sums, first, first < products.weights.K};
+    if (share.reads && norms)
+        share.copy(Share::OF_WEIGHT, products.norm.weight, 0);
+    share.load_a(static_cast<const A*>(adapter.a) + int64_t(blockIdx.x - adapter.column) * products.weights.K);
     wait_for_previous_kernel();
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
         announce_end(products.arrived);
     if (norms || products.rows_x > FEW_ROWS)
-        hidden.dot_many(roots);
+        share.dot_many(roots);
     else
-        hidden.dot_few();
+        share.dot_few();
     __syncthreads();
     if (const int m = threadIdx.x; m < products.rows_x) {
         float sum = 0;
 #pragma unroll
-        for (int warp = 0; warp < H::WARPS; ++warp)
+        for (int warp = 0; warp < Share::WARPS; ++warp)
             sum += sums[m][warp];
         products.hidden[(int64_t(blockIdx.y) * products.rows_x + m) * products.ranks + blockIdx.x] = sum;
     }

@@ -292,7 +292,7 @@ impl<'a> Gemv4bitFused<'a> {
             return wrong("products", "gate and up of one shape", "two shapes".to_string());
         }
         let Some(head) = self.products().next() else { return Ok(()) };
-        self.check_stream(&head.product)?;
+        self.check_norm_and_residual(&head.product)?;
         let Some(first) = self.adapters().next() else { return Ok(()) };
         if self.adapters().any(|adapter| adapter.a.dtype() != first.a.dtype()) {
             return wrong("lora_a", "one dtype for all adapters", "two".to_string());
@@ -316,8 +316,7 @@ impl<'a> Gemv4bitFused<'a> {
         Ok(())
     }
 
-    /// What comes before and behind the products.
-    fn check_stream(&self, head: &Gemv4bit<'_>) -> Result<()> {
+    fn check_norm_and_residual(&self, head: &Gemv4bit<'_>) -> Result<()> {
         if (self.norm.is_some() || self.residual.is_some()) && self.is_tiled() {
             let expected = "16 rows at most beside a norm or a residual, 8 with adapters, of rank 256 at most";
             let ranks: Vec<_> = self.adapters().map(|adapter| adapter.rank).collect();
