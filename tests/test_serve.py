@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -620,6 +621,20 @@ def test_a_reply_that_takes_too_long(folders):
         with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as stream:
             events = [line for line in stream.iter_lines() if line]
         assert "timeout_error" in events[-1] and idle(service)
+
+
+@pytest.mark.parametrize("stream, status", [(True, 200), (False, 503)])
+def test_a_reply_that_is_cut_off_does_not_look_finished(folders, stream, status):
+    body = {"model": "tiny", "prompt": "ab", "max_tokens": 400, "stream": stream}
+    with serving(folders) as (service, url), ThreadPoolExecutor() as pool:
+        with slowed(service.engine, 0.01):
+            answer = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+            while not service.engine.stats.running_requests:
+                time.sleep(0.01)
+            service.engine.close()
+            response = answer.result()
+    assert response.status_code == status and "shutting down" in response.text
+    assert "[DONE]" not in response.text and '"stop"' not in response.text
 
 
 def test_a_key_is_asked_for(folders):

@@ -11,7 +11,7 @@ from halfbyte.scheduler import Request
 from halfbyte.tokenizer import Tokenizer
 
 # Ours, then OpenAI's: it knows no limit but one of length.
-FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
+FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
 
 
 class Answer:
@@ -55,7 +55,7 @@ class Answer:
         raise NotImplementedError
 
     def _reason(self, choice: int) -> str:
-        return FINISH_REASONS.get(self.requests[choice].reply.finish_reason or "stop", "stop")
+        return FINISH_REASONS[str(self.requests[choice].reply.finish_reason)]
 
     def _new_logprobs(self, choice: int) -> list[TokenLogprobs] | None:
         """Those of the tokens since the last chunk; None if none were asked for."""

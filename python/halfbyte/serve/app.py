@@ -24,7 +24,7 @@ from halfbyte.errors import AdapterNotFoundError, CheckpointError, QueueFullErro
 from halfbyte.serve.answers import Answer, ChatAnswer, TextAnswer
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.metrics import Metrics
-from halfbyte.serve.replies import Replies, Timeout
+from halfbyte.serve.replies import Closed, Replies, Timeout
 from halfbyte.serve.schema import (
     Body,
     ChatBody,
@@ -336,6 +336,8 @@ async def _until_gone(request: Request, work: Any) -> None:
         task.result()
     except Timeout:
         raise ApiError(504, "the reply took too long", "timeout_error") from None
+    except Closed:
+        raise ApiError(503, "shutting down", "server_error") from None
     except SchemaError as error:  # found in the middle of a reply
         raise ApiError(400, str(error)) from None
     except FloatingPointError as error:
@@ -366,6 +368,8 @@ async def _events(answer: Answer, replies: Replies, body: Body) -> AsyncIterator
         yield "data: [DONE]\n\n"
     except Timeout:
         yield _event(ApiError(504, "the reply took too long", "timeout_error").body)
+    except Closed:
+        yield _event(ApiError(503, "shutting down", "server_error").body)
     except SchemaError as error:
         yield _event(ApiError(400, str(error)).body)
     except Exception as error:

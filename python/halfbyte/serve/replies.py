@@ -16,6 +16,10 @@ class Timeout(Exception):
     """A reply that took longer than the server allows."""
 
 
+class Closed(Exception):
+    """A reply that the engine's close cut off."""
+
+
 class Replies:
     """The replies to one HTTP request, each a choice of the answer, n to each prompt.
 
@@ -53,6 +57,7 @@ class Replies:
                 if now >= self.deadline:
                     raise Timeout
                 if item is not None:
+                    self._check(*item)
                     self._time(*item, now)
                 if item is not None or now - sent >= KEEP_ALIVE:
                     sent = now
@@ -61,6 +66,11 @@ class Replies:
             self.cancel()
             await arrivals.aclose()
             self._count()
+
+    def _check(self, choice: int, text: str | None) -> None:
+        """Raise Closed at the end of a reply that has none of its own."""
+        if text is None and self.requests[choice].reply.finish_reason == "cancelled":
+            raise Closed
 
     def _time(self, choice: int, text: str | None, now: float) -> None:
         if text is None:
