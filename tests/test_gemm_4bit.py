@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
+import pickle
 import sys
 
 import pytest
@@ -405,6 +408,26 @@ def test_maps_are_shared_but_saved_apart(device):
     assert saved[0].data_ptr() != saved[1].data_ptr()
     read = [QuantState.from_tensors("w", state.as_tensors("w")) for state in (a, b)]
     assert read[0].nested.map.data_ptr() == a.nested.map.data_ptr()
+
+
+def _saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_of_a_model_shares_its_map_among_its_layers(device, duplicate):
+    layers = [Linear4bit(64, 64).quantize_(torch.randn(64, 64, device=device)) for _ in range(3)]
+    copied = duplicate(torch.nn.Sequential(*layers))
+    maps = [layer.quant_state.nested.map for layer in copied]
+    assert len({map.data_ptr() for map in maps}) == 1
+    assert torch.equal(maps[0], layers[0].quant_state.nested.map)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
