@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -24,7 +25,7 @@ LEVELS = [
     {"adapters", "capture"},
     {"sampling", "reply", "prefix_cache", "grammar"},
     {"checkpoint", "data", "optim", "pager", "plan", "pressure"},
-    {"lora", "fingerprint", "models"},
+    {"lora", "peft", "fingerprint", "models"},
     {"linear", "kv_cache", "offload", "recording", "tokenizer"},
     {"ops"},
     {"errors", "_core"},
@@ -138,6 +139,29 @@ def test_the_check_finds_an_upward_import_and_a_circle():
     ]
     with pytest.raises(CycleError):
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+def private_names(tree: ast.AST, known: set[str]) -> set[str]:
+    """Names with an underscore that a file takes from modules of halfbyte."""
+    nodes = at_run_time(tree)
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    origins = {
+        a.asname or a.name: f"{node.module}.{a.name}" for node in imports for a in node.names
+    }
+    reads = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    of_modules = [(origins.get(n.value.id), n.attr) for n in reads]
+    taken = {f"{module}.{name}" for module, name in of_modules if module in known}
+    taken |= set(origins.values()) - known
+    return {n for n in taken if re.fullmatch(r"halfbyte\b.*\._(?!_)[^.]+", n)}
+
+
+def test_no_module_uses_what_another_keeps_to_itself():
+    known = {module_name(path) for path in sources()} | {"halfbyte._core"}
+    for path in sources():
+        assert private_names(ast.parse(path.read_text()), known) == set(), path
+    borrowed = "from halfbyte import linear\nfrom halfbyte.lora import _b_c\nlinear._a()"
+    found = private_names(ast.parse(borrowed), known)
+    assert found == {"halfbyte.linear._a", "halfbyte.lora._b_c"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)

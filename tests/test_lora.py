@@ -14,6 +14,7 @@ from halfbyte import Engine, lora
 from halfbyte.errors import CheckpointError
 from halfbyte.linear import Linear4bit
 from halfbyte.lora import LoraConfig, LoRALinear, SavedModule
+from halfbyte.peft import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97,
@@ -325,7 +326,7 @@ def test_golden_adapter_with_full_paths_loads(shared):
     from safetensors.torch import load_file
 
     tensors = load_file(shared / "golden/adapter_init/adapter_model.safetensors")
-    assert all(name.startswith(lora.PREFIX) for name in tensors)
+    assert all(name.startswith(PREFIX) for name in tensors)
 
 
 def test_base_record_is_compared(tmp_path):
@@ -372,31 +373,31 @@ def test_damaged_adapters(tmp_path):
 
 
 DAMAGES = {
-    "no rank": (lora.CONFIG_FILE, {"r": None}, "with a rank r"),
-    "rank 0": (lora.CONFIG_FILE, {"r": 0}, "r: expected a positive integer, got 0"),
-    "rank text": (lora.CONFIG_FILE, {"r": "x"}, "r: expected a positive integer, got 'x'"),
-    "alpha": (lora.CONFIG_FILE, {"lora_alpha": "x"}, "lora_alpha: expected a number, got 'x'"),
-    "huge alpha": (lora.CONFIG_FILE, {"lora_alpha": 1e300}, "lora_alpha: expected a number"),
-    "dropout": (lora.CONFIG_FILE, {"lora_dropout": [1]}, "lora_dropout: expected a number"),
+    "no rank": (CONFIG_FILE, {"r": None}, "with a rank r"),
+    "rank 0": (CONFIG_FILE, {"r": 0}, "r: expected a positive integer, got 0"),
+    "rank text": (CONFIG_FILE, {"r": "x"}, "r: expected a positive integer, got 'x'"),
+    "alpha": (CONFIG_FILE, {"lora_alpha": "x"}, "lora_alpha: expected a number, got 'x'"),
+    "huge alpha": (CONFIG_FILE, {"lora_alpha": 1e300}, "lora_alpha: expected a number"),
+    "dropout": (CONFIG_FILE, {"lora_dropout": [1]}, "lora_dropout: expected a number"),
     "other rule": (
-        lora.CONFIG_FILE,
+        CONFIG_FILE,
         {"alora_invocation_tokens": [5]},
         "['alora_invocation_tokens']",
     ),
-    "other base": (lora.CONFIG_FILE, {"init_lora_weights": "pissa_niter_4"}, "leaves the base"),
-    "pattern": (lora.CONFIG_FILE, {"rank_pattern": {"(": 4}}, "rank_pattern: expected"),
-    "pattern list": (lora.CONFIG_FILE, {"rank_pattern": [1]}, "rank_pattern: expected ranks"),
-    "pattern alpha": (lora.CONFIG_FILE, {"alpha_pattern": {"q": "x"}}, "alpha_pattern: expected"),
-    "saved": (lora.CONFIG_FILE, {"modules_to_save": 5}, "modules_to_save: expected a list"),
-    "list": (lora.CONFIG_FILE, "[1]", "expected a JSON object, got list"),
-    "cut": (lora.CONFIG_FILE, "{", "expected JSON, got"),
-    "deep": (lora.CONFIG_FILE, "[" * 100_000, "expected JSON, got"),
-    "base list": (lora.BASE_FILE, "[1]", "expected a JSON object, got list"),
-    "base cut": (lora.BASE_FILE, "{", "expected JSON, got"),
-    "cut weights": (lora.WEIGHTS_FILE, "{", "corrupt or truncated"),
-    "no matrix": (lora.WEIGHTS_FILE, lambda x: x.flatten(), "lora_A.weight: expected a matrix"),
-    "no pair": (lora.WEIGHTS_FILE, lambda x: None, "lora_A.weight: missing beside"),
-    "width": (lora.WEIGHTS_FILE, lambda x: x[:, 1:].clone(), "lora_A.weight: expected ["),
+    "other base": (CONFIG_FILE, {"init_lora_weights": "pissa_niter_4"}, "leaves the base"),
+    "pattern": (CONFIG_FILE, {"rank_pattern": {"(": 4}}, "rank_pattern: expected"),
+    "pattern list": (CONFIG_FILE, {"rank_pattern": [1]}, "rank_pattern: expected ranks"),
+    "pattern alpha": (CONFIG_FILE, {"alpha_pattern": {"q": "x"}}, "alpha_pattern: expected"),
+    "saved": (CONFIG_FILE, {"modules_to_save": 5}, "modules_to_save: expected a list"),
+    "list": (CONFIG_FILE, "[1]", "expected a JSON object, got list"),
+    "cut": (CONFIG_FILE, "{", "expected JSON, got"),
+    "deep": (CONFIG_FILE, "[" * 100_000, "expected JSON, got"),
+    "base list": (BASE_FILE, "[1]", "expected a JSON object, got list"),
+    "base cut": (BASE_FILE, "{", "expected JSON, got"),
+    "cut weights": (WEIGHTS_FILE, "{", "corrupt or truncated"),
+    "no matrix": (WEIGHTS_FILE, lambda x: x.flatten(), "lora_A.weight: expected a matrix"),
+    "no pair": (WEIGHTS_FILE, lambda x: None, "lora_A.weight: missing beside"),
+    "width": (WEIGHTS_FILE, lambda x: x[:, 1:].clone(), "lora_A.weight: expected ["),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfbyte import lora
+from halfbyte import lora, peft
 from halfbyte.errors import AdapterNotFoundError, CheckpointError
 from halfbyte.fingerprint import fingerprint
 from halfbyte.models import Decoder
@@ -166,18 +166,18 @@ class Adapters:
                 "base again, or leave out `adapters` to use the one that it carries"
             )
         folder = Path(folder).expanduser()
-        fields, tensors = lora._read_config(folder), lora._read_tensors(folder)
+        fields, tensors = peft.read_config(folder), peft.read_tensors(folder)
         for key in sorted(tensors):
-            if "lora_" not in key and not lora.repeats(self.model, key, tensors[key]):
+            if "lora_" not in key and not peft.repeats(self.model, key, tensors[key]):
                 raise CheckpointError(
                     f"{folder}: {key}: only LoRA matrices can be served beside other adapters. "
                     "Hint: lora.load_adapter takes biases and modules_to_save, one adapter a model"
                 )
-        ranks = lora.layers_of(self.model, tensors, fields, folder)
+        ranks = peft.layers_of(self.model, tensors, fields, folder)
         layers = {name: self._share(folder, name, fields, tensors) for name in ranks}
         # Before the first wrapping, as a fingerprint names the model's layers.
         self._base_record = self._base_record or fingerprint(self.model)
-        warning = lora._base_difference(folder, self.model, self._base_record)
+        warning = peft.base_difference(folder, self.model, self._base_record)
         if warning is not None:
             warnings.warn(warning, stacklevel=3)
         return Adapter(name, str(folder), layers, warning)
@@ -185,7 +185,7 @@ class Adapters:
     def _share(self, folder: Path, name: str, fields: dict, tensors: dict[str, Tensor]) -> LowRank:
         a, b = (tensors[f"{name}.{kind}.weight"] for kind in ("lora_A", "lora_B"))
         rank = len(a)
-        alpha = lora._pattern_value(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8))
+        alpha = peft.pattern_value(fields.get("alpha_pattern"), name, fields.get("lora_alpha", 8))
         divisor = rank**0.5 if fields.get("use_rslora") else rank
         weight = self.model.model.embed_tokens.weight
         a, b = (x.to(weight.dtype) for x in (a, b))

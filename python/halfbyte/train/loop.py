@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from halfbyte.data import DataReport, EncodedRow, collate
-from halfbyte.lora import WEIGHTS_FILE, adapter_tensors, save_adapter
+from halfbyte.lora import adapter_tensors, save_adapter
 from halfbyte.models import Decoder
+from halfbyte.peft import WEIGHTS_FILE
 from halfbyte.train import checkpoints
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.monitor import Monitor, draw_curve, peak_memory
