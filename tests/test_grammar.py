@@ -177,6 +177,8 @@ def test_a_vocabulary_smaller_than_the_models(byte_tokenizer):  # noqa: F811
         ({"$ref": "https://example.com/schema"}, "json_schema: "),
         ({"type": "string", "pattern": "((("}, "json_schema: regex parse error"),
         ({"enum": [{1, 2}]}, "json_schema: expected values of JSON"),
+        ({"const": -(2**63)}, "json_schema: .*, got -9223372036854775808, too small"),
+        ({"type": "integer", "minimum": -1e19, "maximum": -(2**63) + 512}, "json_schema: .*small"),
         ([], "json_schema: expected a mapping"),
         ({"type": "string", "minLength": 5, "maxLength": 2}, "json_schema: "),
     ],

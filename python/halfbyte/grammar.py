@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 # JSON allows any space between two tokens, but a model that cannot decide may never leave it.
 SPACE = r"[ \n\t]{0,32}"
+# On integers that round to this or less the library calls itself until no stack is deep enough.
+TOO_SMALL = -(2.0**63)
 # The library follows references by recursion, each a call of some KB; what it takes for too large a
 # schema has some ten thousand of them. Memory of a stack that nobody touches costs nothing.
 STACK_BYTES = 256 << 20
@@ -48,6 +50,7 @@ class Vocabulary:
         """A reply's grammar. Raises SchemaError if it is none or is not supported."""
         try:
             text = json.dumps(schema)
+            json.loads(text, parse_int=_check_number, parse_float=_check_number)
         except (TypeError, ValueError, RecursionError) as error:
             raise SchemaError(f"json_schema: expected values of JSON, got {error}") from None
         kind, spaces = self._library.LLMatcher, {"whitespace_pattern": SPACE}
@@ -84,6 +87,11 @@ class Grammar:
         """Take the reply's next token; whether nothing can follow."""
         self._matcher.consume_token(token)
         return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def _check_number(number: str) -> None:
+    if float(number) <= TOO_SMALL:
+        raise ValueError(f"{number}, too small a number")
 
 
 def _on_a_deep_stack(work: Callable[[], T]) -> T:
