@@ -26,7 +26,7 @@ RANKS = 16
 # Neighbours in a row whose squares are summed for a norm.
 SQUARES = 16
 # Largest K of an x that is normed sooner beside its products than before them.
-NORMED_WIDTH = 4096
+MAX_NORMED = 4096
 
 
 class LowRank(NamedTuple):
@@ -132,7 +132,7 @@ def takes_norm(x: Tensor, products: Sequence[Product]) -> bool:
     A larger K is read in pieces, each of which is normed while the memory waits. So are more than
     eight rows, which take 2 % longer that way, but have the bits of fewer.
     """
-    return x.shape[1] <= NORMED_WIDTH and not _is_tiled(x, products)
+    return x.shape[1] <= MAX_NORMED and not _is_tiled(x, products)
 
 
 def takes_residual(x: Tensor, products: Sequence[Product]) -> bool:

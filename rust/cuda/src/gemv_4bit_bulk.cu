@@ -41,10 +41,11 @@ constexpr int SUM_ROW = PANEL + 4;
 constexpr int HIDDEN_ROW = 2 * MAX_RANK + 8;
 
 // For TILE rows of x and SIDE panels side by side, whose rows are one slice where there are several; the order of a
-// row's sums is the same for all.
-template <int TILE_, int SIDE_>
+// row's sums is the same for all. Adapters have a form of their own: a launch waits for its instructions, too.
+template <int TILE_, int SIDE_, bool ADAPTS_>
 struct Shared {
     static constexpr int TILE = TILE_, SIDE = SIDE_;
+    static constexpr bool ADAPTS = ADAPTS_;
     static constexpr int WARPS = 128 / TILE;         // that multiply
     static constexpr int PANEL_WARPS = WARPS / SIDE; // one panel
     static constexpr int ALL_WARPS = WARPS + 4;
@@ -58,10 +59,10 @@ struct Shared {
     uint8_t codes[STAGES][PANEL][ROW_BYTES];
     float scales[STAGES][PANEL][SCALE_ROW];
     float sums[SUM_BUFFERS][WARPS][TILE][SUM_ROW];
-    float kept[GROUP][TILE][PANEL];              // of the slices so far
-    float share[SUM_BUFFERS][MMA_ROWS][SUM_ROW]; // of the adapter in the sums
-    uint16_t hidden[MMA_ROWS][HIDDEN_ROW];       // of the part's adapters
-    float roots[TILE];                           // of x, where it is normed
+    float kept[GROUP][TILE][PANEL];                           // of the slices so far
+    float share[SUM_BUFFERS][ADAPTS ? MMA_ROWS : 1][SUM_ROW]; // of the adapter in the sums
+    uint16_t hidden[ADAPTS ? MMA_ROWS : 1][HIDDEN_ROW];       // of the part's adapters
+    float roots[TILE];                                        // of x, where it is normed
     Barrier full[STAGES], empty[STAGES], summed[SUM_BUFFERS], taken[SUM_BUFFERS];
 
     // The barriers are there, for the warp that copies; then the table, too, for all others. Warps that multiply meet
@@ -386,13 +387,13 @@ struct Multiply {
 
     // Beside adapters x is there before the launch in front, which makes the hidden values, has ended.
     __device__ void wait_for_x() const {
-        if (products.arrived == nullptr) {
+        if constexpr (!S::ADAPTS) {
             wait_for_previous_kernel();
-            return;
+        } else {
+            if (threadIdx.x == 0)
+                wait_for_announced_end(products.arrived, gridDim.x);
+            S::multipliers_meet();
         }
-        if (threadIdx.x == 0)
-            wait_for_announced_end(products.arrived, gridDim.x);
-        S::multipliers_meet();
     }
 
     // The norm's weight lies behind everything else.
@@ -529,10 +530,8 @@ struct Multiply {
 
 // Multiplies the adapters' hidden values by B on the tensor cores, a panel at a time, beside the warps that multiply
 // codes; it arrives for every item as they do. B of what comes next is on its way meanwhile.
-template <typename T, typename A>
+template <typename T, typename S, typename A>
 struct Adapt {
-    using S = Shared<MMA_ROWS, 1>;
-
     S& shared;
     const Products& products;
     int rows_x;
@@ -570,7 +569,7 @@ struct Adapt {
                 multiply(item.panel, k, total);
             while ((k += RANKS) < width);
         }
-        const S::Buffer buffer(item.index);
+        const typename S::Buffer buffer(item.index);
         shared.taken[buffer.place].wait(buffer.parity ^ 1);
         if (item.is_last)
             store_sums(shared.share[buffer.place], total, rows_x);
@@ -712,7 +711,7 @@ struct Finish {
             if (item.is_last) {
                 float v[4] = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
                 const int n = place.row(item.panel, r, side);
-                finish(shared.share[buffer.place][m % MMA_ROWS] + r, m, n, v);
+                finish(shared.share[buffer.place][S::ADAPTS ? m : 0] + r, m, n, v);
                 if (products.residual.values != nullptr)
                     add_residual(before[side], m, n, v);
                 if (!(place.gated && r >= HALF))
@@ -757,7 +756,7 @@ struct Finish {
                 b[i] = n + i < place.N ? widen(bias[n + i]) : 0.0f;
             add_rounded<T>(v, b);
         }
-        if (adapted && m < rows_x) {
+        if (S::ADAPTS && adapted && m < rows_x) {
             const float4 s = *reinterpret_cast<const float4*>(share);
             add_rounded<T>(v, {s.x, s.y, s.z, s.w});
         }
@@ -800,11 +799,11 @@ struct Finish {
 };
 
 template <typename Shared>
-__device__ void init_barriers(Shared& shared, bool adapts) {
+__device__ void init_barriers(Shared& shared) {
     for (int i = 0; i < Shared::STAGES; ++i)
         shared.full[i].init(2), shared.empty[i].init(Shared::WARPS);
     for (int i = 0; i < SUM_BUFFERS; ++i)
-        shared.summed[i].init(Shared::WARPS + adapts), shared.taken[i].init(Shared::FINISHERS);
+        shared.summed[i].init(Shared::WARPS + Shared::ADAPTS), shared.taken[i].init(Shared::FINISHERS);
     Barrier::publish();
 }
 
@@ -838,21 +837,20 @@ __device__ void decode_scales(Shared& shared, const Products& products, const Ta
         each_item(walk, DecodeScales<Shared, NestedScales<false>>{shared, products, table});
 }
 
-template <typename T, int TILE, int SIDE>
+template <typename T, typename S>
 __device__ void gemv_bulk(const Products& products, const Weights& ahead, const Codebook& codebook, float gain) {
-    using S = Shared<TILE, SIDE>;
     extern __shared__ uint4 dynamic[];
     S& shared = *reinterpret_cast<S*>(dynamic);
     let_next_kernel_start();
     const int warp = threadIdx.x / 32;
     const Table table = Table::first(dynamic);
-    const int rows_x = min(products.rows_x - int(blockIdx.y) * TILE, TILE);
+    const int rows_x = min(products.rows_x - int(blockIdx.y) * S::TILE, S::TILE);
     const Walk walk(products.weights);
 
     if (warp < S::WARPS) {
         fill_tables<T>(shared, codebook, products.map, gain);
         S::all_ready();
-        uint4 fragments[QUAD][TILE / MMA_ROWS][2];
+        uint4 fragments[QUAD][S::TILE / MMA_ROWS][2];
         each_item(walk, Multiply<T, S>{shared, products, table, warp, rows_x, fragments});
     } else if (warp == S::WARPS) {
         each_item(walk, Copy<S>{shared, products.weights, ahead});
@@ -862,7 +860,7 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
         const int which = warp - S::WARPS - 2;
         if (which == 0) {
             if (elected())
-                init_barriers(shared, products.ranks > 0);
+                init_barriers(shared);
             __syncwarp();
             S::barriers_ready();
         }
@@ -870,49 +868,47 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
         each_item(walk, Finish<T, S>{shared, products, which, rows_x, 1.0f / gain});
     } else {
         S::all_ready();
-        if constexpr (TILE == MMA_ROWS && SIDE == 1) {
+        if constexpr (S::ADAPTS) {
             if (products.ranks > 0 && products.adapters_fp32)
-                each_item(walk, Adapt<T, float>{shared, products, rows_x});
+                each_item(walk, Adapt<T, S, float>{shared, products, rows_x});
             else if (products.ranks > 0)
-                each_item(walk, Adapt<T, T>{shared, products, rows_x});
+                each_item(walk, Adapt<T, S, T>{shared, products, rows_x});
         }
     }
 }
 
-#define HAS_FORM(tile, side, warps, shared_bytes)                                                                      \
-    static_assert(Shared<tile, side>::WARPS == warps && sizeof(Shared<tile, side>) == shared_bytes,                    \
-                  "as the launcher's");
+#define BODY(T, tile, side, adapts, warps, shared_bytes)                                                               \
+    using Form = Shared<tile, side, adapts>;                                                                           \
+    static_assert(Form::WARPS == warps && sizeof(Form) == shared_bytes, "as the launcher's");                          \
+    gemv_bulk<T, Form>(products, ahead, codebook, gain);
 
 #else
 
-#define HAS_FORM(tile, side, warps, shared_bytes)
-
-template <typename T, int TILE, int SIDE>
-__device__ void gemv_bulk(const Products&, const Weights&, const Codebook&, float) {}
+#define BODY(T, tile, side, adapts, warps, shared_bytes)
 
 #endif
 
 // x, packed, A and plain scales 16-byte aligned, or nested ones with one map for all and codes 4-byte aligned, blocks
 // of 64, K % 64 == 0, every N * K a multiple of 256 and below 2^38; a norm's weight 16-byte aligned, with room for it
-// behind the shared memory; unused parts begin past the last panel; grid (any,
-// tiles of x); with adapters at most MMA_ROWS rows of x and no panels side by side; beside each other those of a K that
-// PANEL_WARPS cover.
-#define GEMV_4BIT_BULK(T, name, tile, side, warps, shared_bytes)                                                       \
-    HAS_FORM(tile, side, warps, shared_bytes)                                                                          \
+// behind the shared memory; unused parts begin past the last panel; grid (any, tiles of x); with adapters at most
+// MMA_ROWS rows of x; beside each other panels of a K that PANEL_WARPS cover.
+#define GEMV_4BIT_BULK(T, name, tile, side, adapts, warps, shared_bytes)                                               \
     extern "C" __global__ void __launch_bounds__(32 * (warps + 4), 1)                                                  \
         gemv_4bit_bulk_##name(const __grid_constant__ Products products, const __grid_constant__ Weights ahead,        \
                               const __grid_constant__ Codebook codebook, float gain) {                                 \
-        gemv_bulk<T, tile, side>(products, ahead, codebook, gain);                                                     \
+        BODY(T, tile, side, adapts, warps, shared_bytes)                                                               \
     }
 
-GEMV_4BIT_BULK(f16, 8_f16, 8, 1, 16, 179168)
-GEMV_4BIT_BULK(f16, 16_f16, 16, 1, 8, 188960)
-GEMV_4BIT_BULK(bf16, 8_bf16, 8, 1, 16, 179168)
-GEMV_4BIT_BULK(bf16, 16_bf16, 16, 1, 8, 188960)
-GEMV_4BIT_BULK(f16, 8_short_f16, 8, 4, 16, 179168)
-GEMV_4BIT_BULK(f16, 16_short_f16, 16, 2, 8, 188960)
-GEMV_4BIT_BULK(bf16, 8_short_bf16, 8, 4, 16, 179168)
-GEMV_4BIT_BULK(bf16, 16_short_bf16, 16, 2, 8, 188960)
+GEMV_4BIT_BULK(f16, 8_f16, 8, 1, false, 16, 170768)
+GEMV_4BIT_BULK(bf16, 8_bf16, 8, 1, false, 16, 170768)
+GEMV_4BIT_BULK(f16, 16_f16, 16, 1, false, 8, 180560)
+GEMV_4BIT_BULK(bf16, 16_bf16, 16, 1, false, 8, 180560)
+GEMV_4BIT_BULK(f16, 8_short_f16, 8, 4, false, 16, 170768)
+GEMV_4BIT_BULK(bf16, 8_short_bf16, 8, 4, false, 16, 170768)
+GEMV_4BIT_BULK(f16, 16_short_f16, 16, 2, false, 8, 180560)
+GEMV_4BIT_BULK(bf16, 16_short_bf16, 16, 2, false, 8, 180560)
+GEMV_4BIT_BULK(f16, 8_adapted_f16, 8, 1, true, 16, 179168)
+GEMV_4BIT_BULK(bf16, 8_adapted_bf16, 8, 1, true, 16, 179168)
 
 constexpr int HIDDEN_THREADS = CHUNK / 16;
 constexpr int FEW_ROWS = 4; // of x, that need no shared memory

@@ -11,7 +11,7 @@ use crate::gemm_4bit;
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 
 /// The products in each form, and the adapters' hidden values; by x's dtype.
-const KERNELS: [&str; 10] = [
+const KERNELS: [&str; 12] = [
     "gemv_4bit_bulk_8_f16",
     "gemv_4bit_bulk_8_bf16",
     "gemv_4bit_bulk_16_f16",
@@ -20,6 +20,8 @@ const KERNELS: [&str; 10] = [
     "gemv_4bit_bulk_8_short_bf16",
     "gemv_4bit_bulk_16_short_f16",
     "gemv_4bit_bulk_16_short_bf16",
+    "gemv_4bit_bulk_8_adapted_f16",
+    "gemv_4bit_bulk_8_adapted_bf16",
     "gemv_4bit_hidden_f16",
     "gemv_4bit_hidden_bf16",
 ];
@@ -52,6 +54,8 @@ pub(crate) struct Form {
     pub tile: usize,
     /// panels that are taken side by side, so that all warps work where K is short
     pub side: usize,
+    /// beside products
+    pub adapts: bool,
     /// panels of each multiprocessor, at least: of fewer, the last turn is too uneven
     pub panels: usize,
     /// that multiply
@@ -60,21 +64,22 @@ pub(crate) struct Form {
     pub shared: usize,
 }
 
-pub(crate) const FORMS: [Form; 4] = [
-    Form { tile: 8, side: 1, panels: 0, warps: 16, shared: 179168 },
-    Form { tile: 16, side: 1, panels: 0, warps: 8, shared: 188960 },
-    Form { tile: 8, side: 4, panels: 4, warps: 16, shared: 179168 },
-    Form { tile: 16, side: 2, panels: 8, warps: 8, shared: 188960 },
+pub(crate) const FORMS: [Form; 5] = [
+    Form { tile: 8, side: 1, adapts: false, panels: 0, warps: 16, shared: 170768 },
+    Form { tile: 16, side: 1, adapts: false, panels: 0, warps: 8, shared: 180560 },
+    Form { tile: 8, side: 4, adapts: false, panels: 4, warps: 16, shared: 170768 },
+    Form { tile: 16, side: 2, adapts: false, panels: 8, warps: 8, shared: 180560 },
+    Form { tile: 8, side: 1, adapts: true, panels: 0, warps: 16, shared: 179168 },
 ];
 
 impl Form {
     /// The one that takes all rows of x at once, or the widest; `n` rows of all weights.
     fn of(GemvShape { m, n, k }: GemvShape, adapted: bool, multiprocessors: usize) -> usize {
         let tile = if m <= FORMS[0].tile { FORMS[0].tile } else { FORMS[1].tile };
-        // One warp has the adapters' part of one panel at a time.
-        let short = |form: &Form| !adapted && k <= form.slice() / form.side * BLOCKSIZE;
+        let short = |form: &Form| k <= form.slice() / form.side * BLOCKSIZE;
         let suits = |form: &Form| n >= form.panels * multiprocessors * PANEL && (form.side == 1 || short(form));
-        FORMS.iter().rposition(|form| form.tile == tile && suits(form)).unwrap_or(0)
+        let fits = |form: &Form| form.adapts == adapted && form.tile == tile && suits(form);
+        FORMS.iter().rposition(fits).unwrap_or(0)
     }
 
     /// Bytes, with a norm's weight [K] behind the rest.
@@ -469,12 +474,12 @@ mod tests {
     #[test]
     fn every_form_is_compiled_with_what_the_launcher_asks_for() {
         let source = include_str!("gemv_4bit_bulk.cu");
-        for (i, Form { tile, side, warps, shared, .. }) in FORMS.iter().enumerate() {
+        for (i, Form { tile, side, adapts, warps, shared, .. }) in FORMS.iter().enumerate() {
             for (dtype, name) in ["f16", "bf16"].into_iter().enumerate() {
                 let kernel = KERNELS[2 * i + dtype].trim_start_matches("gemv_4bit_bulk_");
-                let short = if *side > 1 { "_short" } else { "" };
-                assert_eq!(kernel, format!("{tile}{short}_{name}"));
-                let compiled = format!("GEMV_4BIT_BULK({name}, {kernel}, {tile}, {side}, {warps}, {shared})");
+                let kind = if *side > 1 { "_short" } else { "" }.to_owned() + if *adapts { "_adapted" } else { "" };
+                assert_eq!(kernel, format!("{tile}{kind}_{name}"));
+                let compiled = format!("GEMV_4BIT_BULK({name}, {kernel}, {tile}, {side}, {adapts}, {warps}, {shared})");
                 assert!(source.contains(&compiled), "{compiled}");
             }
         }
@@ -488,7 +493,7 @@ mod tests {
         assert_eq!([64, 1024, 1088, 8192].map(|k| side(9, 151_936, k)), [2, 2, 1, 1]);
         assert_eq!([4864, 8447, 8448].map(|n| side(1, n, 896)), [1, 1, 4]);
         assert_eq!([8448, 16_895, 16_896].map(|n| side(9, n, 896)), [1, 1, 2]);
-        assert_eq!(FORMS[Form::of(GemvShape { m: 1, n: 151_936, k: 896 }, true, 132)], FORMS[0]);
+        assert_eq!(FORMS[Form::of(GemvShape { m: 1, n: 151_936, k: 896 }, true, 132)], FORMS[4]);
     }
 
     #[test]

@@ -25,8 +25,8 @@ pub const MAX_RANK: usize = 256;
 pub const CHUNK: usize = 2048;
 /// Neighbours whose squares are summed for a norm.
 pub const SQUARES: usize = 16;
-/// Largest K of x that is normed: its weight lies in shared memory.
-pub const MAX_NORMED: usize = 16384;
+/// Largest K of x that is normed, sooner than by a launch of its own: its weight lies in shared memory.
+pub const MAX_NORMED: usize = 4096;
 /// In tiles the hidden values of an adapter begin at a multiple of this.
 pub const RANKS: usize = 16;
 
@@ -115,7 +115,7 @@ impl<'a> Norm<'a> {
     fn check(&self, product: &Gemv4bit<'_>) -> Result<()> {
         let (shape, device) = (product.shape, product.packed.device());
         if shape.k > MAX_NORMED {
-            return wrong("norm_weight", "16384 elements at most", shape.k.to_string());
+            return wrong("norm_weight", "4096 elements at most", shape.k.to_string());
         }
         let weight = arg(OP, "norm_weight", self.weight).dtype(product.x.dtype())?.numel(shape.k, "K")?;
         weight.on(device, "packed")?.aligned_to(16)?;
