@@ -41,11 +41,12 @@ constexpr int SUM_ROW = PANEL + 4;
 constexpr int HIDDEN_ROW = 2 * MAX_RANK + 8;
 
 // For TILE rows of x and SIDE panels side by side, whose rows are one slice where there are several; the order of a
-// row's sums is the same for all. Adapters have a form of their own: a launch waits for its instructions, too.
-template <int TILE_, int SIDE_, bool ADAPTS_>
+// row's sums is the same for all. Adapters have forms of their own, and so have ANY scales but those of double
+// quantization four of which lie together, as a launch waits for its instructions, too.
+template <int TILE_, int SIDE_, bool ADAPTS_, bool ANY_>
 struct Shared {
     static constexpr int TILE = TILE_, SIDE = SIDE_;
-    static constexpr bool ADAPTS = ADAPTS_;
+    static constexpr bool ADAPTS = ADAPTS_, ANY = ANY_;
     static constexpr int WARPS = 128 / TILE;         // that multiply
     static constexpr int PANEL_WARPS = WARPS / SIDE; // one panel
     static constexpr int ALL_WARPS = WARPS + 4;
@@ -826,15 +827,14 @@ __device__ void fill_tables(Shared& shared, const Codebook& codebook, const floa
 // Where panels are side by side there are registers for scales of any place alone.
 template <typename Shared>
 __device__ void decode_scales(Shared& shared, const Products& products, const Table& table, const Walk& walk) {
-    const bool plain = products.weights.plain, aligned = Shared::SIDE == 1 && walk.blocks % QUAD == 0;
-    if (plain && aligned)
-        each_item(walk, DecodeScales<Shared, PlainScales<true>>{shared, products, table});
-    else if (plain)
-        each_item(walk, DecodeScales<Shared, PlainScales<false>>{shared, products, table});
-    else if (aligned)
+    if constexpr (!Shared::ANY)
         each_item(walk, DecodeScales<Shared, NestedScales<true>>{shared, products, table});
-    else
+    else if (!products.weights.plain)
         each_item(walk, DecodeScales<Shared, NestedScales<false>>{shared, products, table});
+    else if (Shared::SIDE == 1 && walk.blocks % QUAD == 0)
+        each_item(walk, DecodeScales<Shared, PlainScales<true>>{shared, products, table});
+    else
+        each_item(walk, DecodeScales<Shared, PlainScales<false>>{shared, products, table});
 }
 
 template <typename T, typename S>
@@ -877,14 +877,14 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
     }
 }
 
-#define BODY(T, tile, side, adapts, warps, shared_bytes)                                                               \
-    using Form = Shared<tile, side, adapts>;                                                                           \
+#define BODY(T, tile, side, adapts, any, warps, shared_bytes)                                                          \
+    using Form = Shared<tile, side, adapts, any>;                                                                      \
     static_assert(Form::WARPS == warps && sizeof(Form) == shared_bytes, "as the launcher's");                          \
     gemv_bulk<T, Form>(products, ahead, codebook, gain);
 
 #else
 
-#define BODY(T, tile, side, adapts, warps, shared_bytes)
+#define BODY(T, tile, side, adapts, any, warps, shared_bytes)
 
 #endif
 
@@ -892,23 +892,29 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
 // of 64, K % 64 == 0, every N * K a multiple of 256 and below 2^38; a norm's weight 16-byte aligned, with room for it
 // behind the shared memory; unused parts begin past the last panel; grid (any, tiles of x); with adapters at most
 // MMA_ROWS rows of x; beside each other panels of a K that PANEL_WARPS cover.
-#define GEMV_4BIT_BULK(T, name, tile, side, adapts, warps, shared_bytes)                                               \
+#define GEMV_4BIT_BULK(T, name, tile, side, adapts, any, warps, shared_bytes)                                          \
     extern "C" __global__ void __launch_bounds__(32 * (warps + 4), 1)                                                  \
         gemv_4bit_bulk_##name(const __grid_constant__ Products products, const __grid_constant__ Weights ahead,        \
                               const __grid_constant__ Codebook codebook, float gain) {                                 \
-        BODY(T, tile, side, adapts, warps, shared_bytes)                                                               \
+        BODY(T, tile, side, adapts, any, warps, shared_bytes)                                                          \
     }
 
-GEMV_4BIT_BULK(f16, 8_f16, 8, 1, false, 16, 170768)
-GEMV_4BIT_BULK(bf16, 8_bf16, 8, 1, false, 16, 170768)
-GEMV_4BIT_BULK(f16, 16_f16, 16, 1, false, 8, 180560)
-GEMV_4BIT_BULK(bf16, 16_bf16, 16, 1, false, 8, 180560)
-GEMV_4BIT_BULK(f16, 8_short_f16, 8, 4, false, 16, 170768)
-GEMV_4BIT_BULK(bf16, 8_short_bf16, 8, 4, false, 16, 170768)
-GEMV_4BIT_BULK(f16, 16_short_f16, 16, 2, false, 8, 180560)
-GEMV_4BIT_BULK(bf16, 16_short_bf16, 16, 2, false, 8, 180560)
-GEMV_4BIT_BULK(f16, 8_adapted_f16, 8, 1, true, 16, 179168)
-GEMV_4BIT_BULK(bf16, 8_adapted_bf16, 8, 1, true, 16, 179168)
+GEMV_4BIT_BULK(f16, 8_f16, 8, 1, false, false, 16, 170768)
+GEMV_4BIT_BULK(bf16, 8_bf16, 8, 1, false, false, 16, 170768)
+GEMV_4BIT_BULK(f16, 16_f16, 16, 1, false, false, 8, 180560)
+GEMV_4BIT_BULK(bf16, 16_bf16, 16, 1, false, false, 8, 180560)
+GEMV_4BIT_BULK(f16, 8_any_f16, 8, 1, false, true, 16, 170768)
+GEMV_4BIT_BULK(bf16, 8_any_bf16, 8, 1, false, true, 16, 170768)
+GEMV_4BIT_BULK(f16, 16_any_f16, 16, 1, false, true, 8, 180560)
+GEMV_4BIT_BULK(bf16, 16_any_bf16, 16, 1, false, true, 8, 180560)
+GEMV_4BIT_BULK(f16, 8_short_any_f16, 8, 4, false, true, 16, 170768)
+GEMV_4BIT_BULK(bf16, 8_short_any_bf16, 8, 4, false, true, 16, 170768)
+GEMV_4BIT_BULK(f16, 16_short_any_f16, 16, 2, false, true, 8, 180560)
+GEMV_4BIT_BULK(bf16, 16_short_any_bf16, 16, 2, false, true, 8, 180560)
+GEMV_4BIT_BULK(f16, 8_adapted_f16, 8, 1, true, false, 16, 179168)
+GEMV_4BIT_BULK(bf16, 8_adapted_bf16, 8, 1, true, false, 16, 179168)
+GEMV_4BIT_BULK(f16, 8_adapted_any_f16, 8, 1, true, true, 16, 179168)
+GEMV_4BIT_BULK(bf16, 8_adapted_any_bf16, 8, 1, true, true, 16, 179168)
 
 constexpr int HIDDEN_THREADS = CHUNK / 16;
 constexpr int FEW_ROWS = 4; // of x, that need no shared memory

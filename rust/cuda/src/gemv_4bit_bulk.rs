@@ -11,17 +11,23 @@ use crate::gemm_4bit;
 use crate::launch::{Family, Geometry, Launcher, Limits, extent, family};
 
 /// The products in each form, and the adapters' hidden values; by x's dtype.
-const KERNELS: [&str; 12] = [
+const KERNELS: [&str; 18] = [
     "gemv_4bit_bulk_8_f16",
     "gemv_4bit_bulk_8_bf16",
     "gemv_4bit_bulk_16_f16",
     "gemv_4bit_bulk_16_bf16",
-    "gemv_4bit_bulk_8_short_f16",
-    "gemv_4bit_bulk_8_short_bf16",
-    "gemv_4bit_bulk_16_short_f16",
-    "gemv_4bit_bulk_16_short_bf16",
+    "gemv_4bit_bulk_8_any_f16",
+    "gemv_4bit_bulk_8_any_bf16",
+    "gemv_4bit_bulk_16_any_f16",
+    "gemv_4bit_bulk_16_any_bf16",
+    "gemv_4bit_bulk_8_short_any_f16",
+    "gemv_4bit_bulk_8_short_any_bf16",
+    "gemv_4bit_bulk_16_short_any_f16",
+    "gemv_4bit_bulk_16_short_any_bf16",
     "gemv_4bit_bulk_8_adapted_f16",
     "gemv_4bit_bulk_8_adapted_bf16",
+    "gemv_4bit_bulk_8_adapted_any_f16",
+    "gemv_4bit_bulk_8_adapted_any_bf16",
     "gemv_4bit_hidden_f16",
     "gemv_4bit_hidden_bf16",
 ];
@@ -56,6 +62,8 @@ pub(crate) struct Form {
     pub side: usize,
     /// beside products
     pub adapts: bool,
+    /// scales, instead of those of double quantization four of which lie together
+    pub any: bool,
     /// panels of each multiprocessor, at least: of fewer, the last turn is too uneven
     pub panels: usize,
     /// that multiply
@@ -64,21 +72,26 @@ pub(crate) struct Form {
     pub shared: usize,
 }
 
-pub(crate) const FORMS: [Form; 5] = [
-    Form { tile: 8, side: 1, adapts: false, panels: 0, warps: 16, shared: 170768 },
-    Form { tile: 16, side: 1, adapts: false, panels: 0, warps: 8, shared: 180560 },
-    Form { tile: 8, side: 4, adapts: false, panels: 4, warps: 16, shared: 170768 },
-    Form { tile: 16, side: 2, adapts: false, panels: 8, warps: 8, shared: 180560 },
-    Form { tile: 8, side: 1, adapts: true, panels: 0, warps: 16, shared: 179168 },
+pub(crate) const FORMS: [Form; 8] = [
+    Form { tile: 8, side: 1, adapts: false, any: false, panels: 0, warps: 16, shared: 170768 },
+    Form { tile: 16, side: 1, adapts: false, any: false, panels: 0, warps: 8, shared: 180560 },
+    Form { tile: 8, side: 1, adapts: false, any: true, panels: 0, warps: 16, shared: 170768 },
+    Form { tile: 16, side: 1, adapts: false, any: true, panels: 0, warps: 8, shared: 180560 },
+    Form { tile: 8, side: 4, adapts: false, any: true, panels: 4, warps: 16, shared: 170768 },
+    Form { tile: 16, side: 2, adapts: false, any: true, panels: 8, warps: 8, shared: 180560 },
+    Form { tile: 8, side: 1, adapts: true, any: false, panels: 0, warps: 16, shared: 179168 },
+    Form { tile: 8, side: 1, adapts: true, any: true, panels: 0, warps: 16, shared: 179168 },
 ];
 
 impl Form {
-    /// The one that takes all rows of x at once, or the widest; `n` rows of all weights.
-    fn of(GemvShape { m, n, k }: GemvShape, adapted: bool, multiprocessors: usize) -> usize {
+    /// The one that takes all rows of x at once, or the widest; `n` rows of all weights, with plain scales or nested.
+    fn of(GemvShape { m, n, k }: GemvShape, adapted: bool, plain: bool, multiprocessors: usize) -> usize {
         let tile = if m <= FORMS[0].tile { FORMS[0].tile } else { FORMS[1].tile };
         let short = |form: &Form| k <= form.slice() / form.side * BLOCKSIZE;
         let suits = |form: &Form| n >= form.panels * multiprocessors * PANEL && (form.side == 1 || short(form));
-        let fits = |form: &Form| form.adapts == adapted && form.tile == tile && suits(form);
+        let any = plain || !k.is_multiple_of(GRAIN);
+        let takes = |form: &Form| form.any == any || form.side > 1;
+        let fits = |form: &Form| form.adapts == adapted && form.tile == tile && takes(form) && suits(form);
         FORMS.iter().rposition(fits).unwrap_or(0)
     }
 
@@ -388,7 +401,7 @@ fn shape_of(given: &[&Gemv4bit<'_>]) -> GemvShape {
 pub(crate) fn launch(launcher: &Launcher, products: &[Gemv4bit<'_>]) -> Result<()> {
     let (limits, head) = (launcher.limits(), &products[0]);
     let given: Vec<_> = products.iter().collect();
-    let form = Form::of(shape_of(&given), false, limits.multiprocessors);
+    let form = Form::of(shape_of(&given), false, map_of(head).is_null(), limits.multiprocessors);
     let (products, ctas) = Products::new(&given, false, &FORMS[form], limits.multiprocessors);
     launch_products(launcher, head, form, products, ctas, Weights::none())
 }
@@ -416,7 +429,7 @@ pub(crate) fn launch_fused(launcher: &Launcher, fused: &Gemv4bitFused<'_>) -> Re
         let got = head.shape.m.to_string();
         return Err(Error::Argument { op: "gemv_4bit_fused", name: "x", expected, got });
     }
-    let form = Form::of(shape_of(&given), ranks > 0, limits.multiprocessors);
+    let form = Form::of(shape_of(&given), ranks > 0, map_of(head).is_null(), limits.multiprocessors);
     let (products, ctas) = Products::new(&given, fused.gated, &FORMS[form], limits.multiprocessors);
     let products = products.fused(fused);
     if ranks > 0 {
@@ -474,12 +487,14 @@ mod tests {
     #[test]
     fn every_form_is_compiled_with_what_the_launcher_asks_for() {
         let source = include_str!("gemv_4bit_bulk.cu");
-        for (i, Form { tile, side, adapts, warps, shared, .. }) in FORMS.iter().enumerate() {
+        for (i, Form { tile, side, adapts, any, warps, shared, .. }) in FORMS.iter().enumerate() {
             for (dtype, name) in ["f16", "bf16"].into_iter().enumerate() {
                 let kernel = KERNELS[2 * i + dtype].trim_start_matches("gemv_4bit_bulk_");
-                let kind = if *side > 1 { "_short" } else { "" }.to_owned() + if *adapts { "_adapted" } else { "" };
+                let kinds = [("_short", *side > 1), ("_adapted", *adapts), ("_any", *any)];
+                let kind: String = kinds.iter().filter(|(_, is)| *is).map(|(kind, _)| *kind).collect();
                 assert_eq!(kernel, format!("{tile}{kind}_{name}"));
-                let compiled = format!("GEMV_4BIT_BULK({name}, {kernel}, {tile}, {side}, {adapts}, {warps}, {shared})");
+                let numbers = format!("{tile}, {side}, {adapts}, {any}, {warps}, {shared}");
+                let compiled = format!("GEMV_4BIT_BULK({name}, {kernel}, {numbers})");
                 assert!(source.contains(&compiled), "{compiled}");
             }
         }
@@ -487,13 +502,21 @@ mod tests {
 
     #[test]
     fn panels_go_side_by_side_where_rows_are_short_and_many() {
-        let side = |m, n, k| FORMS[Form::of(GemvShape { m, n, k }, false, 132)].side;
+        let side = |m, n, k| FORMS[Form::of(GemvShape { m, n, k }, false, false, 132)].side;
         assert_eq!([1, 8, 9, 16, 40].map(|m| side(m, 151_936, 896)), [4, 4, 2, 2, 2]);
         assert_eq!([64, 1024, 1088, 8192].map(|k| side(1, 151_936, k)), [4, 4, 1, 1]);
         assert_eq!([64, 1024, 1088, 8192].map(|k| side(9, 151_936, k)), [2, 2, 1, 1]);
         assert_eq!([4864, 8447, 8448].map(|n| side(1, n, 896)), [1, 1, 4]);
         assert_eq!([8448, 16_895, 16_896].map(|n| side(9, n, 896)), [1, 1, 2]);
-        assert_eq!(FORMS[Form::of(GemvShape { m: 1, n: 151_936, k: 896 }, true, 132)], FORMS[4]);
+        let wide = GemvShape { m: 1, n: 151_936, k: 896 };
+        assert_eq!(FORMS[Form::of(wide, true, false, 132)], FORMS[7]);
+    }
+
+    #[test]
+    fn scales_of_their_own_kind_have_forms_of_their_own() {
+        let form = |k, adapted, plain| Form::of(GemvShape { m: 1, n: 4096, k }, adapted, plain, 132);
+        assert_eq!([4096, 4160].map(|k| [false, true].map(|plain| form(k, false, plain))), [[0, 2], [2, 2]]);
+        assert_eq!([4096, 4160].map(|k| [false, true].map(|plain| form(k, true, plain))), [[6, 7], [7, 7]]);
     }
 
     #[test]
@@ -505,9 +528,9 @@ mod tests {
             (ctas, weights.share, weights.rest, weights.first_panel[1], weights.slice)
         };
         assert_eq!(shares(&[weight(151_936)], false, 0), (132, 71, 124, 9496, 16));
-        assert_eq!(shares(&[weight(151_936)], false, 2), (132, 17, 130, 2374, 16));
-        assert_eq!(shares(&[weight(151_936)], false, 3), (132, 35, 128, 4748, 16));
-        assert_eq!(shares(&[weight(8452), weight(65)], false, 2), (132, 1, 3, 133, 16));
-        assert_eq!(shares(&[weight(4868), weight(4868)], true, 2), (132, 1, 21, 153, 16));
+        assert_eq!(shares(&[weight(151_936)], false, 4), (132, 17, 130, 2374, 16));
+        assert_eq!(shares(&[weight(151_936)], false, 5), (132, 35, 128, 4748, 16));
+        assert_eq!(shares(&[weight(8452), weight(65)], false, 4), (132, 1, 3, 133, 16));
+        assert_eq!(shares(&[weight(4868), weight(4868)], true, 4), (132, 1, 21, 153, 16));
     }
 }
