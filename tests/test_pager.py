@@ -10,7 +10,8 @@ from memory import held_bytes
 
 from halfbyte import _core
 from halfbyte.optim import AdamW
-from halfbyte.pager import Slab
+from halfbyte.pager import MARGIN, Slab
+from halfbyte.pressure import free_memory, total_memory
 
 # Ragged, empty and one-element parameters; several pages; a boundary inside a parameter.
 SHAPES = [(300, 77), (1,), (0,), (8192,), (200_001,), (130, 1000), (255,), (64, 4096)]
@@ -336,7 +337,10 @@ def test_optimizers_come_and_go_without_a_trace(device):
             optimizer.pager.evict(1 << 40)
             optimizer.step()
             optimizer.pager.restore()
-        state = optimizer.pager.stats()["state_bytes"]
+        stats = optimizer.pager.stats()
+        if stats["host_bytes"] and free_memory(device) < 2 * MARGIN * total_memory(device):
+            pytest.skip("other processes have the device's memory")
+        state = stats["state_bytes"]
         alive.append(held_bytes(device))
         del optimizer, params
         gone.append(held_bytes(device))
