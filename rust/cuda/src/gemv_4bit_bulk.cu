@@ -41,8 +41,8 @@ constexpr int SUM_ROW = PANEL + 4;
 constexpr int HIDDEN_ROW = 2 * MAX_RANK + 8;
 
 // For TILE rows of x and SIDE panels side by side, whose rows are one slice where there are several; the order of a
-// row's sums is the same for all. Adapters have forms of their own, and so have ANY scales but those of double
-// quantization four of which lie together, as a launch waits for its instructions, too.
+// row's sums is the same for all. A launch waits for its instructions, too: so the usual forms have none for adapters,
+// and read nested scales alone, four of which lie together; ANY reads all others.
 template <int TILE_, int SIDE_, bool ADAPTS_, bool ANY_>
 struct Shared {
     static constexpr int TILE = TILE_, SIDE = SIDE_;
@@ -869,6 +869,7 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
     } else {
         S::all_ready();
         if constexpr (S::ADAPTS) {
+            // There are ranks; without being asked the compiler spills registers.
             if (products.ranks > 0 && products.adapters_fp32)
                 each_item(walk, Adapt<T, S, float>{shared, products, rows_x});
             else if (products.ranks > 0)
