@@ -326,6 +326,19 @@ def _cancel(requests: list[Any]) -> None:
         request.cancelled = True
 
 
+def _cut_off(error: Exception) -> ApiError | None:
+    """What a client is told of a reply that ends in its middle; None: nobody foresaw it."""
+    if isinstance(error, Timeout):
+        return ApiError(504, "the reply took too long", "timeout_error")
+    if isinstance(error, Closed):
+        return ApiError(503, "shutting down", "server_error")
+    if isinstance(error, SchemaError):
+        return ApiError(400, str(error))
+    if isinstance(error, FloatingPointError):
+        return ApiError(500, str(error), "server_error")
+    return None
+
+
 async def _until_gone(request: Request, work: Any) -> None:
     """Await work, but give it up when the client leaves."""
     task = asyncio.ensure_future(work)
@@ -334,14 +347,10 @@ async def _until_gone(request: Request, work: Any) -> None:
             if await request.is_disconnected():
                 raise ClientDisconnect
         task.result()
-    except Timeout:
-        raise ApiError(504, "the reply took too long", "timeout_error") from None
-    except Closed:
-        raise ApiError(503, "shutting down", "server_error") from None
-    except SchemaError as error:  # found in the middle of a reply
-        raise ApiError(400, str(error)) from None
-    except FloatingPointError as error:
-        raise ApiError(500, str(error), "server_error") from None
+    except Exception as error:
+        if (known := _cut_off(error)) is None:
+            raise
+        raise known from None
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError, Exception):
@@ -366,15 +375,11 @@ async def _events(answer: Answer, replies: Replies, body: Body) -> AsyncIterator
         if with_usage:
             yield _event(answer.chunk([], usage=replies.usage()))
         yield "data: [DONE]\n\n"
-    except Timeout:
-        yield _event(ApiError(504, "the reply took too long", "timeout_error").body)
-    except Closed:
-        yield _event(ApiError(503, "shutting down", "server_error").body)
-    except SchemaError as error:
-        yield _event(ApiError(400, str(error)).body)
     except Exception as error:
-        log.exception("a stream failed")
-        yield _event(ApiError(500, str(error), "server_error").body)
+        if (known := _cut_off(error)) is None:
+            log.exception("a stream failed")
+            known = ApiError(500, str(error), "server_error")
+        yield _event(known.body)
     finally:
         replies.cancel()
         await arrivals.aclose()

@@ -893,29 +893,24 @@ __device__ void gemv_bulk(const Products& products, const Weights& ahead, const 
 // of 64, K % 64 == 0, every N * K a multiple of 256 and below 2^38; a norm's weight 16-byte aligned, with room for it
 // behind the shared memory; unused parts begin past the last panel; grid (any, tiles of x); with adapters at most
 // MMA_ROWS rows of x; beside each other panels of a K that PANEL_WARPS cover.
-#define GEMV_4BIT_BULK(T, name, tile, side, adapts, any, warps, shared_bytes)                                          \
+#define GEMV_4BIT_BULK_OF(T, name, tile, side, adapts, any, warps, shared_bytes)                                       \
     extern "C" __global__ void __launch_bounds__(32 * (warps + 4), 1)                                                  \
         gemv_4bit_bulk_##name(const __grid_constant__ Products products, const __grid_constant__ Weights ahead,        \
                               const __grid_constant__ Codebook codebook, float gain) {                                 \
         BODY(T, tile, side, adapts, any, warps, shared_bytes)                                                          \
     }
+#define GEMV_4BIT_BULK(name, ...)                                                                                      \
+    GEMV_4BIT_BULK_OF(f16, name##_f16, __VA_ARGS__)                                                                    \
+    GEMV_4BIT_BULK_OF(bf16, name##_bf16, __VA_ARGS__)
 
-GEMV_4BIT_BULK(f16, 8_f16, 8, 1, false, false, 16, 170768)
-GEMV_4BIT_BULK(bf16, 8_bf16, 8, 1, false, false, 16, 170768)
-GEMV_4BIT_BULK(f16, 16_f16, 16, 1, false, false, 8, 180560)
-GEMV_4BIT_BULK(bf16, 16_bf16, 16, 1, false, false, 8, 180560)
-GEMV_4BIT_BULK(f16, 8_any_f16, 8, 1, false, true, 16, 170768)
-GEMV_4BIT_BULK(bf16, 8_any_bf16, 8, 1, false, true, 16, 170768)
-GEMV_4BIT_BULK(f16, 16_any_f16, 16, 1, false, true, 8, 180560)
-GEMV_4BIT_BULK(bf16, 16_any_bf16, 16, 1, false, true, 8, 180560)
-GEMV_4BIT_BULK(f16, 8_short_any_f16, 8, 4, false, true, 16, 170768)
-GEMV_4BIT_BULK(bf16, 8_short_any_bf16, 8, 4, false, true, 16, 170768)
-GEMV_4BIT_BULK(f16, 16_short_any_f16, 16, 2, false, true, 8, 180560)
-GEMV_4BIT_BULK(bf16, 16_short_any_bf16, 16, 2, false, true, 8, 180560)
-GEMV_4BIT_BULK(f16, 8_adapted_f16, 8, 1, true, false, 16, 179168)
-GEMV_4BIT_BULK(bf16, 8_adapted_bf16, 8, 1, true, false, 16, 179168)
-GEMV_4BIT_BULK(f16, 8_adapted_any_f16, 8, 1, true, true, 16, 179168)
-GEMV_4BIT_BULK(bf16, 8_adapted_any_bf16, 8, 1, true, true, 16, 179168)
+GEMV_4BIT_BULK(8, 8, 1, false, false, 16, 170768)
+GEMV_4BIT_BULK(16, 16, 1, false, false, 8, 180560)
+GEMV_4BIT_BULK(8_any, 8, 1, false, true, 16, 170768)
+GEMV_4BIT_BULK(16_any, 16, 1, false, true, 8, 180560)
+GEMV_4BIT_BULK(8_short_any, 8, 4, false, true, 16, 170768)
+GEMV_4BIT_BULK(16_short_any, 16, 2, false, true, 8, 180560)
+GEMV_4BIT_BULK(8_adapted, 8, 1, true, false, 16, 179168)
+GEMV_4BIT_BULK(8_adapted_any, 8, 1, true, true, 16, 179168)
 
 constexpr int HIDDEN_THREADS = CHUNK / 16;
 constexpr int FEW_ROWS = 4; // of x, that need no shared memory
