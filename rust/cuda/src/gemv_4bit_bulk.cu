@@ -656,10 +656,9 @@ struct Adapt {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 b[s][i] = narrow2<T>(widen(coming.elements[s][i][0]), widen(coming.elements[s][i][1]));
-        if (k + RANKS < width)
-            fetch(panel, k + RANKS);
-        else if (panel + 1 < last)
-            fetch(panel + 1, 0);
+        const bool more = k + RANKS < width;
+        if (more || panel + 1 < last)
+            fetch(more ? panel : panel + 1, more ? k + RANKS : 0);
         const uint16_t* hidden = shared.hidden[lane_id() / 4] + k + lane_id() % 4 * 2;
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
@@ -959,17 +958,24 @@ struct HiddenShare {
     }
 
     // A's elements are rounded to x's dtype, as the layer uses them.
-    template <typename A>
-    __device__ void load_a(const A* a) const {
+    __device__ void load_a(const Adapter& adapter) const {
+        const int64_t begin = int64_t(blockIdx.x - adapter.column) * products.weights.K + first;
+        float v[2][8] = {};
+        if (reads && products.adapters_fp32)
+            load16(static_cast<const float*>(adapter.a) + begin, v);
+        else if (reads)
+            load16(static_cast<const T*>(adapter.a) + begin, v);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float v[8] = {};
-            if (reads)
-                load8(a + first + i * 8, v);
             Raw8<T> raw;
-            raw.pack(v);
+            raw.pack(v[i]);
             raw.store(at(0, i));
         }
+    }
+
+    template <typename A>
+    __device__ static void load16(const A* from, float (&v)[2][8]) {
+        load8(from, v[0]), load8(from + 8, v[1]);
     }
 
     // A few rows of x as they come from memory: less time to the first one.
@@ -1034,8 +1040,8 @@ struct HiddenShare {
 };
 
 // A and the norm's weight are here before x is.
-template <typename T, typename A>
-__device__ void make_hidden(const Products& products, const Adapter& adapter) {
+template <typename T>
+__device__ void make_hidden(const Products& products) {
     using Share = HiddenShare<T>;
     __shared__ float sums[MMA_ROWS][Share::WARPS], roots[MMA_ROWS];
     const int first = blockIdx.y * CHUNK + threadIdx.x * 16;
@@ -1043,7 +1049,7 @@ __device__ void make_hidden(const Products& products, const Adapter& adapter) {
     const Share share{products, sums, first, first < products.weights.K};
     if (share.reads && norms)
         share.copy(Share::OF_WEIGHT, products.norm.weight, 0);
-    share.load_a(static_cast<const A*>(adapter.a) + int64_t(blockIdx.x - adapter.column) * products.weights.K);
+    share.load_a(adapter_of(products, blockIdx.x));
     wait_for_previous_kernel();
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
         announce_end(products.arrived);
@@ -1063,8 +1069,8 @@ __device__ void make_hidden(const Products& products, const Adapter& adapter) {
 
 #else
 
-template <typename T, typename A>
-__device__ void make_hidden(const Products&, const Adapter&) {}
+template <typename T>
+__device__ void make_hidden(const Products&) {}
 
 #endif
 
@@ -1075,11 +1081,7 @@ __device__ void make_hidden(const Products&, const Adapter&) {}
     extern "C" __global__ void __launch_bounds__(HIDDEN_THREADS, 16)                                                   \
         gemv_4bit_hidden_##dtype(const __grid_constant__ Products products) {                                          \
         let_next_kernel_start();                                                                                       \
-        const Adapter& adapter = adapter_of(products, blockIdx.x);                                                     \
-        if (products.adapters_fp32)                                                                                    \
-            make_hidden<T, float>(products, adapter);                                                                  \
-        else                                                                                                           \
-            make_hidden<T, T>(products, adapter);                                                                      \
+        make_hidden<T>(products);                                                                                      \
     }
 
 GEMV_4BIT_HIDDEN(f16, f16)
