@@ -187,9 +187,7 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
         ("gemv_4bit", "CODES", crate::gemv_4bit::ANY_WARPS),
         ("gemv_4bit", "ANY_ROWS_A_WARP", crate::gemv_4bit::ANY_ROWS / crate::gemv_4bit::ANY_WARPS),
-        ("gemv_4bit_bulk", "MMA_ROWS", halfbyte_core::ops::gemv_4bit_fused::MAX_ADAPTED_ROWS),
         ("gemv_4bit_mma", "MAX_WARPS", crate::gemv_4bit_mma::MAX_WARPS),
-        ("gemv_4bit_bulk", "FEW_ROWS", crate::gemv_4bit_bulk::FEW_ROWS),
         ("gemv_4bit_mma", "MAX_CHUNK", crate::gemv_4bit_mma::MAX_CHUNK),
         ("gemv_4bit_shifted", "MAX_WARPS", crate::gemv_4bit_shifted::MAX_WARPS),
         ("gemv_4bit_shifted", "BLOCK", crate::gemv_4bit_shifted::BLOCK),
@@ -231,6 +229,9 @@ fn launchers_and_kernels_agree_on_their_geometry() {
     assert_eq!(constant(products, "PANEL"), Some(crate::gemv_4bit_bulk::PANEL));
     assert_eq!(constant(products, "MAX_RANK"), Some(halfbyte_core::ops::gemv_4bit_fused::MAX_RANK));
     assert_eq!(constant(products, "CHUNK"), Some(halfbyte_core::ops::gemv_4bit_fused::CHUNK));
+    let max_adapted_rows = halfbyte_core::ops::gemv_4bit_fused::MAX_ADAPTED_ROWS;
+    assert_eq!(constant(include_str!("bulk.cuh"), "MMA_ROWS"), Some(max_adapted_rows));
+    assert_eq!(constant(include_str!("bulk_hidden.cuh"), "FEW_ROWS"), Some(crate::gemv_4bit_bulk::FEW_ROWS));
     let low_rank = include_str!("low_rank.cuh");
     assert_eq!(constant(low_rank, "RANKS"), Some(halfbyte_core::ops::gemv_4bit_fused::RANKS));
     let shared = include_str!("paged_attention.cuh");
