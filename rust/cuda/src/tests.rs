@@ -180,9 +180,6 @@ fn launchers_and_kernels_agree_on_their_geometry() {
         ("draw", "THREADS", crate::draw::THREADS as usize),
         ("draw", "SHARE_BITS", halfbyte_core::ops::draw::SHARE_BITS as usize),
         ("draw", "WEIGHT_BITS", halfbyte_core::ops::draw::WEIGHT_BITS as usize),
-        ("gemm_4bit", "LINE", crate::gemm_4bit::LINE),
-        ("gemm_4bit", "MAX_PARTS", crate::gemm_4bit::MAX_PARTS),
-        ("gemm_4bit", "MAX_SPLITS", crate::gemm_4bit::MAX_SPLITS),
         ("gemv_4bit", "MAX_WARPS", crate::gemv_4bit::MAX_WARPS),
         ("gemv_4bit", "UNIT", crate::gemv_4bit::UNIT),
         ("gemv_4bit", "CODES", crate::gemv_4bit::ANY_WARPS),
@@ -224,6 +221,10 @@ fn launchers_and_kernels_agree_on_their_geometry() {
     assert_eq!(constant(panel, "PANEL"), Some(crate::gemv_4bit_mma::PANEL));
     assert_eq!(constant(panel, "TILE"), Some(crate::gemv_4bit_mma::TILE));
     assert_eq!(constant(panel, "LINE"), Some(crate::gemv_4bit_mma::LINE));
+    let tiles = include_str!("tiles.cuh");
+    assert_eq!(constant(tiles, "LINE"), Some(crate::gemm_4bit::LINE));
+    assert_eq!(constant(tiles, "MAX_PARTS"), Some(crate::gemm_4bit::MAX_PARTS));
+    assert_eq!(constant(tiles, "MAX_SPLITS"), Some(crate::gemm_4bit::MAX_SPLITS));
     let products = include_str!("products.cuh");
     assert_eq!(constant(products, "MAX_PARTS"), Some(crate::gemv_4bit_bulk::MAX_PARTS));
     assert_eq!(constant(products, "PANEL"), Some(crate::gemv_4bit_bulk::PANEL));
