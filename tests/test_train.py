@@ -114,11 +114,20 @@ def adapter_values(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def assert_same_adapter(one: Path, other: Path, atol: float = 0.0) -> None:
+def assert_same_adapter(one: Path, other: Path) -> None:
     first, second = adapter_values(one), adapter_values(other)
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=0, atol=atol, msg=name)
+        torch.testing.assert_close(value, second[name], rtol=0, atol=0, msg=name)
+
+
+def assert_close_adapter(one: Path, other: Path) -> None:
+    """Where gradients were summed in another order: as a matrix, since Adam divides each gradient
+    by its own size, and a single one that is nearly zero may step either way."""
+    first, second = adapter_values(one), adapter_values(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert (value - second[name]).norm() <= 3e-4 * second[name].norm(), name
 
 
 # Settings
@@ -1297,7 +1306,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path, processes):
     rows = (tmp_path / "two" / "out" / "metrics.jsonl").read_text().splitlines()
     evals = {row["step"]: row["eval_loss"] for row in map(json.loads, rows) if "eval_loss" in row}
     assert {step: evals[step] for step in (5, 7)} == pytest.approx(one.eval_losses, abs=1e-5)
-    assert_same_adapter(tmp_path / "two" / "out" / "adapter", one.adapter_dir, atol=1e-4)
+    assert_close_adapter(tmp_path / "two" / "out" / "adapter", one.adapter_dir)
 
 
 def test_ranks_with_different_bases_are_refused(tmp_path, processes):
@@ -1331,7 +1340,7 @@ def test_torchrun_starts_the_command_line(tmp_path, base):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
-    assert_same_adapter(tmp_path / "two/adapter", tmp_path / "one/adapter", atol=1e-4)
+    assert_close_adapter(tmp_path / "two/adapter", tmp_path / "one/adapter")
     state = json.loads((tmp_path / "two/checkpoint-4/state.json").read_text())
     assert state["settings"]["processes"] == 2
 
