@@ -114,20 +114,22 @@ def adapter_values(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def assert_same_adapter(one: Path, other: Path) -> None:
+def adapter_pairs(one: Path, other: Path) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     first, second = adapter_values(one), adapter_values(other)
     assert first.keys() == second.keys()
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=0, atol=0, msg=name)
+    return [(name, value, second[name]) for name, value in first.items()]
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    for name, value, expected in adapter_pairs(one, other):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, msg=name)
 
 
 def assert_close_adapter(one: Path, other: Path) -> None:
     """Where gradients were summed in another order: as a matrix, since Adam divides each gradient
     by its own size, and a single one that is nearly zero may step either way."""
-    first, second = adapter_values(one), adapter_values(other)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert (value - second[name]).norm() <= 3e-4 * second[name].norm(), name
+    for name, value, expected in adapter_pairs(one, other):
+        assert (value - expected).norm() <= 3e-4 * expected.norm(), name
 
 
 # Settings

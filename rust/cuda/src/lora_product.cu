@@ -258,10 +258,10 @@ __device__ void lora_product(const Product& p) {
     }
     __syncthreads();
     if (threadIdx.x < MULTIPLIERS) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        take_registers<232>();
         multiply_all<T, TRANSPOSED>(shared, p);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        give_up_registers<40>();
         if (threadIdx.x < MULTIPLIERS + 32 && elected()) {
             wait_for_previous_kernel();
             copy<TRANSPOSED>(shared, p);

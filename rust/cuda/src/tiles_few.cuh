@@ -256,7 +256,7 @@ __device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K,
     }
     __syncthreads();
     if (job < 0) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::MANY_REGISTERS));
+        take_registers<Tile::MANY_REGISTERS>();
         float total[TOKENS / 2];
         tile.multiply(total);
         publish<TOKENS, Tile::ROWS>(shared.sums, total, lane_row());
@@ -267,7 +267,7 @@ __device__ void multiply_few(const Parts& parts, const Map& x_map, int M, int K,
         finish<T, TOKENS, Tile::ROWS>(shared.sums, shared.shares, tile.part, tile.row, tile.token, M, splits, gated,
                                       1.0f / gain);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
+        give_up_registers<Tile::FEW_REGISTERS>();
         if (job == 0 && lane_id() == 0)
             tile.copy(x_map, parts.hidden.arrived);
         else if (job > 0 && job <= Tile::SCALERS)

@@ -147,7 +147,7 @@ __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K
         fill_tables<f16>(shared.table, Tile::MULTIPLIERS, parts, codebook, gain);
     __syncthreads();
     if (job < 0) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::MANY_REGISTERS));
+        take_registers<Tile::MANY_REGISTERS>();
         float sum[TOKENS / 2];
         tile.multiply(sum);
         publish<TOKENS, Tile::ROWS>(shared.sums, sum, lane_row());
@@ -155,7 +155,7 @@ __device__ void multiply_many(const Parts& parts, const Map& x_map, int M, int K
         wait_for_previous_kernel();
         finish<bf16, TOKENS, Tile::ROWS>(shared.sums, nullptr, tile.part, tile.row, tile.token, M, splits, false, 1.0f);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::FEW_REGISTERS));
+        give_up_registers<Tile::FEW_REGISTERS>();
         if (job == 0 && lane_id() == 0)
             tile.copy_codes(min(tile.first + Tile::STAGES, tile.last), tile.last);
         else if (job == 1 && lane_id() == 0)

@@ -4,6 +4,17 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+// A warpgroup's registers a thread, once the CTA's others have given up as many.
+template <int COUNT>
+__device__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ void give_up_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
 // Registers of sums, as operands of an instruction: eight from d[i] on, and lists of the first 16, 32, 64 and 128.
 #define D8(i)                                                                                                          \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),        \
